@@ -1,0 +1,1 @@
+"""Text, models, statistics and measurement. Knows nothing of bits."""

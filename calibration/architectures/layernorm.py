@@ -1,0 +1,149 @@
+"""Families with LayerNorm: OPT, GPT-2, GPT-NeoX, BLOOM, Falcon."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from calibration.architectures.spec import ArchitectureSpec, Balance, BlockSpec, Heads, SharedInput
+
+WRAPPED = "{down}: its input passes {act}, which does not commute with a scale"
+INTERLEAVED = "{dense}: values are interleaved per head inside the fused query_key_value"
+
+
+def opt(config: Any) -> ArchitectureSpec:
+    """OPT. In post-norm models (OPT-350m) a norm's output also feeds the residual: no scale can be absorbed there."""
+    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    heads = config.num_attention_heads
+    balance = [
+        Balance(
+            "self_attn.v_proj", ("self_attn.out_proj",), "value", heads=Heads(heads, heads, config.hidden_size // heads)
+        )
+    ]
+    unbalanced = []
+    if config.do_layer_norm_before:
+        balance.insert(0, Balance("self_attn_layer_norm", qkv, "norm"))
+        balance.append(Balance("final_layer_norm", ("fc1",), "norm"))
+    else:
+        unbalanced.append("q/k/v and fc1: post-norm blocks, the norm's output also feeds the residual stream")
+    if config.activation_function == "relu":
+        balance.append(Balance("fc1", ("fc2",), "linear"))
+    else:
+        unbalanced.append(WRAPPED.format(down="fc2", act=config.activation_function))
+    block = BlockSpec(
+        inputs=(
+            SharedInput(qkv, 0),
+            SharedInput(("self_attn.out_proj",), 1),
+            SharedInput(("fc1",), 2),
+            SharedInput(("fc2",), 3),
+        ),
+        balance=tuple(balance),
+        scores=qkv[:2],
+        unbalanced=tuple(unbalanced),
+    )
+    return ArchitectureSpec("opt", "model.decoder.layers", config.num_hidden_layers, "layer", lambda index: block)
+
+
+def gpt2(config: Any) -> ArchitectureSpec:
+    """GPT-2: Conv1D linears, fused c_attn with v in the last third."""
+    heads = Heads(config.n_head, config.n_head, config.n_embd // config.n_head)
+    block = BlockSpec(
+        inputs=(
+            SharedInput(("attn.c_attn",), 0),
+            SharedInput(("attn.c_proj",), 1),
+            SharedInput(("mlp.c_fc",), 2),
+            SharedInput(("mlp.c_proj",), 3),
+        ),
+        balance=(
+            Balance("ln_1", ("attn.c_attn",), "norm"),
+            Balance("attn.c_attn", ("attn.c_proj",), "value", rows=(2 * config.n_embd, 3 * config.n_embd), heads=heads),
+            Balance("ln_2", ("mlp.c_fc",), "norm"),
+        ),
+        scores=("attn.c_attn",),
+        unbalanced=(WRAPPED.format(down="mlp.c_proj", act=config.activation_function),),
+    )
+    return ArchitectureSpec("gpt2", "transformer.h", config.n_layer, "layer", lambda index: block, conv1d=True)
+
+
+def _fused(attention: str, first_norm: str, second_norm: str, act: str, parallel: bool) -> BlockSpec:
+    """Fused query_key_value and a plain MLP; each norm feeds one linear."""
+    qkv, dense = f"{attention}.query_key_value", f"{attention}.dense"
+    return BlockSpec(
+        inputs=(
+            SharedInput((qkv,), 0),
+            SharedInput((dense,), 1),
+            SharedInput(("mlp.dense_h_to_4h",), 0 if parallel else 2),
+            SharedInput(("mlp.dense_4h_to_h",), 1 if parallel else 3),
+        ),
+        balance=(
+            Balance(first_norm, (qkv,), "norm"),
+            Balance(second_norm, ("mlp.dense_h_to_4h",), "norm"),
+        ),
+        scores=(qkv,),
+        unbalanced=(INTERLEAVED.format(dense=dense), WRAPPED.format(down="mlp.dense_4h_to_h", act=act)),
+    )
+
+
+def gpt_neox(config: Any) -> ArchitectureSpec:
+    """GPT-NeoX and Pythia; the head is ``embed_out`` in the file."""
+    block = _fused(
+        "attention", "input_layernorm", "post_attention_layernorm", config.hidden_act, config.use_parallel_residual
+    )
+    return ArchitectureSpec(
+        family="gpt_neox",
+        blocks="gpt_neox.layers",
+        n_blocks=config.num_hidden_layers,
+        norm="layer",
+        block=lambda index: block,
+        root_renames=(("embed_out.", "lm_head."),),
+    )
+
+
+def bloom(config: Any) -> ArchitectureSpec:
+    """BLOOM; with ``apply_residual_connection_post_layernorm`` the norms feed the residual and absorb nothing."""
+    block = _fused("self_attention", "input_layernorm", "post_attention_layernorm", "gelu", False)
+    if config.apply_residual_connection_post_layernorm:
+        reason = "norms: their output also feeds the residual stream"
+        block = BlockSpec(block.inputs, (), scores=block.scores, unbalanced=(*block.unbalanced, reason))
+    return ArchitectureSpec(
+        family="bloom",
+        blocks="transformer.h",
+        n_blocks=config.n_layer,
+        norm="layer",
+        block=lambda index: block,
+        tuple_output=True,
+        attention="eager",
+    )
+
+
+def falcon(config: Any) -> ArchitectureSpec:
+    """Falcon: two norms in parallel (40B), one norm for both (7B, 11B), or sequential blocks (RW)."""
+    act = config.activation
+    two_norms = config.new_decoder_architecture and config.num_ln_in_parallel_attn in (None, 2)
+    parallel = config.new_decoder_architecture or config.parallel_attn
+    if two_norms:
+        block = _fused("self_attention", "ln_attn", "ln_mlp", act, True)
+    elif not parallel:
+        block = _fused("self_attention", "input_layernorm", "post_attention_layernorm", act, False)
+    else:
+        qkv, up = "self_attention.query_key_value", "mlp.dense_h_to_4h"
+        block = BlockSpec(
+            inputs=(
+                SharedInput((qkv, up), 0),
+                SharedInput(("self_attention.dense",), 1),
+                SharedInput(("mlp.dense_4h_to_h",), 1),
+            ),
+            balance=(Balance("input_layernorm", (qkv, up), "norm"),),
+            scores=(qkv,),
+            unbalanced=(
+                INTERLEAVED.format(dense="self_attention.dense"),
+                WRAPPED.format(down="mlp.dense_4h_to_h", act=act),
+            ),
+        )
+    return ArchitectureSpec(
+        family="falcon",
+        blocks="transformer.h",
+        n_blocks=config.num_hidden_layers,
+        norm="layer",
+        block=lambda index: block,
+        tuple_output=True,
+    )

@@ -1,0 +1,172 @@
+"""The architecture table's vocabulary: which linears share an input, and where a channel scale can be absorbed.
+
+A method never tests for Llama or OPT; it reads these groups. Names are those of the checkpoint files, relative to a
+decoder block (``self_attn.q_proj``, ``block_sparse_moe.experts.3.w1``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+NormKind = Literal["rms", "rms_plus_one", "layer"]
+
+
+@dataclass(frozen=True)
+class SharedInput:
+    """Linears that read the same tensor, and so share one Gram matrix.
+
+    ``stage`` orders them by execution: everything of a lower stage has run before (q/k/v: 0, o: 1, gate/up: 2,
+    down: 3). Parallel blocks have their MLP input in stage 0 as well.
+    """
+
+    linears: tuple[str, ...]
+    stage: int
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Query heads, key/value heads and the width of one head."""
+
+    query: int
+    key_value: int
+    width: int
+
+    @property
+    def repeats(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.query // self.key_value
+
+
+@dataclass(frozen=True)
+class Balance:
+    """A place where ``producer(x) / s`` and ``consumers(s * x)`` cancel exactly.
+
+    Attributes:
+        producer: a norm (``kind == "norm"``) or a linear.
+        consumers: *every* linear and router that reads the producer's output.
+        kind: ``norm``: s divides gain and bias. ``linear``: s divides rows and bias of the producer (elementwise
+            products and ReLU commute with s > 0). ``value``: the producer makes attention values, so a scale per
+            value channel reaches the consumer once per query head that shares the key/value head.
+        rows: first and last row of a fused producer that feed the consumers, None for all.
+        heads: only for ``value``.
+    """
+
+    producer: str
+    consumers: tuple[str, ...]
+    kind: Literal["norm", "linear", "value"]
+    rows: tuple[int, int] | None = None
+    heads: Heads | None = None
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One decoder block.
+
+    Attributes:
+        inputs: every linear of the block, grouped by shared input, in execution order.
+        balance: where scales can be absorbed.
+        routers: linears that choose experts; never quantized, but they read balanced inputs.
+        scores: linears that make queries and keys. Softmax lies behind them, so the error of their own output is a
+            poor guide for fine choices such as clipping.
+        unbalanced: reasons why a usual pair is absent, for the plan.
+    """
+
+    inputs: tuple[SharedInput, ...]
+    balance: tuple[Balance, ...]
+    routers: tuple[str, ...] = ()
+    scores: tuple[str, ...] = ()
+    unbalanced: tuple[str, ...] = ()
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return tuple(name for shared in self.inputs for name in shared.linears)
+
+    def shared_input(self, linear: str) -> SharedInput:
+        """The group that ``linear`` belongs to."""
+        return next(shared for shared in self.inputs if linear in shared.linears)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Where a block keeps its experts, which transformers stores as fused 3-D parameters.
+
+    Attributes:
+        module: path of the experts module inside a block of the model class, e.g. ``mlp.experts``.
+        gate, up, down: names of one expert's linears in the checkpoint.
+        count: experts per layer.
+        hidden, intermediate: widths.
+        activation: transformers' name of the activation between gate and product.
+    """
+
+    module: str
+    gate: str
+    up: str
+    down: str
+    count: int
+    hidden: int
+    intermediate: int
+    activation: str
+
+
+@dataclass(frozen=True)
+class ArchitectureSpec:
+    """One model family, resolved for one config.
+
+    Attributes:
+        family: ``model_type`` of the config.
+        blocks: path of the list of decoder blocks, in the checkpoint and in the model class.
+        n_blocks: how many there are.
+        norm: how a gain is stored: ``rms`` and ``layer`` store g, ``rms_plus_one`` stores g - 1.
+        block: index -> `BlockSpec`.
+        renames: (prefix in the checkpoint, prefix in the model class), relative to a block.
+        root_renames: the same for names outside the blocks (GPT-NeoX calls its head ``embed_out`` on disk).
+        tuple_output: the block returns a tuple whose first element is the hidden state.
+        conv1d: linears are GPT-2's Conv1D, whose weight is stored ``[in, out]``.
+        experts: index -> `Experts`, or None for a dense block.
+        attention: implementation used to run calibration; ``sdpa`` where the family supports it.
+    """
+
+    family: str
+    blocks: str
+    n_blocks: int
+    norm: NormKind
+    block: Callable[[int], BlockSpec]
+    renames: tuple[tuple[str, str], ...] = ()
+    root_renames: tuple[tuple[str, str], ...] = ()
+    tuple_output: bool = False
+    conv1d: bool = False
+    experts: Callable[[int], Experts | None] = field(default=lambda index: None)
+    attention: Literal["sdpa", "eager"] = "sdpa"
+
+    def prefix(self, index: int) -> str:
+        """``model.layers.7.``"""
+        return f"{self.blocks}.{index}."
+
+    @property
+    def base_prefix(self) -> str:
+        """First component of the path of the blocks; some checkpoints leave it out."""
+        return self.blocks.split(".")[0] + "."
+
+    def module_name(self, name: str) -> str:
+        """Block-relative checkpoint name -> block-relative name in the model class."""
+        for stored, module in self.renames:
+            if name.startswith(stored):
+                return module + name[len(stored) :]
+        return name
+
+    def root_module_name(self, name: str) -> str:
+        """The same for a full name, inside or outside the blocks."""
+        if name.startswith(self.blocks + "."):
+            index, _, rest = name[len(self.blocks) + 1 :].partition(".")
+            return f"{self.blocks}.{index}.{self.module_name(rest)}"
+        for stored, module in self.root_renames:
+            if name.startswith(stored):
+                return module + name[len(stored) :]
+        return name
+
+
+Family = Callable[[Any], ArchitectureSpec]
+"""transformers config -> spec."""

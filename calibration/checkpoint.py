@@ -1,0 +1,287 @@
+"""Safetensors checkpoints: headers without tensors, one tensor at a time, and shards that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from calibration.errors import ToolkitError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+SHARD_BYTES = 4_000_000_000
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    shard: str
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for d in self.shape:
+            n *= d
+        return n
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+def _header(path: Path) -> dict[str, TensorInfo]:
+    """The header of one shard, checked against the size of the file."""
+    damaged = "the download or copy was cut short: fetch this file again"
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(size - 8, 100_000_000):
+                raise ToolkitError(f"{path}: truncated or corrupt ({size} bytes, header of {length})", damaged)
+            header = json.loads(file.read(length))
+        entries = {k: v for k, v in header.items() if k != "__metadata__"}
+        infos = {k: TensorInfo(DTYPES[v["dtype"]], tuple(v["shape"]), path.name) for k, v in entries.items()}
+        end = max((v["data_offsets"][1] for v in entries.values()), default=0)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ToolkitError(f"{path}: corrupt safetensors header ({error!r})", damaged) from None
+    if 8 + length + end != size:
+        raise ToolkitError(f"{path}: truncated or corrupt: {size} bytes, its header tells of {8 + length + end}", damaged)
+    return infos
+
+
+def _shards(folder: Path) -> list[str]:
+    """File names of the shards, from the index where there is one."""
+    index = folder / INDEX_FILE
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ToolkitError(f"{index}: corrupt index ({error!r})", "fetch this file again") from None
+        for name in names:
+            if not (folder / name).exists():
+                raise ToolkitError(
+                    f"{folder / name}: missing shard, named by {INDEX_FILE}", "fetch the missing file into the folder"
+                )
+        return names
+    if (folder / SINGLE_FILE).exists():
+        return [SINGLE_FILE]
+    found = sorted(p.name for p in folder.glob("*.safetensors"))
+    if found:
+        return found
+    pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+    if pickles:
+        raise ToolkitError(
+            f"{folder}: no safetensors, only pickle files ({', '.join(pickles[:3])}), which can run code when loaded",
+            "convert them first, e.g. with AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) "
+            "on a machine where you trust them",
+        )
+    raise ToolkitError(f"{folder}: no safetensors files in it", "name a folder that holds a Hugging Face checkpoint")
+
+
+class CheckpointReader:
+    """A Hugging Face checkpoint folder: config and headers at once, tensors one at a time.
+
+    Shards are opened on first use and stay open until `close`; pages of an open shard count as resident memory, so
+    the walk closes them after each block. ``base_prefix`` (``transformer``, ``model``) is put in front of every name
+    where the file leaves it out, as older GPT-2, BLOOM and OPT checkpoints do: names are those of the model class.
+
+    Raises:
+        ToolkitError: missing or empty folder, no safetensors, missing, truncated or corrupt shard.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise ToolkitError(f"{folder}: no such folder", "name a folder with config.json and *.safetensors")
+        self.folder = folder
+        self.config: dict[str, Any] = read_config(folder)
+        self._stored: dict[str, str] = {}  # name of the model class -> name in the file
+        self.infos: dict[str, TensorInfo] = {}
+        for shard in _shards(folder):
+            for name, info in _header(folder / shard).items():
+                self.infos[name] = info
+                self._stored[name] = name
+        self._open: dict[str, Any] = {}
+
+    @classmethod
+    def of_file(cls, path: Path) -> CheckpointReader:
+        """One safetensors file without a config."""
+        reader = cls.__new__(cls)
+        reader.folder, reader.config, reader._open = path.parent, {}, {}
+        reader.infos = _header(path)
+        reader._stored = {name: name for name in reader.infos}
+        return reader
+
+    def add_base_prefix(self, prefix: str, outside: tuple[str, ...] = ("lm_head.",)) -> None:
+        """Put ``prefix`` in front of all names but ``outside``, unless some name already has it."""
+        if any(name.startswith(prefix) for name in self.infos):
+            return
+        names = {n: n if n.startswith(outside) else prefix + n for n in self.infos}
+        self.infos = {names[n]: info for n, info in self.infos.items()}
+        self._stored = {names[n]: stored for n, stored in self._stored.items()}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor in its stored dtype, a copy that does not keep the shard mapped."""
+        info = self.infos[name]
+        try:
+            if info.shard not in self._open:
+                self._open[info.shard] = safe_open(self.folder / info.shard, framework="pt")
+            return self._open[info.shard].get_tensor(self._stored[name]).clone()
+        except (SafetensorError, OSError) as error:
+            raise ToolkitError(f"{self.folder / info.shard}: cannot read {name} ({error})", "fetch it again") from None
+
+    def close(self) -> None:
+        """Unmap all shards. Reading another tensor opens them again."""
+        self._open.clear()
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(info.nbytes for info in self.infos.values())
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a checkpoint folder.
+
+    Raises:
+        ToolkitError: missing, or not JSON.
+    """
+    path = folder / "config.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ToolkitError(f"{path}: no such file", "name a folder that holds a Hugging Face checkpoint") from None
+    except ValueError as error:
+        raise ToolkitError(f"{path}: not readable as JSON ({error})", "fetch this file again") from None
+    assert isinstance(data, dict)
+    return data
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a read-only folder into an error that names the path."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        code = getattr(error, "errno", None)
+        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise ToolkitError(f"{path}: the disk is full", "free some space, then run again with --resume") from None
+        if code in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise ToolkitError(f"{path}: not writable ({error})", "choose another --out folder") from None
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a directory, so that the names in it survive a crash."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, fsync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with disk_errors(path):
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        sync_folder(path.parent)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write one safetensors file under a temporary name, fsync, rename. The same tensors give the same bytes."""
+    temporary = path.with_name(path.name + ".tmp")
+    with disk_errors(path):
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata or {"format": "pt"})
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        sync_folder(path.parent)
+
+
+class ShardWriter:
+    """Write a checkpoint shard by shard, holding one shard at most; the index comes last.
+
+    ``add`` tensors in any order, then ``finish``: shards get their final names (``model-00001-of-00003.safetensors``,
+    or ``model.safetensors`` for one) and the index is written. Two tensors of one name are an error of ours.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self.folder = folder
+        self.shard_bytes = shard_bytes
+        self.total_bytes = 0
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._shard_of: dict[str, int] = {}
+        self._shards = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        assert name not in self._shard_of and name not in self._pending, f"{name} written twice"
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.shard_bytes:
+            self._flush()
+        self._pending[name] = tensor
+        self._pending_bytes += size
+        self.total_bytes += size
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:05d}.safetensors.part"
+
+    def _flush(self) -> None:
+        save_tensors(self._path(self._shards), self._pending)
+        self._shard_of |= dict.fromkeys(self._pending, self._shards)
+        self._pending, self._pending_bytes = {}, 0
+        self._shards += 1
+
+    def finish(self) -> list[str]:
+        """Write what is pending, give the shards their names, write the index; returns the file names."""
+        if self._pending:
+            self._flush()
+        n = self._shards
+        names = [SINGLE_FILE] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+        for shard, name in enumerate(names):
+            self._path(shard).rename(self.folder / name)
+        if n > 1:
+            weight_map = {name: names[shard] for name, shard in sorted(self._shard_of.items())}
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            write_atomically(self.folder / INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())
+        sync_folder(self.folder)
+        return names

@@ -1,0 +1,130 @@
+"""`Context`: the data of one segment, by asking. The number of forward passes is visible in what a pass asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from calibration.architectures import SharedInput
+from calibration.capture import accumulate
+from calibration.errors import ToolkitError
+from calibration.segment import Segment
+from calibration.states import HiddenStates
+from calibration.statistics import Gram, Statistic
+
+S = TypeVar("S", bound=Statistic)
+
+
+class Context:
+    """Statistics of one segment on the calibration inputs.
+
+    Linears that share an input share their accumulators. The first request gathers ``kinds`` for every input of the
+    block in one forward pass; exact edits keep them valid (`rescale`), any other edit makes them stale, and passes
+    that want fresh ones say so with `refresh`.
+
+    Args:
+        segment: the block.
+        states: hidden states entering it, None where no pass needs data.
+        kinds: what all passes of the run will ask for.
+        propagate: also replace the states by the block's outputs while gathering: on a float stream one forward does
+            both, because nothing edited the block yet.
+        allow_unseen: an expert without calibration tokens gets a zero Gram instead of an error.
+        advance: called after every batch and every linear with what was done, for the progress display.
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        states: HiddenStates | None,
+        kinds: Sequence[type[Statistic]],
+        propagate: bool,
+        allow_unseen: bool,
+        advance: Callable[[str], None],
+    ) -> None:
+        self.segment = segment
+        self.forwards = 0
+        self.advance = advance
+        self._states = states
+        self._kinds = tuple(kinds)
+        self._propagate = propagate
+        self._allow_unseen = allow_unseen
+        self._store: dict[tuple[SharedInput, type[Any]], Statistic] = {}
+        self._products: dict[SharedInput, torch.Tensor] = {}
+        self._product_dtype = next(segment.module.parameters()).dtype
+
+    def statistic(self, linear: str, kind: type[S]) -> S:
+        """The accumulator of the input of ``linear``, gathered before the first edit that was not exact."""
+        shared = self.segment.spec.shared_input(linear)
+        if (shared, kind) not in self._store:
+            assert kind in self._kinds, f"a pass asks for {kind.__name__} without declaring it"
+            self._gather(self.segment.spec.inputs, self._kinds)
+        found = self._store[shared, kind]
+        assert isinstance(found, kind)
+        return found
+
+    def has(self, kind: type[Statistic]) -> bool:
+        """Whether passes of this run gather ``kind``."""
+        return kind in self._kinds
+
+    def product_gram(self, linear: str) -> torch.Tensor:
+        """The Gram matrix ``[in, in]`` in the dtype in which products are fast: that of the forward pass where it is
+        bfloat16, else as gathered. Made once per input, for searches that multiply by it many times."""
+        gram = self.statistic(linear, Gram)
+        if self._product_dtype != torch.bfloat16:
+            return gram.matrix
+        shared = self.segment.spec.shared_input(linear)
+        if shared not in self._products:
+            self._products = {shared: gram.matrix.to(torch.bfloat16)}  # one at a time: a Gram matrix may be large
+        return self._products[shared]
+
+    def refresh(self, stage: int, kind: type[Statistic]) -> None:
+        """Gather ``kind`` again for the inputs of one stage, with the block as it now is (one forward pass)."""
+        self._gather(tuple(s for s in self.segment.spec.inputs if s.stage == stage), (kind,))
+
+    def rescale(self, linears: Sequence[str], s: torch.Tensor) -> None:
+        """Follow an exact balance: the inputs of ``linears`` are now divided by ``s [in]``."""
+        shared = {self.segment.spec.shared_input(name) for name in linears}
+        for (key, _), statistic in self._store.items():
+            if key in shared:
+                statistic.rescale(s)
+        self._products.clear()
+
+    def _gather(self, inputs: Sequence[SharedInput], kinds: Sequence[type[Statistic]]) -> None:
+        segment, states = self.segment, self._states
+        if self._propagate:
+            assert segment.edits == 0 and self.forwards == 0, "a float stream is collected once, before any edit"
+        assert states is not None, "this run has no calibration samples"
+        segment.sync()
+        device = next(iter(segment.masters.values())).device
+        fresh = {
+            (shared, kind): kind(segment.weight(shared.linears[0]).shape[1], device)
+            for shared in inputs
+            for kind in kinds
+        }
+        hooks = {
+            segment.architecture.module_name(shared.linears[0]): [fresh[shared, kind] for kind in kinds]
+            for shared in inputs
+        }
+        with accumulate(segment.module, hooks):
+            states.run(segment.module, segment.index, keep=self._propagate, advance=self.advance)
+        self.forwards += 1
+        self._store.update(fresh)
+        self._products.clear()
+        for (shared, _), statistic in fresh.items():
+            if not statistic.finite():
+                raise ToolkitError(
+                    f"{segment.full_name(shared.linears[0])}: NaN or Inf among its inputs",
+                    "the model overflows on this text: try --dtype float32, or check the checkpoint",
+                )
+        self._check_seen(inputs, kinds)
+
+    def _check_seen(self, inputs: Sequence[SharedInput], kinds: Sequence[type[Statistic]]) -> None:
+        unseen = [s for s in inputs if any(self._store[s, kind].tokens == 0 for kind in kinds)]
+        if unseen and not self._allow_unseen:
+            names = ", ".join(self.segment.full_name(s.linears[0]) for s in unseen[:4])
+            raise ToolkitError(
+                f"{names}{' ...' if len(unseen) > 4 else ''}: {len(unseen)} inputs saw no calibration tokens",
+                "use more --samples, or --unseen-experts rtn to round these experts without data",
+            )

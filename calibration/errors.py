@@ -1,0 +1,56 @@
+"""Errors a user can act on. Everything else is a bug of ours and keeps its traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class ToolkitError(Exception):
+    """Something the user can fix. ``message`` names the thing and its value, ``fix`` says what to do.
+
+    The command line prints both and exits with code 2, without a traceback.
+    """
+
+    def __init__(self, message: str, fix: str) -> None:
+        super().__init__(f"{message}\n    fix: {fix}")
+        self.message = message
+        self.fix = fix
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One reason why a plan cannot be carried out: which tensor or option, why, and a fix that works."""
+
+    subject: str
+    reason: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.reason}\n    fix: {self.fix}"
+
+
+class PlanError(ToolkitError):
+    """Every problem of a plan at once, so that a user repairs a recipe in one go."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        assert self.problems, "a PlanError needs at least one problem"
+        Exception.__init__(self, "\n".join(str(p) for p in self.problems))
+        self.message = "; ".join(f"{p.subject}: {p.reason}" for p in self.problems)
+        self.fix = "; ".join(p.fix for p in self.problems)
+
+
+def nearest(value: str, known: Iterable[str]) -> str:
+    """``"did you mean 'awq'? "`` for the closest known name, or an empty string."""
+    found = difflib.get_close_matches(value, list(known), n=1, cutoff=0.4)
+    return f"did you mean '{found[0]}'? " if found else ""
+
+
+def unknown_value(option: str, value: str, known: Iterable[str]) -> ToolkitError:
+    """The error for an option value outside a fixed list, with the nearest name."""
+    choices = list(known)
+    return ToolkitError(
+        f"{option}: unknown value '{value}'", f"{nearest(value, choices)}use one of: {', '.join(choices)}"
+    )

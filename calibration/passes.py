@@ -1,0 +1,86 @@
+"""What a method is: one pass over one segment, with its place in the order of things."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+from typing import Any, ClassVar, Literal, Protocol
+
+from calibration.context import Context
+from calibration.errors import Problem
+from calibration.segment import Segment
+from calibration.statistics import Statistic
+
+Stream = Literal["none", "either", "quantized"]
+"""Which calibration inputs a pass wants: none at all; those of the float model or of the quantized one, whichever the
+run has (float where nothing asks for more, as AWQ was published); or what the quantized blocks before it produce."""
+
+
+class Phase(IntEnum):
+    """The composition rule: passes of a recipe must not go back to an earlier phase.
+
+    REBASE and BALANCE keep the function of the block (without data, with data). CHOOSE fills schemes and ranges and
+    leaves weights alone. ROUND quantizes every linear that has a scheme, exactly once. REPAIR moves what is left. GATE
+    adds activation thresholds.
+    """
+
+    REBASE = 0
+    BALANCE = 1
+    CHOOSE = 2
+    ROUND = 3
+    REPAIR = 4
+    GATE = 5
+
+
+class Pass(Protocol):
+    """A method. Its frozen dataclass *is* its configuration; nothing survives from one segment to the next.
+
+    Attributes:
+        name: as recipes and ``--method`` spell it.
+        phases: what it promises, in order (AWQ balances, then chooses clipping ranges).
+        stream: see `Stream`.
+        statistics: accumulators it reads, gathered for all passes of a run in one forward.
+    """
+
+    name: ClassVar[str]
+    phases: ClassVar[tuple[Phase, ...]]
+    stream: ClassVar[Stream]
+    statistics: ClassVar[tuple[type[Statistic], ...]]
+
+    def check(self, view: Any) -> Iterable[Problem]:
+        """What can be refused from shapes and schemes alone. ``view`` is the plan under construction."""
+
+    def forwards(self) -> int:
+        """Forward passes per block beyond the one that gathers the statistics."""
+
+    def apply(self, segment: Segment, context: Context) -> None:
+        """Edit the segment in place; report numbers through ``segment.note``."""
+
+
+def check_order(passes: Sequence[Pass]) -> Iterable[Problem]:
+    """Problems of order: phases that go back, and anything but exactly one rounding pass."""
+    for before, after in zip(passes, passes[1:], strict=False):
+        if after.phases[0] < before.phases[-1]:
+            yield Problem(
+                f"{before.name}+{after.name}",
+                f"'{after.name}' ({after.phases[0].name}) cannot follow '{before.name}' ({before.phases[-1].name})",
+                f"write {after.name}+{before.name}",
+            )
+    rounding = [p.name for p in passes if Phase.ROUND in p.phases]
+    if len(rounding) > 1:
+        yield Problem("+".join(rounding), "more than one pass rounds the weights", f"keep one of {', '.join(rounding)}")
+
+
+def stream_of(passes: Sequence[Pass]) -> Stream:
+    """The one stream of calibration inputs that serves all passes."""
+    wanted = {p.stream for p in passes}
+    return "quantized" if "quantized" in wanted else "either" if "either" in wanted else "none"
+
+
+def forwards_per_block(passes: Sequence[Pass]) -> int:
+    """Forward passes over the calibration set per block: one that gathers (and on a float stream propagates at once),
+    those that passes add, and one that propagates through the quantized block."""
+    stream = stream_of(passes)
+    if stream == "none":
+        return 0
+    return 1 + sum(p.forwards() for p in passes) + (stream == "quantized")

@@ -1,0 +1,213 @@
+"""The run record: what was run, on what, with which numbers. Reports are views of it and compute nothing.
+
+Two files hold it. ``report.json`` is a function of the inputs alone: the same run writes the same bytes, resumed or
+not. ``timings.json`` has what differs from run to run: seconds and memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from calibration.errors import ToolkitError
+
+SCHEMA_VERSION = 1
+REPORT_FILE = "report.json"
+TIMINGS_FILE = "timings.json"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything that decides what a perplexity means. Two numbers compare only where their protocols are equal.
+
+    Attributes:
+        name: ``gptq`` (disjoint windows), ``llama.cpp`` or ``hf-stride``.
+        dataset: name or file name of the text, with its split and revision where it has them.
+        text_fingerprint: sha256 (first 16 hex digits) of the UTF-8 text that was tokenized.
+        join: how rows became one text: ``"\\n\\n"``, ``" "``, or ``file as it is``.
+        special_tokens: whether the tokenizer added its special tokens.
+        window, stride: tokens.
+        tokens_scored: targets that entered the mean.
+        dtype: of the forward pass. Log-probabilities are always float32.
+    """
+
+    name: str
+    dataset: str
+    text_fingerprint: str
+    join: str
+    special_tokens: bool
+    window: int
+    stride: int
+    tokens_scored: int
+    dtype: str
+
+    def differences(self, other: Protocol) -> dict[str, tuple[Any, Any]]:
+        """The fields in which two protocols differ, with both values."""
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        return {k: (mine[k], theirs[k]) for k in mine if mine[k] != theirs[k]}
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Distance from the reference model on the same tokens (natural logarithms, float32 log-softmax).
+
+    Attributes:
+        kl_mean, kl_p99: KL(reference || model) in nats, mean and 99th percentile over scored tokens.
+        top1_agreement: fraction of scored positions where both models prefer the same token.
+        delta_nll: mean NLL difference (model - reference) in nats per token.
+        delta_nll_se: its paired standard error over windows (0 where there is one window).
+        reference_perplexity: of the reference, on the same tokens.
+    """
+
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+    delta_nll: float
+    delta_nll_se: float
+    reference_perplexity: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model scored under one protocol. ``model`` says which: ``float``, ``quantized`` or a name.
+
+    ``nll`` is the total negative log-likelihood in nats; words and bytes are those of the text that was scored, so
+    that word and byte perplexities can be derived.
+    """
+
+    model: str
+    protocol: Protocol
+    perplexity: float
+    nll: float
+    words: int
+    bytes: int
+    divergence: Divergence | None = None
+    path: str = "float"  # how linears were computed: "float", or the kernels used, e.g. "reference x 42"
+
+
+@dataclass(frozen=True)
+class LinearRecord:
+    """One quantized linear.
+
+    Attributes:
+        name: full name in the checkpoint, without ``.weight``.
+        block: index of the decoder block.
+        shape: ``[out, in]``.
+        relative_error: ||(Q(W) - W) X||^2 / ||W X||^2 on the calibration inputs, from the Gram matrix; None where no
+            data were gathered (plain RTN gathers none).
+        weight_error: ||Q(W) - W||^2 / ||W||^2.
+        notes: what the passes reported, e.g. ``{"awq.alpha": 0.45}``.
+    """
+
+    name: str
+    block: int
+    shape: tuple[int, int]
+    scheme: str
+    bits_per_weight: float
+    weight_error: float
+    relative_error: float | None = None
+    notes: dict[str, float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The whole run. Every field is plain JSON or one of the dataclasses above.
+
+    Attributes:
+        model: ``name``, ``architecture``, ``parameters``, ``dtype``, ``fingerprint`` (of config and headers),
+            ``bytes`` (of all tensors of the float checkpoint).
+        recipe: the resolved recipe: passes with all their settings, schemes, format.
+        calibration: dataset, samples, seq_len, seed, join, special_tokens, tokens, fingerprint; empty if data-free.
+        result: ``format``, ``bytes`` (of all tensors written), ``quantized_bytes``, ``bits_per_weight``,
+            ``quantized_linears``, ``quantized_weights``, ``forward_passes`` (per block), ``loads_in``
+            (program -> "yes" or the reason why not), ``verified`` (linears read back and compared).
+        left: ``{"what", "why", "count"}`` for everything that stayed in float.
+        versions: of this toolkit and the libraries below it.
+    """
+
+    model: dict[str, Any]
+    recipe: dict[str, Any]
+    calibration: dict[str, Any]
+    result: dict[str, Any]
+    linears: tuple[LinearRecord, ...]
+    left: tuple[dict[str, Any], ...]
+    evaluations: tuple[Evaluation, ...]
+    versions: dict[str, str]
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What differs between two runs of the same thing.
+
+    Attributes:
+        seconds: wall time of the whole run; ``stages`` splits it by name.
+        peak_rss_bytes: highest resident set; ``base_rss_bytes`` is what the interpreter and libraries took before.
+        device, threads: where it ran.
+        resumed_from: number of blocks that were already there.
+    """
+
+    seconds: float
+    stages: dict[str, float]
+    peak_rss_bytes: int
+    base_rss_bytes: int
+    device: str
+    threads: int
+    resumed_from: int = 0
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+
+
+def evaluation_from_json(data: dict[str, Any]) -> Evaluation:
+    """The inverse of ``dataclasses.asdict`` for one `Evaluation`."""
+    divergence = data.get("divergence")
+    return Evaluation(
+        **{
+            **data,
+            "protocol": Protocol(**data["protocol"]),
+            "divergence": None if divergence is None else Divergence(**divergence),
+        }
+    )
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ToolkitError(f"{path}: no such file", "name the output folder of a finished `ptq quantize` run") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ToolkitError(f"{path}: not readable as JSON ({error})", "run `ptq quantize` again") from None
+    assert isinstance(data, dict)
+    return data
+
+
+def read_record(run: Path) -> RunRecord:
+    """``report.json`` of a run (its folder, or the file itself).
+
+    Raises:
+        ToolkitError: no such file, not JSON, or written by a newer schema.
+    """
+    path = run if run.suffix == ".json" else run / REPORT_FILE
+    data = _load_json(path)
+    if data.get("schema_version") != SCHEMA_VERSION:
+        raise ToolkitError(
+            f"{path}: schema version {data.get('schema_version')}, this version reads {SCHEMA_VERSION}",
+            "compare runs written by the same version of ptq, or repeat the run",
+        )
+    linears = tuple(LinearRecord(**{**entry, "shape": tuple(entry["shape"])}) for entry in data["linears"])
+    evaluations = tuple(evaluation_from_json(entry) for entry in data["evaluations"])
+    return RunRecord(**{**data, "linears": linears, "left": tuple(data["left"]), "evaluations": evaluations})
+
+
+def read_timings(run: Path) -> Timings | None:
+    """``timings.json`` beside a record, or None where there is none."""
+    folder = run.parent if run.suffix == ".json" else run
+    path = folder / TIMINGS_FILE
+    return Timings(**_load_json(path)) if path.exists() else None

@@ -1,0 +1,139 @@
+"""`Segment`: one decoder block as the passes see it, with float32 master weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from calibration.architectures import ArchitectureSpec, Balance, BlockSpec
+from calibration.errors import ToolkitError
+
+
+class Replacement(Protocol):
+    """What a rounding pass puts in place of a weight. This package knows no more of it."""
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight a user will run, ``[out, in]``."""
+
+
+@dataclass
+class Segment:
+    """One block between load and commit.
+
+    All names are block-relative names of the checkpoint. ``masters`` hold every parameter in float32 (float64 in
+    exactness tests); the module holds copies in the dtype of the forward pass, refreshed by `sync`. Weights are
+    ``[out, in]`` here also where the file stores them transposed (Conv1D).
+
+    Attributes:
+        index: of the block; ``prefix`` is its path in the checkpoint.
+        schemes: linear -> scheme (of a type this package does not know); linears that stay float are absent.
+        quantized: linear -> result of the rounding pass.
+        ranges: linear -> clipping bounds ``[out, groups]`` that rounding must use.
+        errors: linear -> ``{"weight": ..., "output": ...}`` relative errors, filled by the rounding pass.
+        notes: linear -> numbers worth recording, ``{"awq.alpha": 0.45}``.
+        edits: counts changes that are not exact; statistics gathered before such a change are stale.
+    """
+
+    index: int
+    prefix: str
+    spec: BlockSpec
+    architecture: ArchitectureSpec
+    module: nn.Module
+    masters: dict[str, torch.Tensor]
+    stored_dtypes: dict[str, torch.dtype]
+    schemes: dict[str, Any]
+    quantized: dict[str, Replacement] = field(default_factory=dict)
+    ranges: dict[str, torch.Tensor] = field(default_factory=dict)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: dict[str, dict[str, float | str]] = field(default_factory=dict)
+    edits: int = 0
+    _stale: set[str] = field(default_factory=set)
+
+    def weight(self, linear: str) -> torch.Tensor:
+        """The master weight ``[out, in]`` (a view: edit it through `set_weight`)."""
+        w = self.masters[f"{linear}.weight"]
+        return w.T if self.architecture.conv1d and w.ndim == 2 else w
+
+    def set_weight(self, linear: str, w: torch.Tensor, exact: bool = False) -> None:
+        """Replace a weight ``[out, in]``. ``exact`` edits leave the block's function, and so statistics, unchanged."""
+        self.weight(linear).copy_(w)
+        self._touch(f"{linear}.weight", exact)
+
+    def _touch(self, name: str, exact: bool) -> None:
+        self._stale.add(name)
+        self.edits += not exact
+
+    def note(self, linear: str, **values: float | str) -> None:
+        self.notes.setdefault(linear, {}).update(values)
+
+    def full_name(self, name: str) -> str:
+        return self.prefix + name
+
+    def absorb(self, group: Balance, s: torch.Tensor) -> torch.Tensor:
+        """Divide the producer by ``s`` and multiply the consumers' input columns by it; the function is unchanged.
+
+        Args:
+            s: positive, ``[channels of the producer]``: input width of the consumers, or for ``value`` groups
+                ``[key/value heads * head width]``.
+
+        Returns:
+            The factors that the consumers' inputs were divided by, ``[in]``. A norm's gain is rounded to its stored
+            dtype first and s is taken from the rounded gain, so that saving the norm does not undo exactness.
+        """
+        if not bool(torch.isfinite(s).all() and (s > 0).all()):
+            raise ToolkitError(
+                f"{self.full_name(group.producer)}: scales are not finite and positive",
+                "check the checkpoint and the calibration text for NaN or Inf",
+            )
+        if group.kind == "norm":
+            s = self._divide_norm(group.producer, s)
+        else:
+            self._divide_rows(group, s)
+            if group.heads is not None:
+                heads = group.heads
+                s = s.view(heads.key_value, 1, heads.width).expand(-1, heads.repeats, -1).reshape(-1)
+        for consumer in group.consumers:
+            self.weight(consumer).mul_(s)
+            self._touch(f"{consumer}.weight", exact=True)
+        return s
+
+    def _divide_norm(self, norm: str, s: torch.Tensor) -> torch.Tensor:
+        name = f"{norm}.weight"
+        stored = self.masters[name]
+        offset = 1.0 if self.architecture.norm == "rms_plus_one" else 0.0
+        gain = self._gain(stored, offset).clone()
+        rounded = (gain / s - offset).to(self.stored_dtypes[name]).to(stored.dtype)
+        kept = (gain == 0) | (self._gain(rounded, offset) == 0)  # a dead channel carries nothing: leave it alone
+        stored.copy_(torch.where(kept, stored, rounded))
+        effective = torch.where(kept, 1.0, gain / self._gain(stored, offset))
+        self._touch(name, exact=True)
+        bias = self.masters.get(f"{norm}.bias")
+        if bias is not None:
+            bias.div_(effective)
+            self._touch(f"{norm}.bias", exact=True)
+        return effective
+
+    @staticmethod
+    def _gain(stored: torch.Tensor, offset: float) -> torch.Tensor:
+        """What the norm multiplies by. Norms that store g - 1 add the 1 in float32, whatever the model's dtype."""
+        return (stored.float() + offset).to(stored.dtype) if offset else stored
+
+    def _divide_rows(self, group: Balance, s: torch.Tensor) -> None:
+        rows = slice(*group.rows) if group.rows else slice(None)
+        self.weight(group.producer)[rows].div_(s[:, None])
+        self._touch(f"{group.producer}.weight", exact=True)
+        bias = self.masters.get(f"{group.producer}.bias")
+        if bias is not None:
+            bias[rows].div_(s)
+            self._touch(f"{group.producer}.bias", exact=True)
+
+    def sync(self) -> None:
+        """Bring edited parameters into the module, in the dtype of the forward pass."""
+        for name in self._stale:
+            target = self.module.get_parameter(self.architecture.module_name(name)).data
+            if target.data_ptr() != self.masters[name].data_ptr():
+                target.copy_(self.masters[name])
+        self._stale.clear()

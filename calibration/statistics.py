@@ -1,0 +1,74 @@
+"""Streaming accumulators over the inputs of linears. Each sees a batch, folds it in, and forgets it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class Statistic(Protocol):
+    """What a pass may ask for about one shared input ``X [tokens, in]``."""
+
+    tokens: int
+
+    def __init__(self, in_features: int, device: torch.device) -> None: ...
+
+    def update(self, x: torch.Tensor) -> None:
+        """Fold in ``x [tokens, in]`` (the dtype of the forward pass)."""
+
+    def rescale(self, s: torch.Tensor) -> None:
+        """What the statistic becomes when the input is divided by ``s [in]``: exact, no forward pass."""
+
+    def finite(self) -> bool:
+        """Whether all inputs were free of NaN and Inf."""
+
+
+class Gram:
+    """G = sum over tokens of x^T x, float32 ``[in, in]``.
+
+    The product of one batch is made in the dtype of the forward pass (bfloat16 products accumulate in float32 and
+    round once per batch and entry, a relative error below 2^-8 that averages out over batches); batches add up in
+    float32. Every layer objective ||dW X^T||^2 is ``sum((dW G) * dW)``.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.matrix = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def update(self, x: torch.Tensor) -> None:
+        if x.dtype == torch.float64:
+            self.matrix = self.matrix.double()
+        elif x.dtype == torch.float16:
+            x = x.float()  # squares of outliers overflow float16
+        self.matrix += x.T @ x
+        self.tokens += x.shape[0]
+
+    def rescale(self, s: torch.Tensor) -> None:
+        s = s.to(self.matrix.dtype)
+        self.matrix.div_(s[:, None]).div_(s[None, :])
+
+    def finite(self) -> bool:
+        return bool(torch.isfinite(self.matrix.diagonal()).all())
+
+
+class AbsMean:
+    """Sum over tokens of |x| per input channel, float32 ``[in]``; `mean` divides by the number of tokens."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.total = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def update(self, x: torch.Tensor) -> None:
+        self.total += x.abs().sum(dim=0, dtype=torch.float32)
+        self.tokens += x.shape[0]
+
+    def rescale(self, s: torch.Tensor) -> None:
+        self.total.div_(s.to(self.total.dtype))
+
+    def finite(self) -> bool:
+        return bool(torch.isfinite(self.total).all())
+
+    def mean(self) -> torch.Tensor:
+        """``[in]``; zeros where no token was seen."""
+        return self.total / max(self.tokens, 1)

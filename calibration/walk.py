@@ -1,0 +1,196 @@
+"""The streaming loop: load a block, apply the passes, commit it to a file, propagate through what was written.
+
+Memory is one block, the hidden states and the statistics of one block; nothing grows with depth. The committed files
+are the only truth: ``--resume`` replays finished blocks to get the hidden states back, and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibration.checkpoint import CheckpointReader, save_tensors, write_atomically
+from calibration.context import Context
+from calibration.passes import Pass, forwards_per_block, stream_of
+from calibration.progress import Progress
+from calibration.segment import Segment
+from calibration.skeleton import Skeleton, load_parameters, release
+from calibration.states import HiddenStates
+from calibration.statistics import Statistic
+from calibration.text import TokenBatches
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Everything that stays the same from block to block.
+
+    Attributes:
+        schemes: block index -> {linear: scheme} of the linears to quantize, block-relative names.
+        encode: a finished segment -> the tensors of its file, full checkpoint names.
+        restore: the tensors of a file -> float weights under full checkpoint names, in the dtype given.
+        folder: where ``block-00007.safetensors`` and ``block-00007.json`` go.
+        master_dtype: float32; float64 in exactness tests.
+        allow_unseen: experts without calibration tokens are rounded without data instead of stopping the run.
+    """
+
+    reader: CheckpointReader
+    skeleton: Skeleton
+    passes: Sequence[Pass]
+    schemes: Callable[[int], Mapping[str, Any]]
+    encode: Callable[[Segment], dict[str, torch.Tensor]]
+    restore: Callable[[Tensors, torch.dtype], dict[str, torch.Tensor]]
+    folder: Path
+    batch_size: int = 4
+    master_dtype: torch.dtype = torch.float32
+    allow_unseen: bool = False
+
+    def tensors_path(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.safetensors"
+
+    def record_path(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.json"
+
+    def finished(self) -> int:
+        """Blocks from the first on that are committed. The tensor file is renamed into place last."""
+        count = 0
+        while self.tensors_path(count).exists() and self.record_path(count).exists():
+            count += 1
+        return min(count, self.skeleton.spec.n_blocks)
+
+    def kinds(self) -> tuple[type[Statistic], ...]:
+        """Union of the statistics that the passes read, in order of first mention."""
+        return tuple(dict.fromkeys(kind for p in self.passes for kind in p.statistics))
+
+    @torch.no_grad()
+    def run(self, tokens: TokenBatches | None, progress: Progress) -> None:
+        """Process every block that is not finished.
+
+        Args:
+            tokens: calibration samples; None where no pass needs data.
+        """
+        stream, n_blocks, done = stream_of(self.passes), self.skeleton.spec.n_blocks, self.finished()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        states = None
+        if stream != "none" and done < n_blocks:
+            assert tokens is not None, "these passes need calibration samples"
+            states = self._enter(tokens, progress)
+            progress.stage("replay", done * len(states.batches)) if done else None
+            for index in range(done):
+                self._replay(index, states, stream == "quantized", progress)
+        linears = sum(len(self.schemes(i)) for i in range(done, n_blocks))
+        batches = len(states.batches) if states else 0
+        per_block = batches * forwards_per_block(self.passes)
+        progress.stage("blocks", (n_blocks - done) * per_block + linears)
+        for index in range(done, n_blocks):
+            self._block(index, states, stream, progress)
+
+    def _enter(self, tokens: TokenBatches, progress: Progress) -> HiddenStates:
+        """Load what comes before the blocks, run it on every batch, and drop it again."""
+        progress.stage("embed", 1)
+        names = self.skeleton.stem_names(self.reader.infos)
+        stem = {self.skeleton.spec.root_module_name(n): self._cast(self.reader.tensor(n)) for n in names}
+        load_parameters(self.skeleton.model, stem)
+        self.reader.close()
+        states = HiddenStates.from_tokens(self.skeleton, tokens, self.batch_size)
+        for name in stem:
+            parent, _, leaf = name.rpartition(".")
+            module = self.skeleton.model.get_submodule(parent)
+            module._parameters[leaf] = torch.nn.Parameter(stem[name].to("meta"), requires_grad=False)
+        progress.advance("embed")
+        return states
+
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.skeleton.device, self.skeleton.dtype)
+
+    def _float_block(self, index: int) -> dict[str, torch.Tensor]:
+        """Stored tensors of one block, block-relative names, in their stored dtypes."""
+        prefix = self.skeleton.spec.prefix(index)
+        names = [n[len(prefix) :] for n in self.reader.infos if n.startswith(prefix)]
+        tensors = {n: self.reader.tensor(prefix + n) for n in names if self.skeleton.block_has(index, n)}
+        self.reader.close()
+        return tensors
+
+    def _fill(self, index: int, tensors: Tensors) -> None:
+        rename = self.skeleton.spec.module_name
+        load_parameters(self.skeleton.block(index), {rename(n): t for n, t in tensors.items()})
+
+    def _replay(self, index: int, states: HiddenStates, quantized: bool, progress: Progress) -> None:
+        """Propagate through a finished block: the float one or the written one, as the first run did."""
+        if quantized:
+            self._fill_written(index)
+        else:
+            self._fill(index, {n: self._cast(t) for n, t in self._float_block(index).items()})
+        block = self.skeleton.block(index)
+        states.run(block, index, keep=True, advance=lambda _: progress.advance(f"block {index}"))
+        release(block)
+
+    def _fill_written(self, index: int) -> None:
+        """Fill the block from its committed file."""
+        prefix = self.skeleton.spec.prefix(index)
+        with CheckpointReader.of_file(self.tensors_path(index)) as file:
+            stored = {n: file.tensor(n) for n in file.infos}
+        restored = self.restore(stored, self.skeleton.dtype)
+        self._fill(index, {n[len(prefix) :]: self._cast(t) for n, t in restored.items()})
+
+    def load(self, index: int, with_module: bool = True) -> Segment:
+        """One block with float masters; ``with_module`` also fills the module for forward passes."""
+        spec, stored = self.skeleton.spec, self._float_block(index)
+        masters = {n: t.to(self.skeleton.device, self.master_dtype) for n, t in stored.items()}
+        if with_module:
+            self._fill(index, {n: masters[n].to(self.skeleton.dtype) for n in masters})
+        return Segment(
+            index=index,
+            prefix=spec.prefix(index),
+            spec=spec.block(index),
+            architecture=spec,
+            module=self.skeleton.block(index),
+            masters=masters,
+            stored_dtypes={n: t.dtype for n, t in stored.items()},
+            schemes=dict(self.schemes(index)),
+        )
+
+    def _block(self, index: int, states: HiddenStates | None, stream: str, progress: Progress) -> None:
+        segment = self.load(index, with_module=states is not None)
+        where = f"block {index + 1}/{self.skeleton.spec.n_blocks}"
+
+        def advance(detail: str) -> None:
+            progress.advance(f"{where} {detail}")
+
+        last = index == self.skeleton.spec.n_blocks - 1
+        context = Context(
+            segment,
+            states,
+            self.kinds() if states is not None else (),
+            propagate=stream == "either" and not last,
+            allow_unseen=self.allow_unseen,
+            advance=advance,
+        )
+        for step in self.passes:
+            step.apply(segment, context)
+        self._commit(segment, context.forwards)
+        module = segment.module
+        del context, segment  # masters and statistics go before the next forward pass
+        release(module)
+        if states is not None and stream == "quantized" and not last:
+            self._fill_written(index)
+            states.run(module, index, keep=True, advance=advance)
+            release(module)
+
+    def _commit(self, segment: Segment, forwards: int) -> None:
+        record = {
+            "forwards": forwards,
+            "linears": {
+                name: {"errors": segment.errors[name], "notes": segment.notes.get(name, {})}
+                for name in segment.schemes
+            },
+        }
+        tensors = self.encode(segment)
+        write_atomically(self.record_path(segment.index), (json.dumps(record, sort_keys=True) + "\n").encode())
+        save_tensors(self.tensors_path(segment.index), tensors)

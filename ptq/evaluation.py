@@ -1,0 +1,118 @@
+"""Perplexity and divergence of float and quantized checkpoints, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibration.corpora import load_corpus
+from calibration.models import DEMO, DEMO_FOLDER, load_tokenizer, locate
+from calibration.perplexity import evaluate_text
+from calibration.record import REPORT_FILE, Evaluation, read_record
+from calibration.text import check_tokenizer
+from calibration.windows import Scoring
+from ptq.runtime.load import Loaded, load_model
+
+EVAL_TOKENS = 2048  # tokens per forward
+
+
+def context_length(config: Any) -> int:
+    """The longest window that a model takes; 2048 where its config names none (ALiBi)."""
+    for name in ("max_position_embeddings", "n_positions", "seq_length"):
+        value = getattr(config, name, None)
+        if value:
+            return int(value)
+    return 2048
+
+
+def default_dataset(folder: Path) -> str:
+    """``builtin`` for the demo and what was made of it, else ``wikitext2``."""
+    if folder.resolve() == DEMO_FOLDER.resolve():
+        return "builtin"
+    if (folder / REPORT_FILE).exists() and read_record(folder).model.get("name") == DEMO:
+        return "builtin"
+    return "wikitext2"
+
+
+def evaluation_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto``: float32 on CPUs, so that numbers compare between machines; bfloat16 on GPUs."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    from ptq.devices import parse_dtype
+
+    return parse_dtype(name)
+
+
+def logits_of(loaded: Loaded, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """ids int64 ``[B, L]`` -> logits ``[B, L, V]`` with an empty cache."""
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = loaded.model(ids.to(device), use_cache=False).logits
+        return result.cpu()
+
+    return logits
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    dataset: str | None = None,
+    seq_len: int = 2048,
+    protocol: str = "gptq",
+    stride: int | None = None,
+    reference: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    kernel: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    message: Callable[[str], None] | None = None,
+) -> Evaluation:
+    """Score a checkpoint; with ``reference`` also its KL divergence and top-1 agreement against another.
+
+    Args:
+        dataset: a known set or a file; None: wikitext2, or the demo's own text for the demo.
+        seq_len: window in tokens, cut to the model's context.
+        progress: called with (windows done, windows).
+        message: called with remarks for the user.
+
+    Raises:
+        ToolkitError: unknown or broken model, data set, protocol; text shorter than a window.
+    """
+    from ptq.devices import resolve_device
+
+    where = resolve_device(device)
+    width = evaluation_dtype(dtype, where)
+    folder = locate(model)
+    corpus = load_corpus(dataset or default_dataset(folder), "score")
+    loaded = load_model(folder, dtype=width, device=where, kernel=kernel, trust_remote_code=trust_remote_code)
+    longest = context_length(loaded.model.config)
+    if seq_len > longest:
+        if message is not None:
+            message(f"--seq-len {seq_len} is longer than the model's context: cut to {longest}")
+        seq_len = longest
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    check_tokenizer(tokenizer, int(loaded.model.config.vocab_size))
+    other = None
+    if reference is not None:
+        other = load_model(reference, dtype=width, device=where, trust_remote_code=trust_remote_code)
+    scoring = Scoring(
+        protocol=protocol,
+        window=seq_len,
+        stride=stride,
+        batch_size=max(1, EVAL_TOKENS // seq_len),
+        dtype=str(width).removeprefix("torch."),
+    )
+    return evaluate_text(
+        logits_of(loaded, where),
+        corpus,
+        tokenizer,
+        scoring,
+        model="float" if loaded.format is None else "quantized",
+        path=loaded.path,
+        reference_fn=None if other is None else logits_of(other, where),
+        progress=progress,
+    )

@@ -1,0 +1,120 @@
+"""Reasons why a format cannot hold a model, shared by several formats, and scales that are never rounded again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+import torch
+
+from calibration.errors import Problem, ToolkitError
+from ptq.linears import ModelLayout, PlannedLinear
+from ptq.scheme import GROUP_SIZES
+
+NATIVE = "use --format native"  # holds every layout, so it is a way out of every refusal
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def summary(names: Iterable[str]) -> str:
+    """Names with a ``*`` for indices of blocks and experts, each pattern once; a lone name stays as it is."""
+    patterns: dict[str, list[str]] = {}
+    for name in names:
+        patterns.setdefault(_NUMBER.sub("*", name), []).append(name)
+    return ", ".join(found[0] if len(found) == 1 else pattern for pattern, found in patterns.items())
+
+
+def refuse(linears: Iterable[PlannedLinear], reason: str, fix: str) -> list[Problem]:
+    """One problem that names these linears, or none where there are none."""
+    found = [linear.name for linear in linears]
+    return [Problem(summary(found), reason, fix)] if found else []
+
+
+def matching(layout: ModelLayout, condition: Callable[[PlannedLinear], bool]) -> list[PlannedLinear]:
+    """The quantized linears for which the condition holds."""
+    return [linear for linear in layout.quantized if condition(linear)]
+
+
+def bits_problems(layout: ModelLayout, allowed: tuple[int, ...], format_name: str) -> list[Problem]:
+    """Widths that the format does not know."""
+    wrong = matching(layout, lambda linear: linear.scheme.weights.bits not in allowed)  # type: ignore[union-attr]
+    widths = sorted({linear.scheme.weights.bits for linear in wrong if linear.scheme is not None})
+    reason = f"{' and '.join(map(str, widths))}-bit weights have no place in '{format_name}'"
+    return refuse(wrong, reason, f"use {' or '.join(map(str, allowed))} bits, or {NATIVE}")
+
+
+def group_problems(layout: ModelLayout) -> list[Problem]:
+    """Groups that do not divide the rows."""
+    problems = []
+    for linear in layout.quantized:
+        assert linear.scheme is not None
+        width, columns = linear.scheme.weights.grouping.width(linear.shape[1]), linear.shape[1]
+        if columns % width:
+            problems.append((linear, f"{columns} input columns are not a multiple of group size {width}", columns))
+    found: list[Problem] = []
+    for reason in dict.fromkeys(reason for _, reason, _ in problems):
+        same = [entry for entry in problems if entry[1] == reason]
+        sizes = [str(size) for size in GROUP_SIZES if same[0][2] % size == 0]
+        choice = f"use group size {' or '.join(sizes)}, or gchannel" if sizes else "use gchannel"
+        found += refuse((linear for linear, _, _ in same), reason, f"{choice} (one step per row)")
+    return found
+
+
+def divisor_problems(layout: ModelLayout, rows: int, columns: int, format_name: str) -> list[Problem]:
+    """Shapes whose rows (outputs) or columns (inputs) are no multiple of what fills whole words."""
+    wrong = matching(layout, lambda linear: bool(linear.shape[0] % rows or linear.shape[1] % columns))
+    shapes = ", ".join(dict.fromkeys(f"{linear.shape[0]} x {linear.shape[1]}" for linear in wrong))
+    needs = f"outputs to be a multiple of {rows}" + (f" and inputs of {columns}" if columns > 1 else "")
+    return refuse(wrong, f"shape {shapes}: '{format_name}' needs {needs}", NATIVE)
+
+
+def conv1d_problems(layout: ModelLayout, format_name: str) -> list[Problem]:
+    """GPT-2's transposed linears, whose class the readers of the format do not replace."""
+    reason = f"is a Conv1D, and readers of '{format_name}' replace only Linear modules"
+    return refuse(matching(layout, lambda linear: linear.conv1d), reason, NATIVE)
+
+
+def mixed_problems(layout: ModelLayout, format_name: str) -> list[Problem]:
+    """More than one combination of bits, group size and symmetry, in a format that describes one per model."""
+    kinds: dict[tuple[int, int | None, bool], list[PlannedLinear]] = {}
+    for linear in layout.quantized:
+        assert linear.scheme is not None
+        w = linear.scheme.weights
+        kinds.setdefault((w.bits, w.grouping.size, w.symmetric), []).append(linear)
+    if len(kinds) < 2:
+        return []
+    first, *others = sorted(kinds.values(), key=len, reverse=True)
+    reason = f"has another scheme ({{}}) than the other linears ({first[0].scheme}), and '{format_name}' holds one"
+    fix = f"give every linear the same scheme, or {NATIVE}"
+    return [p for linears in others for p in refuse(linears, reason.format(linears[0].scheme), fix)]
+
+
+def expert_problems(layout: ModelLayout, format_name: str) -> list[Problem]:
+    """Experts, in a format whose reader in transformers replaces Linear modules and finds none inside experts."""
+    reason = f"is part of an expert; transformers keeps experts in one tensor that '{format_name}' cannot fill"
+    return refuse(matching(layout, lambda linear: linear.expert is not None), reason, NATIVE)
+
+
+def order_problems(layout: ModelLayout, format_name: str) -> list[Problem]:
+    """Groups that follow an activation order, in a format without a place for the group of each column."""
+    if not layout.reordered:
+        return []
+    reason = f"groups follow an activation order, and '{format_name}' has no place for the group of each column"
+    return [Problem("group_index", reason, f"round with groups of adjacent columns, or {NATIVE}")]
+
+
+def stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``scale`` (any shape, float32) in ``dtype``, without rounding.
+
+    Our own scales are exact in bfloat16 and in float16. Those of a file that another tool wrote may not be.
+
+    Raises:
+        ToolkitError: ``dtype`` does not hold some scale exactly.
+    """
+    stored = scale.to(dtype)
+    if not torch.equal(stored.float(), scale):
+        lost = scale[stored.float() != scale][0]
+        raise ToolkitError(
+            f"scale {lost.item()!r} is not exact in {dtype}, and scales are never rounded after the codes are made",
+            f"{NATIVE}, which stores 16-bit scales of either kind, or quantize the float checkpoint anew",
+        )
+    return stored

@@ -1,0 +1,249 @@
+"""compressed-tensors, ``pack-quantized``: integer weights of any width, described per group of linears.
+
+Per quantized linear ``W [out, in]`` with G groups and b bits: ``weight_packed`` int32 ``[out, ceil(in*b/32)]``, dense
+stream of unsigned codes; ``weight_scale`` ``[out, G]`` (``[out, 1]`` per row) in the model's dtype; ``weight_shape``
+int64 ``[2]``; for asymmetric grids ``weight_zero_point`` int32 ``[ceil(out*b/32), G]``, packed down the outputs.
+The library calls codes and zero points signed and stores both plus 2^(b-1), which are our unsigned values.
+
+Until June 2026 the library put 32 // b values in a word and left the top bits empty, which differs at 3, 5 and 6
+bits; such files are read too. The width of ``weight_packed`` tells them apart for rows of at least 160 inputs or whole
+multiples of 32. Source: compressed-tensors 0.20, ``compressors/pack_quantized``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from calibration.checkpoint import TensorInfo
+from calibration.errors import Problem, ToolkitError
+from ptq.export import checks
+from ptq.linears import ModelLayout, PlannedLinear
+from ptq.numerics.bitstream import pack, unpack, words_per_row
+from ptq.quantized import QuantizedTensor
+from ptq.scheme import BITS, Grouping, QuantScheme, TensorQuant
+
+PACKED = "pack-quantized"
+LIBRARY_VERSION = "0.20.0"  # of the layout that is written, whatever is installed
+EXPERTS = r"re:.*\.experts\.\d+\..*"  # transformers finds the experts' scheme by this word in a pattern
+
+Kind = tuple[int, int | None, bool]  # bits, group size, symmetric: all that the file tells of a scheme
+
+
+def _kind(linear: PlannedLinear) -> Kind:
+    assert linear.scheme is not None
+    w = linear.scheme.weights
+    return w.bits, w.grouping.size, w.symmetric
+
+
+def _unpack(words: torch.Tensor, bits: int, n: int, padded: bool) -> torch.Tensor:
+    """int32 ``[rows, words]`` to uint8 ``[rows, n]``, dense or with 32 // bits values in each word."""
+    words = words.contiguous()
+    if not padded:
+        return unpack(words, bits, n)
+    shifts = torch.arange(32 // bits, device=words.device) * bits
+    fields = (words.unsqueeze(-1).long() >> shifts) & (2**bits - 1)
+    return fields.flatten(1)[:, :n].to(torch.uint8).contiguous()
+
+
+@dataclass(frozen=True)
+class CompressedTensors:
+    """The default format: what vLLM and transformers read without a package of the rounding method."""
+
+    name: ClassVar[str] = "compressed-tensors"
+    suffixes: ClassVar[frozenset[str]] = frozenset(
+        {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"}
+    )
+
+    def check(self, layout: ModelLayout) -> list[Problem]:
+        """Why the format cannot hold this model."""
+        return [
+            *checks.bits_problems(layout, BITS, self.name),
+            *checks.group_problems(layout),
+            *checks.order_problems(layout, self.name),
+            *checks.conv1d_problems(layout, self.name),
+            *self._expert_problems(layout),
+        ]
+
+    def _expert_problems(self, layout: ModelLayout) -> list[Problem]:
+        """transformers fuses all experts of a block in one tensor, with one scheme for all blocks."""
+        experts = [linear for linear in layout.linears if linear.expert is not None]
+        quantized = [linear for linear in experts if linear.scheme is not None]
+        left = [linear for linear in experts if linear.scheme is None]
+        if not experts or not layout.quantized:
+            return []
+        fix = f"give all experts the same symmetric scheme, or {checks.NATIVE}"
+        problems = checks.refuse(left, "stays in float; beside float experts transformers loads nothing quantized", fix)
+        asymmetric = [linear for linear in quantized if not _kind(linear)[2]]
+        problems += checks.refuse(asymmetric, "asymmetric experts do not load in transformers", fix)
+        if len({_kind(linear) for linear in quantized}) > 1:
+            problems += checks.refuse(quantized, "experts have more than one scheme, and a reader takes one", fix)
+        return problems
+
+    def for_zeros(self, at_least_one: bool) -> CompressedTensors:
+        """Any zero point can be stored."""
+        return self
+
+    def encode(self, q: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Tensors of one linear; the scale has the model's ``dtype``."""
+        bits = q.scheme.weights.bits
+        assert q.group_index is None, "a linear with a group index was not refused"
+        tensors = {
+            "weight_packed": pack(q.codes, bits),
+            "weight_scale": checks.stored_scale(q.scale, dtype),
+            "weight_shape": torch.tensor(q.shape, dtype=torch.int64),
+        }
+        if q.zero is not None:
+            tensors["weight_zero_point"] = pack(q.zero.T, bits).T.contiguous()
+        return tensors
+
+    def decode(
+        self, tensors: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int]
+    ) -> QuantizedTensor:
+        """The inverse of `encode`, bit for bit; reads padded words, unpacked zero points and group indices too.
+
+        Raises:
+            ToolkitError: ``weight_packed`` has the width of neither packing.
+        """
+        (out, columns), bits = shape, scheme.weights.bits
+        words = tensors["weight_packed"]
+        per_word = 32 // bits
+        padded = words.shape[1] != words_per_row(columns, bits)
+        if padded and words.shape[1] != -(-columns // per_word):
+            raise ToolkitError(
+                f"weight_packed has {words.shape[1]} words per row, which is no packing of {columns} {bits}-bit codes",
+                "config.json and the safetensors files do not belong together: fetch both again",
+            )
+        zero = None
+        if not scheme.weights.symmetric:
+            stored = tensors["weight_zero_point"]
+            if stored.dtype == torch.int8:  # signed and one per byte, in files of before 2025
+                zero = (stored.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+            else:
+                zero = _unpack(stored.T, bits, out, padded).T.contiguous()
+        index = tensors.get("weight_g_idx")
+        scale = tensors["weight_scale"].float()
+        codes = _unpack(words, bits, columns, padded)
+        return QuantizedTensor(codes, scale, zero, scheme, None if index is None else index.to(torch.int32))
+
+    def config(self, layout: ModelLayout) -> dict[str, Any]:
+        """``quantization_config`` of config.json, validated by the library's own classes."""
+        # imported here: it takes seconds, and reading or listing formats does not need it
+        from compressed_tensors.quantization import QuantizationConfig
+
+        kinds: dict[Kind, list[PlannedLinear]] = {}
+        for linear in layout.quantized:
+            kinds.setdefault(_kind(linear), []).append(linear)
+        groups = {}
+        for i, ((bits, size, symmetric), linears) in enumerate(kinds.items()):
+            targets = ["Linear"]
+            if len(kinds) > 1:
+                targets = [linear.name for linear in linears if linear.expert is None]
+                targets += [EXPERTS] if any(linear.expert is not None for linear in linears) else []
+            weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False}
+            weights |= {"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size}
+            groups[f"group_{i}"] = {
+                "targets": targets,
+                "weights": weights,
+                "input_activations": None,
+                "output_activations": None,
+                "format": PACKED,  # without it readers guess, and guess 8 bits per row wrong
+            }
+        config = {
+            "quant_method": "compressed-tensors",
+            "version": LIBRARY_VERSION,
+            "format": PACKED,
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": [linear.name for linear in layout.left] + list(layout.other_linears),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+            "sparsity_config": {},
+            "transform_config": {},
+        }
+        QuantizationConfig.model_validate(config)
+        return config
+
+    def schemes(
+        self, config: Mapping[str, Any], infos: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor]
+    ) -> dict[str, tuple[QuantScheme, tuple[int, int]]]:
+        """Scheme and shape of every quantized linear, by full name.
+
+        Headers do not tell the number of inputs where one step serves a row: ``read`` fetches ``weight_shape`` then.
+
+        Raises:
+            ToolkitError: the file quantizes activations or the KV cache, rotates online, or is not packed integers.
+        """
+        data = config["quantization_config"]
+        for key in ("kv_cache_scheme", "transform_config", "sparsity_config"):
+            content = data.get(key)
+            if content and content.get("format") != "dense":
+                raise ToolkitError(f"config.json: {key} is in use", "only integer weights without it are read")
+        found = {}
+        for key, info in infos.items():
+            name, _, suffix = key.rpartition(".")
+            if suffix != "weight_packed":
+                continue
+            scheme = self._scheme(data, name)
+            size = scheme.weights.grouping.size
+            if size is None:
+                out, columns = (int(v) for v in read(f"{name}.weight_shape"))
+            else:
+                out, columns = info.shape[0], size * infos[f"{name}.weight_scale"].shape[1]
+            found[name] = (scheme, (out, columns))
+        return found
+
+    @staticmethod
+    def _scheme(data: Mapping[str, Any], name: str) -> QuantScheme:
+        """The scheme of one linear: exact names and patterns come before class names, as in the library."""
+        groups = list(data["config_groups"].values())
+
+        def match(target: str) -> bool:
+            return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
+
+        named = [group for group in groups if any(match(target) for target in group["targets"])]
+        chosen = (named or [group for group in groups if "Linear" in group["targets"]] or [None])[0]
+        if chosen is None:
+            raise ToolkitError(f"{name}: packed, but no group of config.json targets it", "fetch config.json again")
+        w = chosen["weights"]
+        kind, size = chosen.get("format") or data.get("format"), w.get("group_size")
+        strategy = w.get("strategy") or ("group" if size and size > 0 else "channel" if size == -1 else "tensor")
+        wrong = w.get("type", "int") != "int" or kind not in (PACKED, None) or w["num_bits"] not in BITS
+        if wrong or strategy not in ("group", "channel") or chosen.get("input_activations"):
+            raise ToolkitError(
+                f"{name}: '{kind}' with {w['num_bits']}-bit {w.get('type', 'int')} weights per {strategy}"
+                + (" and quantized activations" if chosen.get("input_activations") else ""),
+                f"only '{PACKED}' integer weights of {', '.join(map(str, BITS))} bits per group or channel are read",
+            )
+        grouping = Grouping("group", int(size)) if strategy == "group" else Grouping("channel")
+        return QuantScheme(
+            TensorQuant(int(w["num_bits"]), grouping, "sym_gptq" if w.get("symmetric", True) else "asym_zero_in")
+        )
+
+    def loads_in(self, layout: ModelLayout) -> dict[str, str]:
+        """Who opens the checkpoint."""
+        kinds = {_kind(linear) for linear in layout.quantized}
+        asymmetric, mixed = any(not symmetric for _, _, symmetric in kinds), len(kinds) > 1
+        transformers = "yes, with the package compressed-tensors"
+        if any(bits in (3, 5, 6) for bits, _, _ in kinds):
+            transformers += " >= 0.20 (older ones pack 3, 5 and 6 bits in another way)"
+        if asymmetric and mixed:
+            transformers = (
+                "no: asymmetric weights need dequantize=True in transformers 5.23, which is wrong for mixed schemes"
+            )
+        elif asymmetric:
+            transformers += "; asymmetric weights need quantization_config=CompressedTensorsConfig(dequantize=True)"
+        elif mixed:
+            transformers += "; not with dequantize=True, which takes one scheme for all linears"
+        marlin = all(bits in (4, 8) for bits, _, _ in kinds)
+        return {
+            "transformers": transformers,
+            "vLLM": "expected (its kernels take 4 and 8 bits), not run here"
+            if marlin
+            else "not expected: its kernels for packed integers take 4 and 8 bits",
+            "llama.cpp": "no: it reads GGUF files only",
+        }

@@ -1,0 +1,118 @@
+"""Our own checkpoint: codes, scales, zero points and column groups as they are, for every layout.
+
+Per quantized linear ``W [out, in]`` with G groups per row and b bits:
+
+===============  =========  ==========================  ====================================================
+suffix           dtype      shape                       content
+===============  =========  ==========================  ====================================================
+``codes``        int32      ``[out, ceil(in*b/32)]``    dense stream along each row; b = 8: uint8 ``[out, in]``
+``scale``        bfloat16   ``[out, G]``                the step (float16 where only that is exact)
+``zero``         int32      ``[ceil(out*G*b/32)]``      one dense stream, row after row; b = 8: uint8
+                                                        ``[out, G]``; absent for symmetric grids
+``group_index``  int32      ``[in]``                    only where groups follow an activation order
+===============  =========  ==========================  ====================================================
+
+``config.json``: ``{"quant_method": "ptq", "version": 1, "layers": {name: {bits, group_size, quantizer, shape}}}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from calibration.checkpoint import TensorInfo
+from calibration.errors import Problem, ToolkitError
+from ptq.export.checks import group_problems, stored_scale
+from ptq.linears import ModelLayout
+from ptq.numerics.bitstream import pack, unpack, words_per_row
+from ptq.quantized import QuantizedTensor
+from ptq.scheme import QuantScheme
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Native:
+    """Format-free checkpoint, read by this toolkit only."""
+
+    name: ClassVar[str] = "native"
+    suffixes: ClassVar[frozenset[str]] = frozenset({"codes", "scale", "zero", "group_index"})
+
+    def check(self, layout: ModelLayout) -> list[Problem]:
+        """Only groups that do not divide a row; no file can hold those."""
+        return group_problems(layout)
+
+    def for_zeros(self, at_least_one: bool) -> Native:
+        """Any zero point can be stored."""
+        return self
+
+    def encode(self, q: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Tensors of one linear. ``dtype`` is not used: bfloat16 holds our scales exactly."""
+        bits = q.scheme.weights.bits
+        exact = torch.equal(q.scale.to(torch.bfloat16).float(), q.scale)
+        tensors = {
+            "codes": q.codes.clone() if bits == 8 else pack(q.codes, bits),
+            "scale": stored_scale(q.scale, torch.bfloat16 if exact else torch.float16),
+        }
+        if q.zero is not None:
+            # one stream for the whole tensor: rows of few groups would leave most of their last word empty
+            tensors["zero"] = q.zero.clone() if bits == 8 else pack(q.zero.reshape(1, -1), bits)[0]
+        if q.group_index is not None:
+            tensors["group_index"] = q.group_index.to(torch.int32)
+        return tensors
+
+    def decode(
+        self, tensors: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int]
+    ) -> QuantizedTensor:
+        """The inverse of `encode`, bit for bit."""
+        out, columns = shape
+        bits, groups = scheme.weights.bits, scheme.weights.grouping.count(columns)
+        codes, zero = tensors["codes"], tensors.get("zero")
+        if bits < 8:
+            codes = unpack(codes, bits, columns)
+            zero = None if zero is None else unpack(zero[None], bits, out * groups).view(out, groups)
+        return QuantizedTensor(codes, tensors["scale"].float(), zero, scheme, tensors.get("group_index"))
+
+    def config(self, layout: ModelLayout) -> dict[str, Any]:
+        """``quantization_config`` of config.json."""
+        layers = {}
+        for linear in layout.quantized:
+            assert linear.scheme is not None
+            layers[linear.name] = {**linear.scheme.to_json(), "shape": list(linear.shape)}
+        return {"quant_method": "ptq", "version": VERSION, "layers": layers}
+
+    def schemes(
+        self, config: Mapping[str, Any], infos: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor]
+    ) -> dict[str, tuple[QuantScheme, tuple[int, int]]]:
+        """Scheme and shape of every quantized linear, by full name.
+
+        Raises:
+            ToolkitError: a newer version of the layout, or codes that are missing or of another size.
+        """
+        data = config["quantization_config"]
+        if data.get("version") != VERSION:
+            raise ToolkitError(
+                f"config.json: native layout version {data.get('version')}, this toolkit reads {VERSION}",
+                "read it with the version of ptq that wrote it",
+            )
+        found = {}
+        for name, entry in data["layers"].items():
+            scheme, (out, columns) = QuantScheme.from_json(entry), entry["shape"]
+            bits = scheme.weights.bits
+            expected = (out, columns if bits == 8 else words_per_row(columns, bits))
+            info = infos.get(f"{name}.codes")
+            if info is None or info.shape != expected:
+                raise ToolkitError(
+                    f"{name}.codes: {'missing' if info is None else info.shape}, config.json tells of {expected}",
+                    "config.json and the safetensors files are of different runs: export again",
+                )
+            found[name] = (scheme, (out, columns))
+        return found
+
+    def loads_in(self, layout: ModelLayout) -> dict[str, str]:
+        """Who opens the checkpoint."""
+        only = "no: only this toolkit reads it; `ptq export` turns it into another format"
+        return {"transformers": only, "vLLM": only, "llama.cpp": only}

@@ -1,0 +1,120 @@
+"""An independent reader of what was written: numpy and single bits, and no code shared with the formats.
+
+After a checkpoint is written, some linears are read back with it and compared. A mistake in the packing, a label that
+does not fit the tensors or a damaged write then stops the export, where the formats' own readers might agree with
+their writers about something wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from calibration.errors import ToolkitError
+from ptq.quantized import QuantizedTensor
+from ptq.scheme import QuantScheme
+
+Codes = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+
+
+def _fields(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """int32 ``[rows, words]`` to uint8 ``[rows, count]``: the bits of a row in order, least significant first."""
+    octets = np.ascontiguousarray(words.astype("<i4")).view(np.uint8)
+    stream = np.unpackbits(octets, axis=1, bitorder="little")
+    fields = stream[:, : count * bits].reshape(len(words), count, bits)
+    return (fields * (1 << np.arange(bits))).sum(axis=2).astype(np.uint8)
+
+
+def _float(tensor: torch.Tensor) -> np.ndarray:
+    """float32 values of a stored scale; numpy has no bfloat16, whose bits are the upper half of a float32."""
+    if tensor.dtype == torch.bfloat16:
+        return (tensor.view(torch.int16).numpy().astype(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return tensor.numpy().astype(np.float32)
+
+
+def _awq_fields(words: np.ndarray) -> np.ndarray:
+    """int32 ``[rows, n/8]`` to uint8 ``[rows, n]``: nibble i of a word belongs to column (0 2 4 6 1 3 5 7)[i]."""
+    unsigned = words.astype(np.int64) & 0xFFFFFFFF
+    columns = np.zeros((*words.shape, 8), dtype=np.uint8)
+    for nibble, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+        columns[:, :, column] = (unsigned >> (4 * nibble)) & 15
+    return columns.reshape(len(words), -1)
+
+
+def read_codes(
+    format_name: str, tensors: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int]
+) -> Codes:
+    """Codes of one linear from its stored tensors by suffix.
+
+    Args:
+        format_name: the label in config.json's sense: ``gptq`` is version 1, ``gptq_v2`` version 2.
+
+    Returns:
+        codes uint8 ``[out, in]``, scale float32 ``[out, G]``, zero uint8 ``[out, G]`` or None where the file has none.
+    """
+    bits, (out, columns) = scheme.weights.bits, shape
+    array = {suffix: t.numpy() for suffix, t in tensors.items() if not t.dtype.is_floating_point}
+    zero: np.ndarray | None = None
+    if format_name == "compressed-tensors":
+        codes, scale = _fields(array["weight_packed"], bits, columns), _float(tensors["weight_scale"])
+        if "weight_zero_point" in array:
+            zero = _fields(array["weight_zero_point"].T, bits, out).T
+    elif format_name == "awq":
+        codes, zero = _awq_fields(array["qweight"]).T, _awq_fields(array["qzeros"]).T
+        scale = _float(tensors["scales"]).T
+    elif format_name in ("gptq", "gptq_v2"):
+        codes = _fields(array["qweight"].T, bits, columns)
+        zero = _fields(array["qzeros"], bits, out).T + np.uint8(1 if format_name == "gptq" else 0)
+        scale = _float(tensors["scales"]).T
+    else:
+        assert format_name == "native", f"no reader for '{format_name}'"
+        codes, scale, zero = array["codes"], _float(tensors["scale"]), array.get("zero")
+        if bits < 8:
+            codes = _fields(codes, bits, columns)
+            zero = None if zero is None else _fields(zero[None], bits, scale.size).reshape(scale.shape)
+    return codes, scale, zero
+
+
+def _first_difference(what: str, name: str, stored: np.ndarray, expected: np.ndarray) -> None:
+    if stored.shape != expected.shape:
+        found, where = f"shape {stored.shape}, expected {expected.shape}", ""
+    elif (stored == expected).all():
+        return
+    else:
+        place = tuple(int(i) for i in np.argwhere(stored != expected)[0])
+        found, where = f"{stored[place]}, expected {expected[place]}", f" at {list(place)}"
+    raise ToolkitError(
+        f"{name}: {what}{where} reads back as {found}",
+        "the file is damaged or the writer is wrong: export again, and report it if it stays",
+    )
+
+
+def compare(name: str, q: QuantizedTensor, format_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Compare stored tensors with what they should hold.
+
+    Args:
+        name: of the linear, for the message.
+        tensors: as read from the file, by suffix, on the CPU.
+
+    Raises:
+        ToolkitError: naming the linear and the first codes, scale, zero point or column group that differs.
+    """
+    if "weight_shape" in tensors:
+        _first_difference("weight_shape", name, tensors["weight_shape"].numpy(), np.array(q.shape))
+    codes, scale, zero = read_codes(format_name, tensors, q.scheme, q.shape)
+    _first_difference("code", name, codes, q.codes.cpu().numpy())
+    _first_difference("scale", name, scale, q.scale.cpu().numpy())
+    if q.zero is not None:
+        stored = np.zeros(0, dtype=np.uint8) if zero is None else zero
+        _first_difference("zero point", name, stored, q.zero.cpu().numpy())
+    elif zero is not None:
+        _first_difference("zero point", name, zero, np.full(zero.shape, 1 << (q.scheme.weights.bits - 1)))
+    stored_index = tensors.get("g_idx", tensors.get("group_index"))
+    if stored_index is not None or q.group_index is not None:
+        columns = q.shape[1]
+        plain = np.arange(columns) // q.scheme.weights.grouping.width(columns)
+        expected = plain if q.group_index is None else q.group_index.cpu().numpy()
+        found = plain if stored_index is None else stored_index.numpy()
+        _first_difference("group of column", name, found, expected)

@@ -1,0 +1,147 @@
+"""From committed blocks to a checkpoint in some format: streamed, then read back by an independent reader."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibration.checkpoint import INDEX_FILE, CheckpointReader, ShardWriter, disk_errors, write_atomically
+from calibration.errors import ToolkitError
+from ptq.export.formats import FORMATS, Format
+from ptq.export.readback import compare
+from ptq.linears import ModelLayout
+from ptq.quantized import QuantizedTensor
+from ptq.scheme import QuantScheme
+
+NATIVE = FORMATS["native"]
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
+OURS = {"config.json", INDEX_FILE, "report.json", "timings.json", "plan.json", "quantize_config.json", "train.txt", "test.txt"}
+
+
+def linear_tensors(tensors: Mapping[str, torch.Tensor], name: str, fmt: Format) -> dict[str, torch.Tensor]:
+    """The tensors of one quantized linear by suffix."""
+    return {s: tensors[f"{name}.{s}"] for s in sorted(fmt.suffixes) if f"{name}.{s}" in tensors}
+
+
+def encode_block(
+    quantized: Mapping[str, QuantizedTensor], others: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The native tensors of one block, full names. ``others`` are its float tensors in their stored dtypes."""
+    tensors = dict(others)
+    for name, q in quantized.items():
+        tensors.update({f"{name}.{s}": t for s, t in NATIVE.encode(q, torch.bfloat16).items()})
+    return tensors
+
+
+class CommittedBlocks:
+    """The walk's files as a source of quantized linears and float tensors."""
+
+    def __init__(self, paths: Iterable[Path], layout: ModelLayout) -> None:
+        self.paths = list(paths)
+        self.schemes = {linear.name: (linear.scheme, linear.shape) for linear in layout.quantized}
+
+    def blocks(self) -> Iterator[tuple[dict[str, QuantizedTensor], dict[str, torch.Tensor]]]:
+        """Block by block: quantized linears and the remaining tensors, by full name."""
+        for index, path in enumerate(self.paths):
+            with CheckpointReader.of_file(path) as file:
+                tensors = {n: file.tensor(n) for n in file.infos}
+            quantized: dict[str, QuantizedTensor] = {}
+            for name, (scheme, shape) in self.schemes.items():
+                found = linear_tensors(tensors, name, NATIVE)
+                if found and scheme is not None:
+                    quantized[name] = NATIVE.decode(found, scheme, shape)
+            taken = {f"{n}.{s}" for n in quantized for s in NATIVE.suffixes}
+            yield quantized, {n: t for n, t in tensors.items() if n not in taken}
+            del tensors, index
+
+
+Source = Callable[[], Iterator[tuple[dict[str, QuantizedTensor], dict[str, torch.Tensor]]]]
+
+
+def write_checkpoint(
+    source: Source,
+    outside: Iterable[tuple[str, torch.Tensor]],
+    layout: ModelLayout,
+    fmt: Format,
+    out: Path,
+    advance: Callable[[str], None],
+) -> tuple[Format, int]:
+    """Write shards, index and config.json into the existing folder ``out``.
+
+    Args:
+        source: gives blocks of (quantized linears, float tensors); called twice where zero points decide the variant.
+        outside: (name, tensor) of everything outside the blocks.
+
+    Returns:
+        the format as written (GPTQ settles on version 1 or 2), and the bytes of all tensors.
+    """
+    variant = fmt.for_zeros(_smallest_zero(source) >= 1) if fmt.name.startswith("gptq") else fmt
+    dtype = getattr(torch, layout.dtype)
+    for stale in [*out.glob("*.safetensors"), *out.glob("*.safetensors.part")]:
+        stale.unlink()
+    writer = ShardWriter(out)
+    for name, tensor in outside:
+        writer.add(name, tensor)
+    for quantized, others in source():
+        for name, tensor in others.items():
+            writer.add(name, tensor)
+        for name, q in quantized.items():
+            for suffix, tensor in variant.encode(q, dtype).items():
+                writer.add(f"{name}.{suffix}", tensor)
+            advance(name)
+    writer.finish()
+    settings = variant.config(layout)
+    config = {**layout.config, "quantization_config": settings}
+    write_atomically(out / "config.json", _json(config))
+    if settings["quant_method"] == "gptq":
+        write_atomically(out / "quantize_config.json", _json(settings))  # where older readers look
+    return variant, writer.total_bytes
+
+
+def _json(data: dict[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _smallest_zero(source: Source) -> int:
+    """The smallest zero point of the model; symmetric grids have 2^(bits-1) >= 2."""
+    zeros = [int(q.zero.min()) for quantized, _ in source() for q in quantized.values() if q.zero is not None]
+    return min(zeros, default=2)
+
+
+def verify_checkpoint(source: Source, fmt: Format, out: Path, advance: Callable[[str], None]) -> int:
+    """Read every quantized linear back from the shards with the independent reader; returns how many.
+
+    Raises:
+        ToolkitError: the first linear that differs, or one whose tensors are missing.
+    """
+    count = 0
+    with CheckpointReader(out) as reader:
+        for quantized, _ in source():
+            for name, q in quantized.items():
+                found = {s: f"{name}.{s}" for s in fmt.suffixes if f"{name}.{s}" in reader.infos}
+                if not found:
+                    raise ToolkitError(f"{name}: missing from the written files", "this is a bug of ptq: please report it")
+                compare(name, q, fmt.name, {s: reader.tensor(full) for s, full in found.items()})
+                count += 1
+                advance(name)
+            reader.close()
+    return count
+
+
+def copy_small_files(source: Path, out: Path) -> None:
+    """Tokenizer, generation config and whatever else lies beside the weights. (Python files are copied, never run.)"""
+    with disk_errors(out):
+        for pattern in SMALL_FILES:
+            for path in sorted(source.glob(pattern)):
+                if path.name not in OURS:
+                    shutil.copyfile(path, out / path.name)
+
+
+def read_quantized(reader: CheckpointReader, fmt: Format) -> dict[str, tuple[QuantScheme, tuple[int, int]]]:
+    """Scheme and shape of every quantized linear of a checkpoint in one of our formats."""
+    return fmt.schemes(reader.config, reader.infos, reader.tensor)

@@ -1,0 +1,67 @@
+"""What a plan decides for every linear of a model, and what exporters and the runtime need to know of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ptq.scheme import QuantScheme
+
+
+@dataclass(frozen=True)
+class PlannedLinear:
+    """One linear of the decoder blocks.
+
+    Attributes:
+        name: full name in the checkpoint without ``.weight``, e.g. ``model.layers.0.self_attn.q_proj``.
+        block: index of its decoder block.
+        shape: ``(out, in)`` of W, also where the file stores it transposed.
+        scheme: None where it stays in float.
+        why: the reason where it stays in float, else an empty string.
+        conv1d: GPT-2's ``Conv1D``: the float checkpoint stores W transposed, ``[in, out]``.
+        expert: index of the expert it belongs to, or None outside mixtures of experts.
+        bias: whether the checkpoint has a bias beside it.
+    """
+
+    name: str
+    block: int
+    shape: tuple[int, int]
+    scheme: QuantScheme | None
+    why: str = ""
+    conv1d: bool = False
+    expert: int | None = None
+    bias: bool = False
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """Everything a format must know to accept or refuse a model, and to describe it.
+
+    Attributes:
+        config: ``config.json`` of the float checkpoint.
+        linears: every linear of the decoder blocks, in checkpoint order.
+        other_linears: full names of linears outside that list that a format may have to name as left alone
+            (``lm_head``, routers).
+        blocks: module path of the list of decoder blocks, e.g. ``model.layers``.
+        reordered: some linear has groups that follow an activation order (a ``group_index``).
+        dtype: dtype of the float checkpoint, ``"bfloat16"`` and so on.
+    """
+
+    config: dict[str, Any]
+    linears: tuple[PlannedLinear, ...]
+    other_linears: tuple[str, ...]
+    blocks: str
+    reordered: bool
+    dtype: str
+
+    @property
+    def quantized(self) -> tuple[PlannedLinear, ...]:
+        return tuple(linear for linear in self.linears if linear.scheme is not None)
+
+    @property
+    def left(self) -> tuple[PlannedLinear, ...]:
+        return tuple(linear for linear in self.linears if linear.scheme is None)

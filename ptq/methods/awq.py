@@ -1,0 +1,126 @@
+"""AWQ (Lin et al. 2023, arXiv 2306.00978): balance channels, then choose clipping ranges. It does not round.
+
+The searches are in `ptq.numerics.awq`. Statistics are those of the run's one stream: the float model's inputs, as
+published, unless another pass of the recipe works on the quantized stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from calibration.architectures import Balance, SharedInput
+from calibration.context import Context
+from calibration.errors import Problem
+from calibration.passes import Phase, Stream
+from calibration.segment import Segment
+from calibration.statistics import AbsMean, Gram, Statistic
+from ptq.numerics.awq import candidate_scales, clip_bounds, duo_scales, relative_magnitude, scaled_error
+
+
+@dataclass(frozen=True)
+class Awq:
+    """Channel scales by a grid over alpha, then a clipping bound per group of weights.
+
+    Attributes:
+        grid: number of alphas, 0, 1/grid, ..., (grid - 1)/grid.
+        duo: AutoAWQ's scales, which divide by the weights' magnitude as well; has no plain rounding among them.
+        clip: search clipping ranges (queries and keys excepted: softmax lies behind them).
+        clip_steps, clip_shrink: bounds tried per group, and how far the last would shrink.
+        values: also balance attention values against the output projection, tied across query heads that share one.
+    """
+
+    grid: int = 20
+    duo: bool = False
+    clip: bool = True
+    clip_steps: int = 10
+    clip_shrink: float = 0.5
+    values: bool = True
+
+    name: ClassVar[str] = "awq"
+    phases: ClassVar[tuple[Phase, ...]] = (Phase.BALANCE, Phase.CHOOSE)
+    stream: ClassVar[Stream] = "either"
+    statistics: ClassVar[tuple[type[Statistic], ...]] = (Gram, AbsMean)
+
+    def check(self, view: Any) -> Iterable[Problem]:
+        if self.grid < 1:
+            yield Problem("awq.grid", f"{self.grid} is not positive", "use 20")
+        if self.clip_steps < 1 or not 0 <= self.clip_shrink < 1:
+            yield Problem(
+                "awq.clip",
+                f"clip_steps {self.clip_steps}, clip_shrink {self.clip_shrink}",
+                "use clip_steps = 10 and clip_shrink = 0.5",
+            )
+
+    def forwards(self) -> int:
+        return 0
+
+    def apply(self, segment: Segment, context: Context) -> None:
+        for group in segment.spec.balance:
+            if group.kind != "value" or self.values:
+                self._balance(segment, context, group)
+        if self.clip:
+            for linear, scheme in segment.schemes.items():
+                if linear not in segment.spec.scores:
+                    gram = context.statistic(linear, Gram)
+                    if gram.tokens:
+                        segment.ranges[linear] = clip_bounds(
+                            segment.weight(linear), gram.matrix, scheme.weights, self.clip_steps, self.clip_shrink
+                        )
+
+    def _balance(self, segment: Segment, context: Context, group: Balance) -> None:
+        inputs = _inputs_of(segment, group.consumers)
+        if not inputs:
+            return  # every consumer stays in float: scaling would only cost precision
+        mean = _channel_mean([context.statistic(names[0], AbsMean) for names in inputs])
+        if group.heads is not None:  # one scale per value channel: average over the query heads that share it
+            heads = group.heads
+            mean = mean.view(heads.key_value, heads.repeats, heads.width).mean(dim=1).flatten()
+        alphas = [i / self.grid for i in range(self.grid)]
+        scales = candidate_scales(mean, alphas)
+        if self.duo and group.heads is None:
+            weights = torch.cat([segment.weight(name) for names in inputs for name in names])
+            quant = segment.schemes[inputs[0][0]].weights
+            scales = duo_scales(mean, relative_magnitude(weights, quant), alphas)
+        factors = [_spread(group, s) for s in scales]
+        losses = torch.zeros(len(scales), device=mean.device)
+        for names in inputs:
+            gram = context.product_gram(names[0])
+            for name in names:
+                w, quant = segment.weight(name), segment.schemes[name].weights
+                losses += torch.stack([scaled_error(w, s, gram, quant) for s in factors])
+        if not bool(torch.isfinite(losses).any()):
+            return
+        best = int(losses.nan_to_num(torch.inf).argmin())
+        absorbed = segment.absorb(group, scales[best])
+        context.rescale([name for name in group.consumers if name not in segment.spec.routers], absorbed)
+        for names in inputs:
+            for name in names:
+                segment.note(name, **{"awq.alpha": alphas[best]})
+        context.advance(group.producer)
+
+
+def _inputs_of(segment: Segment, consumers: Sequence[str]) -> list[list[str]]:
+    """The quantized consumers, grouped by shared input (one group, or one per expert)."""
+    groups: dict[SharedInput, list[str]] = {}
+    for name in consumers:
+        if name in segment.schemes:
+            groups.setdefault(segment.spec.shared_input(name), []).append(name)
+    return list(groups.values())
+
+
+def _channel_mean(statistics: Sequence[AbsMean]) -> torch.Tensor:
+    """Mean |x| over all tokens of all inputs; experts of one layer together see every token top-k times."""
+    tokens = sum(s.tokens for s in statistics)
+    return torch.stack([s.total for s in statistics]).sum(dim=0) / max(tokens, 1)
+
+
+def _spread(group: Balance, s: torch.Tensor) -> torch.Tensor:
+    """Scales of the producer's channels as factors of the consumers' input columns."""
+    if group.heads is None:
+        return s
+    heads = group.heads
+    return s.view(heads.key_value, 1, heads.width).expand(-1, heads.repeats, -1).reshape(-1)

@@ -1,0 +1,111 @@
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323); the column loop is in `ptq.numerics.gptq`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from calibration.context import Context
+from calibration.errors import Problem
+from calibration.passes import Phase, Stream
+from calibration.segment import Segment
+from calibration.statistics import Gram, Statistic
+from ptq.methods.rounding import put
+from ptq.methods.rtn import round_to_nearest
+from ptq.numerics.gptq import Order, gptq_round
+from ptq.quantized import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """Round column by column with second-order error feedback.
+
+    Attributes:
+        damping: added to diag(H), as a fraction of its mean.
+        block_size: columns updated lazily at once; does not change the result.
+        order: column order, see `ptq.numerics.gptq.Order`. ``group`` needs no column index in the file.
+        static_groups: grids from the original weights instead of the updated ones.
+        true_sequential: gather statistics again before each stage, so that o sees the rounded v and down the rounded
+            up: one more forward pass per stage.
+    """
+
+    damping: float = 0.01
+    block_size: int = 128
+    order: Order = "natural"
+    static_groups: bool = False
+    true_sequential: bool = False
+
+    name: ClassVar[str] = "gptq"
+    phases: ClassVar[tuple[Phase, ...]] = (Phase.ROUND,)
+    stream: ClassVar[Stream] = "quantized"
+    statistics: ClassVar[tuple[type[Statistic], ...]] = (Gram,)
+
+    def check(self, view: Any) -> Iterable[Problem]:
+        if not 0 < self.damping < 1:
+            yield Problem("gptq.damping", f"{self.damping} is outside (0, 1)", "use 0.01")
+        if self.block_size < 1:
+            yield Problem("gptq.block_size", f"{self.block_size} is not positive", "use 128")
+
+    def forwards(self) -> int:
+        return 3 if self.true_sequential else 0
+
+    @property
+    def reorders(self) -> bool:
+        """Whether groups follow the activation order, so that files need a column index."""
+        return self.order == "activation" and not self.static_groups
+
+    def apply(self, segment: Segment, context: Context) -> None:
+        stages = sorted({shared.stage for shared in segment.spec.inputs})
+        for stage in stages:
+            if self.true_sequential and stage > 0:
+                context.refresh(stage, Gram)
+            for shared in segment.spec.inputs:
+                linears = [name for name in shared.linears if name in segment.schemes]
+                if shared.stage == stage and linears:
+                    self._round(segment, context, linears)
+
+    def _round(self, segment: Segment, context: Context, linears: Sequence[str]) -> None:
+        """Linears that share an input are stacked, one run of the column loop per scheme among them."""
+        gram = context.statistic(linears[0], Gram)
+        if gram.tokens == 0:  # an expert without data, which the user allowed
+            for name in linears:
+                scheme = segment.schemes[name]
+                put(segment, name, round_to_nearest(segment.weight(name), scheme, segment.ranges.get(name)), None)
+                segment.note(name, gptq="no calibration tokens: rounded to nearest")
+            return
+        for scheme in dict.fromkeys(segment.schemes[name] for name in linears):
+            members = [name for name in linears if segment.schemes[name] == scheme]
+            weights = [segment.weight(name) for name in members]
+            ranges = [segment.ranges[name] for name in members if name in segment.ranges]
+            bounds = [segment.ranges.get(name, None) for name in members]
+            clip = None
+            if ranges:  # linears without a range of their own are bounded by their largest weight, which clips nothing
+                clip = torch.cat(
+                    [
+                        torch.full((w.shape[0], ranges[0].shape[1]), torch.inf, device=w.device) if b is None else b
+                        for w, b in zip(weights, bounds, strict=True)
+                    ]
+                )
+            result = gptq_round(
+                torch.cat(weights),
+                gram.matrix,
+                scheme.weights,
+                damping=self.damping,
+                block_size=self.block_size,
+                order=self.order,
+                static_groups=self.static_groups,
+                clip=clip,
+            )
+            first = 0
+            for name, w in zip(members, weights, strict=True):
+                rows = slice(first, first + w.shape[0])
+                first = rows.stop
+                zero = None if result.zero is None else result.zero[rows].to(torch.uint8)
+                q = QuantizedTensor(
+                    result.codes[rows].clone(), result.scale[rows].float().clone(), zero, scheme, result.group_index
+                )
+                put(segment, name, q, context.statistic(name, Gram).matrix)
+                context.advance(name)

@@ -1,0 +1,306 @@
+"""The main job: plan, walk, export, verify, evaluate, report.
+
+.. code-block:: python
+
+    import ptq
+    ptq.quantize("demo", method="awq", out="demo-awq")
+    print(ptq.evaluate("demo-awq", reference="demo").perplexity)
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibration.checkpoint import CheckpointReader
+from calibration.errors import ToolkitError
+from calibration.models import (
+    check_finite,
+    fingerprint,
+    forward_dtype,
+    load_tokenizer,
+    locate,
+    open_model,
+)
+from calibration.progress import Progress, Silent
+from calibration.record import RunRecord
+from calibration.segment import Segment
+from calibration.skeleton import Skeleton
+from calibration.text import TokenBatches, calibration_tokens, check_tokenizer
+from calibration.walk import Tensors, Walk
+from ptq.devices import parse_dtype, resolve_device
+from ptq.evaluation import context_length, default_dataset
+from ptq.export.write import NATIVE, CommittedBlocks, copy_small_files, encode_block, linear_tensors
+from ptq.export.write import verify_checkpoint, write_checkpoint
+from ptq.linears import ModelLayout
+from ptq.plan import Plan, make_plan
+from ptq.quantized import QuantizedTensor
+from ptq.recipe import Recipe, method_recipe, read_recipe
+from ptq.reporting import Stopwatch, write_reports
+from ptq.scheme import QuantScheme
+from ptq.session import Session
+
+BATCH_TOKENS = 2048  # tokens per calibration forward: enough to fill the cores, few enough to stay in cache
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything of a quantization run but the model, the recipe and the folder.
+
+    Attributes:
+        dataset: calibration text; None: wikitext2, or the demo's own text for the demo.
+        samples, seq_len, seed: of calibration.
+        device, dtype: of forward passes; ``auto`` is the GPU where there is one, and the checkpoint's dtype where the
+            machine is fast at it.
+        evaluate: data set to score the result and the float model on, or None.
+        unseen_experts: ``error``, or ``rtn`` to round experts without calibration tokens without data.
+        verify_weights: read all weights first and refuse NaN and Inf.
+    """
+
+    dataset: str | None = None
+    samples: int = 128
+    seq_len: int = 2048
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    evaluate: str | None = None
+    unseen_experts: str = "error"
+    trust_remote_code: bool = False
+    command: str = ""
+
+
+@dataclass
+class Job:
+    """A run that passed its plan: everything open, nothing written."""
+
+    name: str
+    reader: CheckpointReader
+    config: Any
+    plan: Plan
+    options: Options
+    dataset: str
+    seq_len: int
+    device: torch.device
+    dtype: torch.dtype
+    batch_size: int
+    notes: list[str]
+
+
+def prepare(
+    model: str | Path,
+    *,
+    method: str | None = None,
+    scheme: str | None = None,
+    recipe: str | Path | None = None,
+    format: str | None = None,
+    options: Options | None = None,
+) -> Job:
+    """Resolve model, recipe and plan from headers alone.
+
+    Raises:
+        ToolkitError, PlanError: whatever can be refused.
+    """
+    options = options or Options()
+    if (method is None) == (recipe is None):
+        raise ToolkitError("needs either a method or a recipe", "pass --method awq, or --recipe FILE.toml")
+    if options.samples < 1 or options.seq_len < 2:
+        raise ToolkitError(
+            f"--samples {options.samples} --seq-len {options.seq_len}: too small", "use at least 1 sample of 2 tokens"
+        )
+    resolved: Recipe
+    if recipe is not None:
+        resolved = read_recipe(Path(recipe), scheme, format)
+    else:
+        resolved = method_recipe(method or "", scheme, format)
+    folder = locate(model)
+    reader, config, spec = open_model(folder, options.trust_remote_code)
+    device = resolve_device(options.device)
+    stored = reader.infos[next(n for n in reader.infos if n.startswith(spec.prefix(0)) and n.endswith(".weight"))].dtype
+    dtype = forward_dtype(stored, device) if options.dtype == "auto" else parse_dtype(options.dtype)
+    notes = []
+    seq_len, longest = options.seq_len, context_length(config)
+    if seq_len > longest:
+        notes.append(f"--seq-len {seq_len} is longer than the model's context: cut to {longest}")
+        seq_len = longest
+    batch_size = max(1, min(options.samples, BATCH_TOKENS // seq_len))
+    plan = make_plan(
+        reader,
+        config,
+        spec,
+        resolved,
+        samples=options.samples,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        forward_itemsize=dtype.itemsize,
+    )
+    dataset = options.dataset or default_dataset(folder)
+    return Job(str(model), reader, config, plan, options, dataset, seq_len, device, dtype, batch_size, notes)
+
+
+def run(
+    job: Job, out: str | Path, *, overwrite: bool = False, resume: bool = False, progress: Progress | None = None
+) -> RunRecord:
+    """Carry out a prepared job and return its record.
+
+    Raises:
+        ToolkitError: see the message; DIR is then not there, and DIR.partial can be resumed where it is.
+    """
+    progress = progress or Silent()
+    watch = Stopwatch()
+    session = Session(Path(out))
+    session.check(overwrite, resume)
+    for note in job.notes:
+        progress.message(note)
+    plan, reader, options = job.plan, job.reader, job.options
+    _check_disk(session, plan)
+    tokens = _calibration(job) if plan.needs_data else None
+    identity = {
+        "model": fingerprint(reader),
+        "recipe": plan.recipe.to_json(),
+        "format": plan.format.name,
+        "calibration": tokens.source if tokens else {},
+        "forward": f"{job.dtype} on {job.device.type}, {job.batch_size} sequences at a time",
+        "threads": torch.get_num_threads(),
+        "unseen_experts": options.unseen_experts,
+        "evaluate": options.evaluate,
+    }
+    if resume:
+        session.begin(identity, resume=True)
+    with watch("check weights"):
+        progress.stage("check weights", len(reader.infos))
+        check_finite(reader, progress.advance)
+    if not resume:
+        session.begin(identity, resume=False)
+    skeleton = Skeleton(job.config, plan.spec, job.dtype, job.device)
+    walk = Walk(
+        reader=reader,
+        skeleton=skeleton,
+        passes=plan.recipe.passes,
+        schemes=plan.schemes,
+        encode=_encode,
+        restore=_Restore(plan.layout),
+        folder=session.blocks,
+        batch_size=job.batch_size,
+        allow_unseen=options.unseen_experts == "rtn",
+    )
+    resumed = walk.finished()
+    with watch("quantize"):
+        walk.run(tokens, progress)
+    blocks = CommittedBlocks([walk.tensors_path(i) for i in range(plan.spec.n_blocks)], plan.layout)
+    with watch("export"):
+        progress.stage("export", len(plan.layout.quantized))
+        fmt, written = write_checkpoint(
+            blocks.blocks, _outside(reader, plan.spec.blocks), plan.layout, plan.format, session.partial, progress.advance
+        )
+        reader.close()
+        copy_small_files(reader.folder, session.partial)
+    with watch("verify"):
+        progress.stage("verify", len(plan.layout.quantized))
+        verified = verify_checkpoint(blocks.blocks, fmt, session.partial, progress.advance)
+    record = write_reports(job, walk, fmt, written, verified, tokens, session.partial, watch, resumed, progress)
+    session.finish()
+    return record
+
+
+def quantize(
+    model: str | Path,
+    *,
+    out: str | Path,
+    method: str | None = None,
+    scheme: str | None = None,
+    recipe: str | Path | None = None,
+    format: str | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> RunRecord:
+    """Quantize a checkpoint into ``out``; see `Options` for the remaining keywords. Returns the run's record."""
+    job = prepare(model, method=method, scheme=scheme, recipe=recipe, format=format, options=Options(**options))
+    return run(job, out, overwrite=overwrite, resume=resume, progress=progress)
+
+
+def _calibration(job: Job) -> TokenBatches:
+    from calibration.corpora import load_corpus
+
+    tokenizer = load_tokenizer(job.reader.folder, job.options.trust_remote_code)
+    check_tokenizer(tokenizer, vocabulary(job.reader, job.config))
+    corpus = load_corpus(job.dataset, "calibrate")
+    return calibration_tokens(corpus, tokenizer, job.options.samples, job.seq_len, job.options.seed)
+
+
+def vocabulary(reader: CheckpointReader, config: Any) -> int:
+    """Rows of the embedding (padded vocabularies included)."""
+    return int(config.vocab_size)
+
+
+def _check_disk(session: Session, plan: Plan) -> None:
+    parent = session.out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < plan.sizes.disk_bytes:
+        raise ToolkitError(
+            f"--out {session.out}: {free / 1e9:.2f} GB free, the run needs {plan.sizes.disk_bytes / 1e9:.2f} GB",
+            "free some space or choose another disk",
+        )
+
+
+def _outside(reader: CheckpointReader, blocks: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors outside the blocks, in the order of their names."""
+    for name in sorted(reader.infos):
+        if not name.startswith(blocks + "."):
+            yield name, reader.tensor(name)
+
+
+def _encode(segment: Segment) -> dict[str, torch.Tensor]:
+    """A finished segment as the tensors of its file: native codes, and the rest in its stored dtype."""
+    quantized: dict[str, QuantizedTensor] = {}
+    for name, replacement in segment.quantized.items():
+        assert isinstance(replacement, QuantizedTensor)
+        quantized[segment.full_name(name)] = replacement
+    replaced = {f"{name}.weight" for name in segment.quantized}
+    others = {
+        segment.full_name(name): master.to(segment.stored_dtypes[name])
+        for name, master in segment.masters.items()
+        if name not in replaced
+    }
+    missing = set(segment.schemes) - set(segment.quantized)
+    if missing:
+        raise ToolkitError(
+            f"{', '.join(segment.full_name(n) for n in sorted(missing))}: has a scheme but was not rounded",
+            "this is a bug of the method: please report it",
+        )
+    for name, tensor in others.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ToolkitError(f"{name}: NaN or Inf after {segment.index + 1} blocks", "try --dtype float32")
+    return encode_block(quantized, others)
+
+
+class _Restore:
+    """Committed tensors back to float weights, for propagation through what was written."""
+
+    def __init__(self, layout: ModelLayout) -> None:
+        self.linears: dict[str, tuple[QuantScheme, tuple[int, int], bool]] = {
+            linear.name: (linear.scheme, linear.shape, linear.conv1d)
+            for linear in layout.quantized
+            if linear.scheme is not None
+        }
+
+    def __call__(self, tensors: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        weights: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            linear, _, suffix = name.rpartition(".")
+            if linear not in self.linears or suffix not in NATIVE.suffixes:
+                weights[name] = tensor
+            elif suffix == "codes":
+                scheme, shape, conv1d = self.linears[linear]
+                w = NATIVE.decode(linear_tensors(tensors, linear, NATIVE), scheme, shape).dequantize(dtype)
+                weights[f"{linear}.weight"] = w.T.contiguous() if conv1d else w
+        return weights
+

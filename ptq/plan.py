@@ -1,0 +1,264 @@
+"""The plan: recipe + headers + architecture table -> what will happen, or every reason why it cannot.
+
+Nothing here reads a tensor. ``--dry-run`` prints the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from calibration.architectures import ArchitectureSpec
+from calibration.checkpoint import CheckpointReader
+from calibration.errors import PlanError, Problem, ToolkitError, unknown_value
+from calibration.passes import check_order, forwards_per_block
+from calibration.statistics import Gram
+from ptq.export.formats import FORMATS, Format, choose
+from ptq.linears import ModelLayout, PlannedLinear
+from ptq.methods.gptq import Gptq
+from ptq.numerics.objective import ROW_BYTES
+from ptq.recipe import Recipe
+from ptq.scheme import QuantScheme
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes, except for the two that say otherwise.
+
+    ``float_bytes`` and ``output_bytes`` are all tensors of the checkpoint before and after; ``quantized_bytes`` those
+    of the quantized linears. ``peak_bytes`` is memory above interpreter and libraries, ``disk_bytes`` what the
+    run needs at its fullest. ``forwards`` counts forward passes over the calibration set per block.
+    """
+
+    float_bytes: int
+    output_bytes: int
+    quantized_bytes: int
+    quantized_weights: int
+    bits_per_weight: float
+    peak_bytes: int
+    disk_bytes: int
+    forwards: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before a weight is read."""
+
+    recipe: Recipe
+    spec: ArchitectureSpec
+    layout: ModelLayout
+    format: Format
+    format_reason: str
+    sizes: Sizes
+    needs_data: bool
+    remarks: tuple[str, ...]
+
+    def schemes(self, block: int) -> dict[str, QuantScheme]:
+        """Block-relative linear name -> scheme, for the linears that are quantized."""
+        prefix = self.spec.prefix(block)
+        return {
+            linear.name[len(prefix) :]: linear.scheme
+            for linear in self.layout.quantized
+            if linear.block == block and linear.scheme is not None
+        }
+
+
+def make_plan(
+    reader: CheckpointReader,
+    config: Any,
+    spec: ArchitectureSpec,
+    recipe: Recipe,
+    *,
+    samples: int,
+    seq_len: int,
+    batch_size: int,
+    forward_itemsize: int = 4,
+) -> Plan:
+    """Resolve every linear, choose and check the format, and estimate what the run costs.
+
+    Args:
+        samples, seq_len, batch_size: of calibration.
+        forward_itemsize: bytes per value of the forward dtype.
+
+    Raises:
+        PlanError: every problem at once.
+        ToolkitError: the checkpoint is quantized already, or the format is unknown.
+    """
+    if "quantization_config" in reader.config:
+        method = reader.config["quantization_config"].get("quant_method")
+        raise ToolkitError(
+            f"{reader.folder}: already quantized (quant_method '{method}')",
+            "start from the float checkpoint; `ptq export` changes the format of a quantized one",
+        )
+    linears, problems = _resolve_linears(reader, spec, recipe)
+    problems += check_order(recipe.passes)
+    layout = ModelLayout(
+        config=reader.config,
+        linears=tuple(linears),
+        other_linears=tuple(_other_linears(config, spec)),
+        blocks=spec.blocks,
+        reordered=any(isinstance(p, Gptq) and p.reorders for p in recipe.passes),
+        dtype=str(_stored_dtype(reader, linears)).removeprefix("torch."),
+    )
+    for step in recipe.passes:
+        problems += step.check(layout)
+    fmt, reason = _format(recipe, layout, problems)
+    if problems:
+        raise PlanError(problems)
+    forwards = forwards_per_block(recipe.passes)
+    sizes = _sizes(reader, config, spec, layout, recipe, forwards, samples * seq_len, batch_size, forward_itemsize)
+    remarks = tuple(dict.fromkeys(r for i in range(spec.n_blocks) for r in spec.block(i).unbalanced))
+    return Plan(recipe, spec, layout, fmt, reason, sizes, forwards > 0, remarks)
+
+
+def _stored_dtype(reader: CheckpointReader, linears: list[PlannedLinear]) -> torch.dtype:
+    first = next((linear for linear in linears), None)
+    return reader.infos[f"{first.name}.weight"].dtype if first else torch.float32
+
+
+def _resolve_linears(
+    reader: CheckpointReader, spec: ArchitectureSpec, recipe: Recipe
+) -> tuple[list[PlannedLinear], list[Problem]]:
+    """Scheme and shape of every linear; problems where table and headers, or rules and names, do not meet."""
+    linears: list[PlannedLinear] = []
+    missing: list[str] = []
+    unknown: list[str] = []
+    for index in range(spec.n_blocks):
+        prefix, block = spec.prefix(index), spec.block(index)
+        experts = {name: shared.expert for shared in block.inputs for name in shared.linears}
+        for name in block.linears:
+            info = reader.infos.get(f"{prefix}{name}.weight")
+            if info is None or len(info.shape) != 2:
+                missing.append(f"{prefix}{name}.weight")
+                continue
+            rule = next(r for r in recipe.rules if r.matches(prefix + name))
+            linears.append(
+                PlannedLinear(
+                    name=prefix + name,
+                    block=index,
+                    shape=(info.shape[1], info.shape[0]) if spec.conv1d else (info.shape[0], info.shape[1]),
+                    scheme=rule.scheme,
+                    why="" if rule.scheme else f"rule '{rule.match}' = float",
+                    conv1d=spec.conv1d,
+                    expert=experts[name],
+                    bias=f"{prefix}{name}.bias" in reader.infos,
+                )
+            )
+        missing += [
+            f"{prefix}{group.producer}.weight"
+            for group in block.balance
+            if f"{prefix}{group.producer}.weight" not in reader.infos
+        ]
+        known = {*block.linears, *block.routers}
+        unknown += [
+            n
+            for n, info in reader.infos.items()
+            if n.startswith(prefix)
+            and n.endswith(".weight")
+            and len(info.shape) == 2
+            and n[len(prefix) : -len(".weight")] not in known
+        ]
+    problems = []
+    table = "compare the checkpoint with its original; if it is a variant, extend calibration/architectures/"
+    if missing:
+        problems.append(Problem(_some(missing), "in the architecture table, but not in the checkpoint", table))
+    if unknown:
+        problems.append(Problem(_some(unknown), "a linear of the blocks that the architecture table does not name", table))
+    for rule in recipe.rules[:-1]:
+        if not any(rule.matches(linear.name) for linear in linears):
+            problems.append(
+                Problem(
+                    f"rule '{rule.match}'",
+                    "matches no linear",
+                    f"patterns match full names such as '{linears[0].name if linears else 'model.layers.0.mlp.down_proj'}'",
+                )
+            )
+    return linears, problems + list(_size_problems(reader, linears))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _size_problems(reader: CheckpointReader, linears: list[PlannedLinear]) -> Iterable[Problem]:
+    """Linears that would not shrink. (Groups that do not divide are found by every format's check.)"""
+    for linear in linears:
+        if linear.scheme is None:
+            continue
+        before = 8 * reader.infos[f"{linear.name}.weight"].dtype.itemsize
+        if linear.shape[1] % linear.scheme.weights.grouping.width(linear.shape[1]):
+            continue
+        after = linear.scheme.bits_per_weight(*linear.shape)
+        if after >= before:
+            yield Problem(
+                linear.name, f"{after:.2f} bits per weight are not fewer than its {before}", 'give it a rule scheme = "float"'
+            )
+
+
+def _format(recipe: Recipe, layout: ModelLayout, problems: list[Problem]) -> tuple[Format, str]:
+    if recipe.format is None:
+        fmt, reason = choose(layout)
+        problems += fmt.check(layout)
+        return fmt, reason
+    if recipe.format not in FORMATS:
+        raise unknown_value("--format", recipe.format, FORMATS)
+    fmt = FORMATS[recipe.format]
+    problems += fmt.check(layout)
+    return fmt, "asked for"
+
+
+def _other_linears(config: Any, spec: ArchitectureSpec) -> Iterable[str]:
+    """Linears outside the table's list that a format has to name as left alone."""
+    yield "lm_head"
+    for index in range(spec.n_blocks):
+        for router in spec.block(index).routers:
+            yield spec.prefix(index) + router
+    if getattr(config, "word_embed_proj_dim", None) not in (None, getattr(config, "hidden_size", None)):
+        yield from ("model.decoder.project_in", "model.decoder.project_out")
+
+
+def _sizes(
+    reader: CheckpointReader,
+    config: Any,
+    spec: ArchitectureSpec,
+    layout: ModelLayout,
+    recipe: Recipe,
+    forwards: int,
+    tokens: int,
+    batch_size: int,
+    itemsize: int,
+) -> Sizes:
+    quantized_bits = sum(
+        linear.numel * linear.scheme.bits_per_weight(*linear.shape, layout.reordered)
+        for linear in layout.quantized
+        if linear.scheme is not None
+    )
+    weights = sum(linear.numel for linear in layout.quantized)
+    replaced = sum(reader.infos[f"{linear.name}.weight"].nbytes for linear in layout.quantized)
+    quantized_bytes = round(quantized_bits / 8)
+    output = reader.total_bytes - replaced + quantized_bytes
+    block = sum(info.numel for n, info in reader.infos.items() if n.startswith(spec.prefix(0)))
+    hidden = getattr(config, "hidden_size", None) or getattr(config, "n_embd", 0)
+    statistics = 0
+    if any(Gram in p.statistics for p in recipe.passes):
+        shapes = {linear.name: linear.shape for linear in layout.linears if linear.block == 0}
+        inputs = [shapes.get(spec.prefix(0) + s.linears[0], (0, 0))[1] for s in spec.block(0).inputs]
+        statistics = sum(4 * n * n for n in inputs) + 4 * max(inputs, default=0) ** 2
+    states = tokens * hidden * itemsize if forwards else 0
+    copies = 4 + (itemsize if itemsize != 4 else 0) + 2  # masters, forward copy, codes and scales being written
+    peak = block * copies + statistics + states + 6 * ROW_BYTES
+    stem = sum(i.nbytes for n, i in reader.infos.items() if not n.startswith(spec.blocks + "."))
+    return Sizes(
+        float_bytes=reader.total_bytes,
+        output_bytes=output,
+        quantized_bytes=quantized_bytes,
+        quantized_weights=weights,
+        bits_per_weight=quantized_bits / weights if weights else 0.0,
+        peak_bytes=max(peak, stem + states),
+        disk_bytes=2 * output,
+        forwards=forwards,
+    )
+

@@ -1,0 +1,54 @@
+"""`QuantizedTensor`: what a rounding method makes, an exporter lays out and a kernel reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ptq.scheme import QuantScheme
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """Integer codes of one weight ``W [out, in]`` with G groups of input columns per row.
+
+    Attributes:
+        codes: uint8 ``[out, in]``, unsigned codes in ``[0, 2^bits - 1]``, one byte each whatever the bits.
+        scale: float32 ``[out, G]``, values exact in bfloat16 and in float16.
+        zero: uint8 ``[out, G]``, or None for symmetric grids (then 2^(bits-1)).
+        scheme: bits, grid and grouping.
+        group_index: int32 ``[in]``, the group of each column; None where it is ``column // group size``
+            (it is present only where groups follow an activation order).
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    scheme: QuantScheme
+    group_index: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.codes.shape[0]), int(self.codes.shape[1])
+
+    @property
+    def zero_point(self) -> torch.Tensor | int:
+        """The zero as a tensor, or the fixed 2^(bits-1)."""
+        return 2 ** (self.scheme.weights.bits - 1) if self.zero is None else self.zero
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """``(code - zero) * scale`` as ``[out, in]``: products in float32, then one cast to ``dtype``."""
+        out, width = self.shape
+        zero = 2 ** (self.scheme.weights.bits - 1) if self.zero is None else self.zero.float()
+        if self.group_index is not None:
+            index = self.group_index.long()
+            z = zero if isinstance(zero, int) else zero[:, index]
+            return ((self.codes.float() - z) * self.scale[:, index]).to(dtype)
+        groups = self.codes.float().view(out, self.scale.shape[1], -1)
+        z = zero if isinstance(zero, int) else zero.unsqueeze(-1)
+        return ((groups - z) * self.scale.unsqueeze(-1)).view(out, width).to(dtype)
+
+    def bits_per_weight(self) -> float:
+        """Stored bits of codes, scales, zeros and index over the number of weights."""
+        return self.scheme.bits_per_weight(*self.shape, reordered=self.group_index is not None)

@@ -1,0 +1,242 @@
+"""What a record says, as sentences and small tables of text that every view shares.
+
+Mappings are shown in key order: a record read back from its file has lost any other, and must give the same bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from calibration.errors import ToolkitError
+from calibration.record import Evaluation, LinearRecord, Protocol, RunRecord
+from ptq.report import figures
+from ptq.scheme import QuantScheme, parse_scheme
+
+FLOAT, QUANTIZED = "float", "quantized"
+
+_GRIDS = {
+    "asym_minmax": "asymmetric grid between the smallest and the largest weight",
+    "asym_zero_in": "asymmetric grid that contains zero",
+    "sym_full": "symmetric grid with all levels in use",
+    "sym_restricted": "symmetric grid without the lowest level",
+    "sym_gptq": "symmetric grid",
+}
+_PROTOCOLS = {
+    "gptq": "disjoint windows",
+    "llama.cpp": "second half of each window scored",
+    "hf-stride": "sliding window",
+}
+
+
+_ACRONYMS = {"rtn", "gptq", "awq", "lorc"}
+_PASSES = {
+    "rtn": "rounds every weight to its nearest level",
+    "gptq": "rounds column by column and moves each column's error into those still to come",
+    "awq": "scales input channels so that weights that meet large activations are rounded more finely",
+    "smooth": "moves the range of activation outliers into the weights",
+    "smoothquant": "moves the range of activation outliers into the weights",
+    "rotate": "rotates the residual stream so that no channel stands out",
+    "clip": "narrows the range of each group where that lowers the output error",
+    "lorc": "adds a low-rank correction of what rounding took away",
+    "norm-tweak": "adjusts the norms so that outputs follow those of the float model",
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The error that a report shows: the output error where calibration data gave one, else that of the weights."""
+
+    field: str
+    name: str
+    definition: str
+
+    def of(self, linear: LinearRecord) -> float | None:
+        value: float | None = getattr(linear, self.field)
+        return value
+
+
+OUTPUT_ERROR = Metric("relative_error", "output error", "‖(Q(W) − W) X‖² / ‖W X‖² on the calibration inputs")
+WEIGHT_ERROR = Metric("weight_error", "weight error", "‖Q(W) − W‖² / ‖W‖², no calibration data were gathered")
+
+
+@dataclass(frozen=True)
+class Results:
+    """The evaluations under one protocol: the float model first, this run last, baselines between."""
+
+    protocol: Protocol
+    evaluations: tuple[Evaluation, ...]
+    reference: float | None
+
+    @property
+    def quantized(self) -> Evaluation | None:
+        return next((e for e in self.evaluations if e.model == QUANTIZED), None)
+
+
+def metric(record: RunRecord) -> Metric:
+    return OUTPUT_ERROR if any(e.relative_error is not None for e in record.linears) else WEIGHT_ERROR
+
+
+def worst(record: RunRecord, n: int) -> list[LinearRecord]:
+    """The ``n`` linears with the largest error; ties in name order."""
+    by = metric(record)
+    known = [e for e in record.linears if by.of(e) is not None]
+    return sorted(known, key=lambda e: (-(by.of(e) or 0.0), e.name))[:n]
+
+
+def results(evaluations: Iterable[Evaluation]) -> list[Results]:
+    """Evaluations grouped by protocol, in the order in which protocols first appear."""
+    groups: dict[Protocol, list[Evaluation]] = {}
+    for evaluation in evaluations:
+        groups.setdefault(evaluation.protocol, []).append(evaluation)
+    rank = {FLOAT: 0, QUANTIZED: 2}
+    return [
+        Results(protocol, tuple(sorted(found, key=lambda e: rank.get(e.model, 1))), float_perplexity(found))
+        for protocol, found in groups.items()
+    ]
+
+
+def float_perplexity(evaluations: Iterable[Evaluation]) -> float | None:
+    """Of evaluations under one protocol: the float model's own, or the reference of a divergence."""
+    found = list(evaluations)
+    own = [e.perplexity for e in found if e.model == FLOAT]
+    references = [e.divergence.reference_perplexity for e in found if e.divergence is not None]
+    return next(iter(own + references), None)
+
+
+def model_label(model: str) -> str:
+    return {QUANTIZED: "this run"}.get(model, model.upper() if model.lower() in _ACRONYMS else model)
+
+
+def protocol_title(protocol: Protocol) -> str:
+    return f"{protocol.dataset}, {figures.count(protocol.window)}-token windows"
+
+
+def protocol_sentence(protocol: Protocol) -> str:
+    """The whole protocol: all that somebody needs to measure the same number."""
+    tokens = "with" if protocol.special_tokens else "without"
+    joined = {"file as it is": "file taken as it is"}.get(protocol.join, f"rows joined with {protocol.join!r}")
+    style = f" ({_PROTOCOLS[protocol.name]})" if protocol.name in _PROTOCOLS else ""
+    return (
+        f"Protocol {protocol.name}{style}: {protocol.dataset}, {joined}, {tokens} special tokens; window "
+        f"{figures.count(protocol.window)}, stride {figures.count(protocol.stride)}, "
+        f"{figures.count(protocol.tokens_scored)} tokens scored; {protocol.dtype} forward, float32 log-probabilities; "
+        f"text fingerprint {protocol.text_fingerprint}."
+    )
+
+
+def read_scheme(text: str) -> QuantScheme | None:
+    """The scheme, or None where a newer or foreign record names one that is not known here."""
+    try:
+        return parse_scheme(text)
+    except ToolkitError:
+        return None
+
+
+def scheme_sentence(text: str) -> str:
+    """``4-bit integer weights, one 16-bit scale per 128 input columns, symmetric grid``"""
+    scheme = read_scheme(text)
+    if scheme is None:
+        return text
+    weights = scheme.weights
+    share = "output row" if weights.grouping.size is None else f"{weights.grouping.size} input columns of a row"
+    zero = "" if weights.symmetric else f" and one {weights.bits}-bit zero point"
+    return f"{weights.bits}-bit integer weights, one 16-bit scale{zero} per {share}, {_GRIDS[weights.quantizer]}"
+
+
+def schemes(record: RunRecord) -> list[tuple[str, int, int]]:
+    """Each scheme in use with its number of linears and of weights, the most weights first."""
+    linears: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
+    for entry in record.linears:
+        linears[entry.scheme] += 1
+        weights[entry.scheme] += entry.shape[0] * entry.shape[1]
+    return sorted(((s, linears[s], weights[s]) for s in linears), key=lambda row: (-row[2], row[0]))
+
+
+def scheme_label(record: RunRecord) -> str:
+    """The scheme in a few characters; what a mixed run mixes, up to two."""
+    names = [name for name, _, _ in schemes(record)]
+    if len(names) > 2:
+        return f"mixed ({names[0]} and {len(names) - 1} others)"
+    return " + ".join(names) if names else figures.DASH
+
+
+def method_label(record: RunRecord) -> str:
+    """``AWQ + GPTQ``"""
+    names = [str(entry.get("name", "")) for entry in record.recipe.get("passes", [])]
+    method = str(record.recipe.get("method") or "+".join(filter(None, names)))
+    parts = [part.strip() for part in method.split("+")]
+    return " + ".join(part.upper() if part.lower() in _ACRONYMS else part for part in parts)
+
+
+def pass_sentence(entry: Mapping[str, Any]) -> str:
+    """What the pass does, in a line; empty for one that is not known here."""
+    return _PASSES.get(str(entry.get("name", "")).lower(), "")
+
+
+def settings(entry: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The settings of a pass, without its name."""
+    return [(key, value(entry[key])) for key in sorted(entry) if key != "name"]
+
+
+def value(item: Any) -> str:
+    """A setting as a person would write it."""
+    if isinstance(item, bool):
+        return "yes" if item else "no"
+    if item is None:
+        return "none"
+    if isinstance(item, list | tuple):
+        return ", ".join(value(i) for i in item) or "none"
+    if isinstance(item, Mapping):
+        return ", ".join(f"{k} {value(v)}" for k, v in sorted(item.items())) or "none"
+    return f"{item:g}" if isinstance(item, float) else str(item)
+
+
+def rules(record: RunRecord) -> list[tuple[str, str]]:
+    """The recipe's scheme rules as (which linears, scheme); a list of them keeps its order."""
+    entries = record.recipe.get("schemes") or {}
+    pairs = sorted(entries.items()) if isinstance(entries, Mapping) else ((str(i), e) for i, e in enumerate(entries))
+    return [(str(name), "left in float" if rule is None else value(rule)) for name, rule in pairs]
+
+
+_CALIBRATION = {
+    "dataset": "data",
+    "samples": "samples",
+    "seq_len": "tokens per sample",
+    "tokens": "tokens",
+    "seed": "seed",
+    "join": "rows joined with",
+    "special_tokens": "special tokens",
+    "fingerprint": "fingerprint",
+}
+
+
+def calibration(record: RunRecord) -> list[tuple[str, str]]:
+    """What the calibration text was, empty for a data-free run."""
+    data = record.calibration
+    keys = [key for key in _CALIBRATION if key in data] + sorted(key for key in data if key not in _CALIBRATION)
+    counts = {"samples", "seq_len", "tokens"}  # a seed is a name, not an amount: no thousands separators
+    texts = {"join": repr}
+    return [
+        (
+            _CALIBRATION.get(key, key.replace("_", " ")),
+            figures.count(data[key]) if key in counts else texts.get(key, value)(data[key]),
+        )
+        for key in keys
+    ]
+
+
+def coverage(record: RunRecord) -> str:
+    """How much of the model was quantized."""
+    total, done = record.model.get("parameters"), record.result.get("quantized_weights")
+    linears = figures.count(record.result.get("quantized_linears", len(record.linears)))
+    share = f", {100 * done / total:.1f} % of all parameters" if total and done else ""
+    return f"{linears} linears" + (f" with {figures.large_count(done)} weights{share}" if done else "")
+
+
+def loads(record: RunRecord) -> list[tuple[str, bool, str]]:
+    """(program, whether it loads the result, why not), those that do first."""
+    programs = sorted((record.result.get("loads_in") or {}).items(), key=lambda item: (item[1] != "yes", item[0]))
+    return [(str(name), answer == "yes", "" if answer == "yes" else str(answer)) for name, answer in programs]

@@ -1,0 +1,40 @@
+"""Which kernel runs a quantized linear: the first that can, or the one asked for by name."""
+
+from __future__ import annotations
+
+from calibration.errors import ToolkitError, unknown_value
+from ptq.runtime.kernels.int4 import INT4
+from ptq.runtime.kernels.int8 import INT8
+from ptq.runtime.kernels.kernel import Kernel, KernelQuery
+from ptq.runtime.kernels.reference import REFERENCE
+
+KERNELS: tuple[Kernel, ...] = (INT4, INT8, REFERENCE)
+"""Fastest first. The last one supports everything."""
+
+
+def _names() -> list[str]:
+    return [kernel.name for kernel in KERNELS]
+
+
+def select(query: KernelQuery, prefer: str | None = None) -> Kernel:
+    """The first kernel that supports ``query``, or the kernel called ``prefer``.
+
+    Raises:
+        ToolkitError: no kernel is called ``prefer``, or it cannot run this query (the error has its reason).
+    """
+    if prefer is None:
+        return next(kernel for kernel in KERNELS if kernel.supports(query) is None)
+    chosen = next((kernel for kernel in KERNELS if kernel.name == prefer), None)
+    if chosen is None:
+        raise unknown_value("kernel", prefer, _names())
+    reason = chosen.supports(query)
+    if reason is not None:
+        able = [kernel.name for kernel in KERNELS if kernel.supports(query) is None]
+        raise ToolkitError(f"kernel: '{prefer}' cannot run this layer: {reason}", f"use one of: {', '.join(able)}")
+    return chosen
+
+
+def refusals(query: KernelQuery, chosen: Kernel) -> dict[str, str]:
+    """Kernel name to the reason why it was not taken, for every kernel faster than ``chosen``."""
+    faster = KERNELS[: KERNELS.index(chosen)]
+    return {kernel.name: kernel.supports(query) or f"'{chosen.name}' was asked for by name" for kernel in faster}

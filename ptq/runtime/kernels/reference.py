@@ -1,0 +1,68 @@
+"""The reference kernel: plain torch, every scheme, every device, and the oracle of all other kernels.
+
+It dequantizes the layer on every call, a block of rows at a time, so it saves memory but no time. Its weights are bit
+for bit those of ``q.dequantize(x.dtype)``; its sums differ from one product with that weight in their order at most.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ptq.quantized import QuantizedTensor
+from ptq.runtime.kernels.kernel import Kernel, KernelQuery, Packed
+
+BLOCK_ELEMENTS = 2**19
+"""Weights dequantized at a time on a CPU: 2 MiB of float32 stay in a core's cache and in reused memory. A whole
+layer's temporary is fresh pages on every call: one 5632 x 2048 layer and one token took 3 to 9 times as long so."""
+
+
+def _supports(query: KernelQuery) -> str | None:
+    return None
+
+
+def _pack(q: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+    """codes uint8 ``[out, in]``, scale float32 ``[out, G]``; where present zero uint8 ``[out, G]`` and group_index.
+
+    Codes stay one byte each below 8 bits too: unpacking a dense bit stream takes more passes over the weight than
+    dequantizing it does.
+    """
+    named = {"codes": q.codes, "scale": q.scale, "zero": q.zero, "group_index": q.group_index}
+    return {name: tensor.to(device).contiguous() for name, tensor in named.items() if tensor is not None}
+
+
+def dequantize_rows(packed: Packed, rows: slice, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of ``(code - zero) * scale`` as ``[rows, in]`` in ``dtype``; float32 inside.
+
+    The same products in the same order as `QuantizedTensor.dequantize`, so the same bits.
+    """
+    codes, scale, zero, index = (
+        packed["codes"][rows],
+        packed["scale"][rows],
+        packed.get("zero"),
+        packed.get("group_index"),
+    )
+    zero = None if zero is None else zero[rows]
+    if index is not None:
+        w, s = codes.float(), scale[:, index]
+        z = None if zero is None else zero[:, index]
+    else:
+        w, s = codes.float().view(len(codes), scale.shape[1], -1), scale.unsqueeze(-1)
+        z = None if zero is None else zero.unsqueeze(-1)
+    w = w.sub_(2 ** (bits - 1)) if z is None else w.sub_(z)
+    return w.mul_(s).view(codes.shape).to(dtype)
+
+
+def _run(x: torch.Tensor, packed: Packed, query: KernelQuery) -> torch.Tensor:
+    out, width = query.out_features, query.in_features
+    bias = packed.get("bias")
+    bias = None if bias is None else bias.to(x.dtype)
+    height = max(16, BLOCK_ELEMENTS // width) if x.device.type == "cpu" else out
+    products = []
+    for start in range(0, out, height):
+        rows = slice(start, start + height)
+        weight = dequantize_rows(packed, rows, query.bits, x.dtype)
+        products.append(torch.nn.functional.linear(x, weight, None if bias is None else bias[rows]))
+    return products[0] if len(products) == 1 else torch.cat(products, dim=1)
+
+
+REFERENCE = Kernel("reference", _supports, _pack, _run, any_device=True, any_dtype=True)

@@ -1,0 +1,126 @@
+"""Load a checkpoint, float or in any of our formats, into a transformers model that runs from its integer codes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibration.checkpoint import CheckpointReader
+from calibration.errors import ToolkitError
+from calibration.models import locate, open_model
+from calibration.skeleton import build_model, load_parameters, set_submodule
+from ptq.export.formats import Format, format_of
+from ptq.quantized import QuantizedTensor
+from ptq.runtime.linear import QuantLinear
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run.
+
+    Attributes:
+        model: a transformers causal language model; quantized linears are `QuantLinear`.
+        folder: where it came from, for its tokenizer.
+        format: name of the quantized format, or None for a float checkpoint.
+        kernels: kernel name -> number of linears that run on it.
+        reasons: why faster kernels were not taken: (kernel, reason) -> number of linears.
+    """
+
+    model: Any
+    folder: Path
+    format: str | None
+    kernels: dict[str, int]
+    reasons: dict[tuple[str, str], int]
+
+    @property
+    def path(self) -> str:
+        """``float``, or ``int4 x 42``: how linears are computed."""
+        return ", ".join(f"{name} x {n}" for name, n in sorted(self.kernels.items())) or "float"
+
+
+def read_linear(
+    reader: CheckpointReader, fmt: Format, name: str, scheme: Any, shape: tuple[int, int]
+) -> QuantizedTensor:
+    """One quantized linear of a checkpoint, by its full name."""
+    stored = {s: f"{name}.{s}" for s in sorted(fmt.suffixes) if f"{name}.{s}" in reader.infos}
+    return fmt.decode({s: reader.tensor(full) for s, full in stored.items()}, scheme, shape)
+
+
+def load_model(
+    model: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    kernel: str | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Load a checkpoint folder, ``demo`` or a hub id. Quantized linears keep their codes; nothing is dequantized.
+
+    Args:
+        dtype: of activations and of what is not quantized; None takes the checkpoint's.
+        kernel: name of the kernel for all quantized linears; None takes the fastest that can run each.
+
+    Raises:
+        ToolkitError: broken or unknown checkpoint, a foreign quantization, tensors that are missing or do not fit.
+    """
+    folder, device = locate(model), torch.device(device)
+    reader, config, spec = open_model(folder, trust_remote_code)
+    fmt = format_of(reader.config)
+    with reader:
+        schemes = fmt.schemes(reader.config, reader.infos, reader.tensor) if fmt else {}
+        if dtype is None:
+            floats = [
+                i.dtype for n, i in reader.infos.items() if n.startswith(spec.prefix(0)) and i.dtype.is_floating_point
+            ]
+            dtype = floats[0] if floats else torch.float32
+        network = build_model(config, spec, dtype, device)
+        kernels: Counter[str] = Counter()
+        reasons: Counter[tuple[str, str]] = Counter()
+        taken: set[str] = set()
+        for name, (scheme, shape) in schemes.items():
+            assert fmt is not None
+            q = read_linear(reader, fmt, name, scheme, shape)
+            taken |= {f"{name}.{s}" for s in (*fmt.suffixes, "bias")}
+            bias = reader.tensor(f"{name}.bias") if f"{name}.bias" in reader.infos else None
+            linear = QuantLinear(q, bias, dtype, device, kernel)
+            path = spec.root_module_name(name + ".").removesuffix(".")
+            _replace(network, path, linear, name)
+            kernels[linear.kernel] += 1
+            reasons.update((k, r) for k, r in linear.reasons.items())
+        parameters = dict(network.named_parameters())
+        plain = {}
+        for name in reader.infos:
+            target = spec.root_module_name(name)
+            if name not in taken and target in parameters:
+                plain[target] = reader.tensor(name).to(device, dtype)
+        _fill(network, plain, folder)
+    network.tie_weights()
+    missing = [n for n, p in network.named_parameters() if p.is_meta]
+    if missing:
+        raise ToolkitError(
+            f"{folder}: no tensor for {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}",
+            "the checkpoint is incomplete: fetch or write it again",
+        )
+    network.eval().requires_grad_(False)
+    return Loaded(network, folder, fmt.name if fmt else None, dict(kernels), dict(reasons))
+
+
+def _replace(network: Any, path: str, linear: QuantLinear, name: str) -> None:
+    try:
+        network.get_submodule(path)
+    except AttributeError:
+        raise ToolkitError(
+            f"{name}: the model class has no such linear", "config.json and weights do not fit"
+        ) from None
+    set_submodule(network, path, linear)
+
+
+def _fill(network: Any, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    try:
+        load_parameters(network, tensors)
+    except ValueError as error:
+        raise ToolkitError(f"{folder}: {error}", "config.json and weights do not fit") from None

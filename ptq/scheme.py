@@ -1,0 +1,115 @@
+"""How a weight is stored: bits, grid and grouping. Plain values that round-trip through text and JSON."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from calibration.errors import ToolkitError
+
+Quantizer = Literal["asym_minmax", "asym_zero_in", "sym_full", "sym_restricted", "sym_gptq"]
+"""The five integer grids in common use (A to E of the literature's vocabulary; see `ptq.numerics.integers`)."""
+
+QUANTIZERS: tuple[str, ...] = get_args(Quantizer)
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+SCALE_BITS = 16  # scales are exact in bf16 and in fp16, and stored in one of them
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Which weights of ``W [out, in]`` share a step: a whole row (``channel``) or runs of ``size`` input columns."""
+
+    kind: Literal["channel", "group"]
+    size: int | None = None
+
+    def width(self, in_features: int) -> int:
+        """Columns per group."""
+        return in_features if self.size is None else self.size
+
+    def count(self, in_features: int) -> int:
+        """Groups per row; the plan has checked that the width divides."""
+        return in_features // self.width(in_features)
+
+    def __str__(self) -> str:
+        return "gchannel" if self.size is None else f"g{self.size}"
+
+
+@dataclass(frozen=True)
+class TensorQuant:
+    """An integer grid for one tensor."""
+
+    bits: int
+    grouping: Grouping
+    quantizer: Quantizer = "sym_gptq"
+
+    @property
+    def symmetric(self) -> bool:
+        """Symmetric grids have the fixed zero point 2^(bits-1), which no file stores."""
+        return self.quantizer.startswith("sym")
+
+    @property
+    def levels(self) -> int:
+        """The top unsigned code, N = 2^bits - 1."""
+        return 2**self.bits - 1
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """What happens to one linear. Activations stay in the model's dtype (``a16``)."""
+
+    weights: TensorQuant
+
+    def __str__(self) -> str:
+        w = self.weights
+        suffix = {"sym_gptq": "sym", "asym_zero_in": "asym"}.get(w.quantizer, w.quantizer)
+        return f"w{w.bits}a16-{w.grouping}-{suffix}"
+
+    def bits_per_weight(self, out_features: int, in_features: int, reordered: bool = False) -> float:
+        """Stored bits over weights: codes, 16-bit scales, ``bits``-wide zero points, and an int32 group index per
+        input column where groups follow an activation order (``reordered``)."""
+        w = self.weights
+        per_group = SCALE_BITS + (0 if w.symmetric else w.bits)
+        index = 32.0 / out_features if reordered else 0.0
+        return w.bits + per_group / w.grouping.width(in_features) + index
+
+    def to_json(self) -> dict[str, Any]:
+        w = self.weights
+        return {"bits": w.bits, "group_size": w.grouping.size, "quantizer": w.quantizer}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> QuantScheme:
+        size = data["group_size"]
+        grouping = Grouping("channel") if size is None else Grouping("group", int(size))
+        return QuantScheme(TensorQuant(int(data["bits"]), grouping, data["quantizer"]))
+
+
+_SCHEME = re.compile(r"w(\d+)a16(?:-(g\w+?))?(?:-(sym|asym|" + "|".join(QUANTIZERS) + r"))?")
+
+
+def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantScheme:
+    """``w4a16-g128-sym`` and its relatives to a scheme.
+
+    The group part defaults to ``g128``; without ``-sym`` or ``-asym`` the grid is ``default_quantizer``. The full
+    quantizer names are accepted in place of the suffix (recipes use them).
+
+    Raises:
+        ToolkitError: the text is no scheme, or the bits or the group size are not on offer.
+    """
+    choices = f"w{{{','.join(map(str, BITS))}}}a16-{{{','.join(f'g{g}' for g in GROUP_SIZES)},gchannel}}[-sym|-asym]"
+    match = _SCHEME.fullmatch(text.strip().lower())
+    if match is None:
+        raise ToolkitError(f"scheme: '{text}' is not a weight scheme", f"write it as {choices}, e.g. w4a16-g128-sym")
+    bits, group, kind = int(match[1]), match[2] or "g128", match[3]
+    if bits not in BITS:
+        raise ToolkitError(f"scheme: '{text}' asks for {bits}-bit weights", f"use one of {choices}")
+    if group == "gchannel":
+        grouping = Grouping("channel")
+    elif group[1:].isdigit() and int(group[1:]) in GROUP_SIZES:
+        grouping = Grouping("group", int(group[1:]))
+    else:
+        raise ToolkitError(f"scheme: '{text}' asks for group '{group}'", f"use one of {choices}")
+    aliases: dict[str, Quantizer] = {"sym": "sym_gptq", "asym": "asym_zero_in"}
+    quantizer = default_quantizer if kind is None else aliases.get(kind, kind)  # type: ignore[arg-type]
+    return QuantScheme(TensorQuant(bits, grouping, quantizer))

@@ -1,0 +1,1 @@
+"""Activation sparsification. Its methods join the recipe as ``GATE`` passes."""

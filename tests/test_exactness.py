@@ -1,0 +1,140 @@
+"""Every exact transform on every family: logits unchanged to 1e-5 (float32) and 1e-9 (float64) of the largest."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import FAMILIES, save_tiny
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from calibration.architectures import resolve
+from calibration.architectures.spec import Balance
+from calibration.checkpoint import CheckpointReader
+from calibration.segment import Segment
+from calibration.skeleton import Skeleton, load_parameters
+from calibration.states import HiddenStates
+from calibration.text import TokenBatches
+from calibration.walk import Walk
+
+@contextmanager
+def wide_inside(dtype):
+    """Model classes compute norms, router and attention softmax in float32 whatever the dtype of the model. For the
+    float64 check these casts are lifted, so that only our own arithmetic is measured."""
+    lower, to, softmax = torch.Tensor.float, torch.Tensor.to, torch.nn.functional.softmax
+
+    def keep(x, *args, **kwargs):
+        if x.dtype == torch.float64 and args and args[0] is torch.float32:
+            return x
+        return to(x, *args, **kwargs)
+
+    def wide(x, *args, dtype=None, **kwargs):
+        return softmax(x, *args, dtype=x.dtype if x.dtype == torch.float64 else dtype, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dtype == torch.float64:
+            patch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else lower(x))
+            patch.setattr(torch.Tensor, "to", keep)
+            patch.setattr(torch.nn.functional, "softmax", wide)
+        yield
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
+
+
+def open_walk(folder: Path, dtype: torch.dtype) -> Walk:
+    config = AutoConfig.from_pretrained(folder)
+    spec = resolve(config)
+    skeleton = Skeleton(config, spec, dtype, torch.device("cpu"))
+    reader = CheckpointReader(folder)
+    reader.add_base_prefix(spec.base_prefix)
+    return Walk(reader, skeleton, (), lambda i: {}, lambda s: {}, lambda t, d: {}, folder, master_dtype=dtype)
+
+
+def load_whole(walk: Walk) -> list[Segment]:
+    """Fill the whole skeleton; returns its segments, whose masters are the module's parameters."""
+    reader, spec, model = walk.reader, walk.skeleton.spec, walk.skeleton.model
+    outside = {
+        spec.root_module_name(n): reader.tensor(n).to(walk.skeleton.dtype)
+        for n in reader.infos
+        if not n.startswith(spec.blocks + ".")
+    }
+    load_parameters(model, outside)
+    model.tie_weights()
+    return [walk.load(i) for i in range(spec.n_blocks)]
+
+
+def scales(segment: Segment, group: Balance, generator: torch.Generator) -> torch.Tensor:
+    if group.heads is not None:
+        n = group.heads.key_value * group.heads.width
+    elif group.kind == "linear":
+        n = segment.weight(group.consumers[0]).shape[1]
+    else:
+        n = segment.masters[f"{group.producer}.weight"].numel()
+    return torch.exp(torch.randn(n, generator=generator, dtype=torch.float64)).to(walk_dtype(segment))
+
+
+def walk_dtype(segment: Segment) -> torch.dtype:
+    return next(iter(segment.masters.values())).dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_balancing_leaves_logits_unchanged(family, dtype, tmp_path):
+    folder = save_tiny(family, tmp_path, dtype)
+    walk = open_walk(folder, dtype)
+    segments = load_whole(walk)
+    ids = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(3))
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=walk.skeleton.spec.attention)
+    stock.set_experts_implementation("eager")  # the grouped product has no float64
+    with torch.no_grad(), wide_inside(dtype):
+        reference = stock(ids).logits
+        before = walk.skeleton.model(ids).logits
+        assert (before - reference).abs().max() <= TOLERANCE[dtype] * reference.abs().max()
+        generator = torch.Generator().manual_seed(4)
+        for segment in segments:
+            for group in segment.spec.balance:
+                segment.absorb(group, scales(segment, group, generator))
+            segment.sync()
+        after = walk.skeleton.model(ids).logits
+    assert (after - reference).abs().max() <= TOLERANCE[dtype] * reference.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_walking_block_by_block_is_exact(family, tmp_path):
+    """Hidden states streamed through the blocks, with recorded call arguments, end in the model's own logits."""
+    folder = save_tiny(family, tmp_path)
+    walk = open_walk(folder, torch.float32)
+    load_whole(walk)
+    model, spec = walk.skeleton.model, walk.skeleton.spec
+    ids = torch.randint(0, 96, (5, 24), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        reference = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=spec.attention)(ids).logits
+        states = HiddenStates.from_tokens(walk.skeleton, TokenBatches(ids, {}), batch_size=2)
+        for index in range(spec.n_blocks):
+            states.run(walk.skeleton.block(index), index, keep=True, advance=lambda _: None)
+        last = torch.cat(states.batches)
+        blocks = model.get_submodule(spec.blocks)
+        for block in blocks:
+            block.forward = lambda hidden, *a, **k: (last,) if spec.tuple_output else last
+        logits = model(ids, use_cache=False).logits
+    assert torch.equal(logits, reference) or (logits - reference).abs().max() < 1e-5 * reference.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_table_names_every_linear_of_the_block(family, tmp_path):
+    walk = open_walk(save_tiny(family, tmp_path), torch.float32)
+    spec = walk.skeleton.spec
+    for index in range(spec.n_blocks):
+        prefix = spec.prefix(index)
+        matrices = {
+            n[len(prefix) : -len(".weight")]
+            for n, info in walk.reader.infos.items()
+            if n.startswith(prefix) and len(info.shape) == 2
+        }
+        block = spec.block(index)
+        assert matrices == set(block.linears) | set(block.routers)
+        for group in block.balance:
+            assert f"{prefix}{group.producer}.weight" in walk.reader.infos
