@@ -1,4 +1,4 @@
-"""Safetensors checkpoints: headers without tensors, one tensor at a time, and shards that appear whole or not at all."""
+"""Safetensors checkpoints: headers without tensors, one tensor at a time, shards that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _header(path: Path) -> dict[str, TensorInfo]:
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ToolkitError(f"{path}: corrupt safetensors header ({error!r})", damaged) from None
     if 8 + length + end != size:
-        raise ToolkitError(f"{path}: truncated or corrupt: {size} bytes, its header tells of {8 + length + end}", damaged)
+        raise ToolkitError(f"{path}: truncated or corrupt: {size} bytes, expected {8 + length + end}", damaged)
     return infos
 
 
@@ -233,8 +233,16 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata or {"format": "pt"})
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # the library creates files that only their owner may read
         temporary.rename(path)
         sync_folder(path.parent)
+
+
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 class ShardWriter:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class Corpus:
     Attributes:
         name: as asked for (``wikitext2``) or the file's name.
         source: hub id and configuration, or the file's name.
-        split, revision: of a hub set (the commit, 40 hex digits, where known); empty otherwise.
+        split: of a set that has splits, else empty. revision: the commit (40 hex digits) of a hub set, where known.
         rows: the texts of the rows; one row for a plain file.
         joiner: what `text` puts between rows; None: rows stay apart (or there is only one).
         special_tokens: whether the tokenizer adds its own (BOS ...), as the published protocols do and plain files
@@ -91,8 +91,9 @@ def load_corpus(name_or_path: str, purpose: Purpose, hub_root: Path | None = Non
     if name_or_path in HUB_SETS:
         return _load_hub(name_or_path, purpose, hub_root)
     if name_or_path == BUILTIN:
-        path = Path(__file__).parent / "demo" / ("train.txt" if purpose == "calibrate" else "test.txt")
-        return _plain_file(path, BUILTIN)
+        split = "train" if purpose == "calibrate" else "test"
+        corpus = _plain_file(Path(__file__).parent / "demo" / f"{split}.txt")
+        return replace(corpus, name=BUILTIN, source=BUILTIN, split=split)
     path = Path(name_or_path)
     if path.is_dir():
         return _load_folder(path, purpose)
@@ -106,10 +107,10 @@ def load_corpus(name_or_path: str, purpose: Purpose, hub_root: Path | None = Non
     if path.suffix in (".jsonl", ".parquet"):
         rows = _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path)
         return Corpus(name=path.name, source=path.name, rows=rows, joiner="\n\n", special_tokens=True)
-    return _plain_file(path, path.name)
+    return _plain_file(path)
 
 
-def _plain_file(path: Path, name: str) -> Corpus:
+def _plain_file(path: Path) -> Corpus:
     try:
         # Bytes, not text mode: that would turn \r\n into \n, and the file is taken as it is.
         text = path.read_bytes().decode("utf-8")
@@ -119,7 +120,7 @@ def _plain_file(path: Path, name: str) -> Corpus:
         ) from None
     except OSError as error:
         raise ToolkitError(f"{path}: {error.strerror}", "give a readable text file") from None
-    return Corpus(name=name, source=path.name, rows=[text], joiner=None, special_tokens=False)
+    return Corpus(name=path.name, source=path.name, rows=[text], joiner=None, special_tokens=False)
 
 
 def _jsonl_rows(path: Path) -> list[str]:

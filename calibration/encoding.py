@@ -55,10 +55,17 @@ class EncodedText:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool) -> list[int]:
-    """One text in one call, without the warning that it is longer than the model's context (it is never fed whole)."""
-    ids: list[int] = tokenizer(text, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
+    """One text in one call, without the warning that it is longer than the model's context (it is never fed whole).
+
+    Fast tokenizers are asked for ids alone: without offsets a large text takes half the time and less memory.
+    """
+    if tokenizer.is_fast:
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=special_tokens)[0].ids
+        return ids
+    ids = tokenizer(text, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)["input_ids"]
     return ids
 
 

@@ -137,6 +137,8 @@ def load_dataset(location: str, label: str, arguments: dict[str, Any]) -> Any:
         raise ToolkitError(f"data set {label}: {error}", f"pip install {error.name or 'zstandard'}") from None
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
+        if "zstd" in reason:  # the Pile's file; `datasets` reads it only where this package is
+            fix = "pip install zstandard"
         raise ToolkitError(f"data set {label}: {type(error).__name__}: {reason}", fix) from error
 
 

@@ -73,7 +73,7 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[Checkpoin
     except (ValueError, TypeError, KeyError) as error:
         raise ToolkitError(f"{folder}/config.json: {error}", "compare it with the model's original config") from None
     spec = resolve(config)
-    reader.add_base_prefix(spec.base_prefix, tuple(stored for stored, _ in spec.root_renames) + ("lm_head.",))
+    reader.add_base_prefix(spec.base_prefix, (*(stored for stored, _ in spec.root_renames), "lm_head."))
     return reader, config, spec
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, Protocol
 
 from calibration.context import Context
@@ -59,7 +60,7 @@ class Pass(Protocol):
 
 def check_order(passes: Sequence[Pass]) -> Iterable[Problem]:
     """Problems of order: phases that go back, and anything but exactly one rounding pass."""
-    for before, after in zip(passes, passes[1:], strict=False):
+    for before, after in pairwise(passes):
         if after.phases[0] < before.phases[-1]:
             yield Problem(
                 f"{before.name}+{after.name}",

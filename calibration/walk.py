@@ -187,8 +187,7 @@ class Walk:
         record = {
             "forwards": forwards,
             "linears": {
-                name: {"errors": segment.errors[name], "notes": segment.notes.get(name, {})}
-                for name in segment.schemes
+                name: {"errors": segment.errors[name], "notes": segment.notes.get(name, {})} for name in segment.schemes
             },
         }
         tensors = self.encode(segment)

@@ -1,6 +1,9 @@
-"""Device and dtype names of the command line."""
+"""Devices and dtypes by name, and the memory of this process."""
 
 from __future__ import annotations
+
+import resource
+import sys
 
 import torch
 
@@ -37,3 +40,9 @@ def parse_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise unknown_value("--dtype", name, ("auto", *DTYPES))
     return DTYPES[name]
+
+
+def peak_rss_bytes() -> int:
+    """Highest resident set of this process so far. Linux counts it in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,15 @@ import torch
 from calibration.corpora import load_corpus
 from calibration.models import DEMO, DEMO_FOLDER, load_tokenizer, locate
 from calibration.perplexity import evaluate_text
+from calibration.progress import Progress
 from calibration.record import REPORT_FILE, Evaluation, read_record
+from calibration.tasks import TaskRun, lm_eval_tasks
 from calibration.text import check_tokenizer
 from calibration.windows import Scoring
+from ptq.devices import parse_dtype, resolve_device
 from ptq.runtime.load import Loaded, load_model
 
+TASK_BATCH = 8  # sequences per forward in lm-eval tasks
 EVAL_TOKENS = 2048  # tokens per forward
 
 
@@ -41,8 +45,6 @@ def evaluation_dtype(name: str, device: torch.device) -> torch.dtype:
     """``auto``: float32 on CPUs, so that numbers compare between machines; bfloat16 on GPUs."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    from ptq.devices import parse_dtype
-
     return parse_dtype(name)
 
 
@@ -68,22 +70,17 @@ def evaluate(
     dtype: str = "auto",
     kernel: str | None = None,
     trust_remote_code: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-    message: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Score a checkpoint; with ``reference`` also its KL divergence and top-1 agreement against another.
 
     Args:
         dataset: a known set or a file; None: wikitext2, or the demo's own text for the demo.
         seq_len: window in tokens, cut to the model's context.
-        progress: called with (windows done, windows).
-        message: called with remarks for the user.
 
     Raises:
         ToolkitError: unknown or broken model, data set, protocol; text shorter than a window.
     """
-    from ptq.devices import resolve_device
-
     where = resolve_device(device)
     width = evaluation_dtype(dtype, where)
     folder = locate(model)
@@ -91,8 +88,8 @@ def evaluate(
     loaded = load_model(folder, dtype=width, device=where, kernel=kernel, trust_remote_code=trust_remote_code)
     longest = context_length(loaded.model.config)
     if seq_len > longest:
-        if message is not None:
-            message(f"--seq-len {seq_len} is longer than the model's context: cut to {longest}")
+        if progress is not None:
+            progress.message(f"--seq-len {seq_len} is longer than the model's context: cut to {longest}")
         seq_len = longest
     tokenizer = load_tokenizer(folder, trust_remote_code)
     check_tokenizer(tokenizer, int(loaded.model.config.vocab_size))
@@ -114,5 +111,39 @@ def evaluate(
         model="float" if loaded.format is None else "quantized",
         path=loaded.path,
         reference_fn=None if other is None else logits_of(other, where),
-        progress=progress,
+        progress=None if progress is None else window_ticks(progress),
     )
+
+
+def window_ticks(progress: Progress) -> Callable[[int, int], None]:
+    """A progress display as the scoring loop's callback (windows done, windows in all)."""
+    before = 0
+
+    def tick(done: int, total: int) -> None:
+        nonlocal before
+        if before == 0:
+            progress.stage("evaluate", total)
+        progress.advance(f"window {done}/{total}", done - before)
+        before = done
+
+    return tick
+
+
+def evaluate_tasks(
+    model: str | Path,
+    tasks: Sequence[str],
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> TaskRun:
+    """lm-eval tasks on a float or quantized checkpoint.
+
+    Raises:
+        ToolkitError: lm-eval is not installed, or a task is unknown.
+    """
+    where = resolve_device(device)
+    loaded = load_model(model, dtype=evaluation_dtype(dtype, where), device=where, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(loaded.folder, trust_remote_code)
+    longest = context_length(loaded.model.config)
+    return lm_eval_tasks(loaded.model, tokenizer, list(tasks), TASK_BATCH, min(2048, longest))

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,16 @@ from calibration.text import TokenBatches, calibration_tokens, check_tokenizer
 from calibration.walk import Tensors, Walk
 from ptq.devices import parse_dtype, resolve_device
 from ptq.evaluation import context_length, default_dataset
-from ptq.export.write import NATIVE, CommittedBlocks, copy_small_files, encode_block, linear_tensors
-from ptq.export.write import verify_checkpoint, write_checkpoint
+from ptq.export.write import (
+    NATIVE,
+    CommittedBlocks,
+    copy_small_files,
+    encode_block,
+    linear_tensors,
+    outside_blocks,
+    verify_checkpoint,
+    write_checkpoint,
+)
 from ptq.linears import ModelLayout
 from ptq.plan import Plan, make_plan
 from ptq.quantized import QuantizedTensor
@@ -195,7 +202,12 @@ def run(
     with watch("export"):
         progress.stage("export", len(plan.layout.quantized))
         fmt, written = write_checkpoint(
-            blocks.blocks, _outside(reader, plan.spec.blocks), plan.layout, plan.format, session.partial, progress.advance
+            blocks.blocks,
+            outside_blocks(reader, plan.spec.blocks),
+            plan.layout,
+            plan.format,
+            session.partial,
+            progress.advance,
         )
         reader.close()
         copy_small_files(reader.folder, session.partial)
@@ -251,13 +263,6 @@ def _check_disk(session: Session, plan: Plan) -> None:
         )
 
 
-def _outside(reader: CheckpointReader, blocks: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors outside the blocks, in the order of their names."""
-    for name in sorted(reader.infos):
-        if not name.startswith(blocks + "."):
-            yield name, reader.tensor(name)
-
-
 def _encode(segment: Segment) -> dict[str, torch.Tensor]:
     """A finished segment as the tensors of its file: native codes, and the rest in its stored dtype."""
     quantized: dict[str, QuantizedTensor] = {}
@@ -303,4 +308,3 @@ class _Restore:
                 w = NATIVE.decode(linear_tensors(tensors, linear, NATIVE), scheme, shape).dequantize(dtype)
                 weights[f"{linear}.weight"] = w.T.contiguous() if conv1d else w
         return weights
-

@@ -98,7 +98,7 @@ def make_plan(
     layout = ModelLayout(
         config=reader.config,
         linears=tuple(linears),
-        other_linears=tuple(_other_linears(config, spec)),
+        other_linears=tuple(other_linears(config, spec)),
         blocks=spec.blocks,
         reordered=any(isinstance(p, Gptq) and p.reorders for p in recipe.passes),
         dtype=str(_stored_dtype(reader, linears)).removeprefix("torch."),
@@ -166,16 +166,14 @@ def _resolve_linears(
     if missing:
         problems.append(Problem(_some(missing), "in the architecture table, but not in the checkpoint", table))
     if unknown:
-        problems.append(Problem(_some(unknown), "a linear of the blocks that the architecture table does not name", table))
+        problems.append(
+            Problem(_some(unknown), "a linear of the blocks that the architecture table does not name", table)
+        )
     for rule in recipe.rules[:-1]:
         if not any(rule.matches(linear.name) for linear in linears):
-            problems.append(
-                Problem(
-                    f"rule '{rule.match}'",
-                    "matches no linear",
-                    f"patterns match full names such as '{linears[0].name if linears else 'model.layers.0.mlp.down_proj'}'",
-                )
-            )
+            example = linears[0].name if linears else spec.prefix(0) + "..."
+            fix = f"patterns match full names such as '{example}'; '*' stands for any text"
+            problems.append(Problem(f"rule '{rule.match}'", "matches no linear", fix))
     return linears, problems + list(_size_problems(reader, linears))
 
 
@@ -194,7 +192,9 @@ def _size_problems(reader: CheckpointReader, linears: list[PlannedLinear]) -> It
         after = linear.scheme.bits_per_weight(*linear.shape)
         if after >= before:
             yield Problem(
-                linear.name, f"{after:.2f} bits per weight are not fewer than its {before}", 'give it a rule scheme = "float"'
+                linear.name,
+                f"{after:.2f} bits per weight are not fewer than its {before}",
+                'give it a rule scheme = "float"',
             )
 
 
@@ -210,7 +210,7 @@ def _format(recipe: Recipe, layout: ModelLayout, problems: list[Problem]) -> tup
     return fmt, "asked for"
 
 
-def _other_linears(config: Any, spec: ArchitectureSpec) -> Iterable[str]:
+def other_linears(config: Any, spec: ArchitectureSpec) -> Iterable[str]:
     """Linears outside the table's list that a format has to name as left alone."""
     yield "lm_head"
     for index in range(spec.n_blocks):
@@ -241,7 +241,7 @@ def _sizes(
     quantized_bytes = round(quantized_bits / 8)
     output = reader.total_bytes - replaced + quantized_bytes
     block = sum(info.numel for n, info in reader.infos.items() if n.startswith(spec.prefix(0)))
-    hidden = getattr(config, "hidden_size", None) or getattr(config, "n_embd", 0)
+    hidden = int(getattr(config, "hidden_size", None) or config.n_embd)
     statistics = 0
     if any(Gram in p.statistics for p in recipe.passes):
         shapes = {linear.name: linear.shape for linear in layout.linears if linear.block == 0}
@@ -261,4 +261,3 @@ def _sizes(
         disk_bytes=2 * output,
         forwards=forwards,
     )
-

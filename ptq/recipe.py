@@ -68,9 +68,7 @@ class Recipe:
         return {
             "method": self.method,
             "passes": [{"name": p.name, **_settings(p)} for p in self.passes],
-            "schemes": [
-                {"match": r.match, "scheme": FLOAT if r.scheme is None else str(r.scheme)} for r in self.rules
-            ],
+            "schemes": [{"match": r.match, "scheme": FLOAT if r.scheme is None else str(r.scheme)} for r in self.rules],
         }
 
 
@@ -125,7 +123,9 @@ def read_recipe(path: Path, scheme: str | None = None, format_name: str | None =
     _only_keys(path, "", data, ("method", "scheme", "format", "pass", "rule"))
     if ("method" in data) == ("pass" in data):
         raise ToolkitError(f"{path}: needs either 'method' or [[pass]] tables", 'write method = "awq+gptq"')
-    passes = with_rounding([_read_pass(path, t) for t in data["pass"]]) if "pass" in data else parse_method(data["method"])
+    passes = (
+        with_rounding([_read_pass(path, t) for t in data["pass"]]) if "pass" in data else parse_method(data["method"])
+    )
     format_name = format_name or data.get("format")
     quantizer = default_quantizer(format_name)
     rules = [_read_rule(path, table, quantizer) for table in data.get("rule", [])]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from calibration.progress import Progress
 from calibration.record import REPORT_FILE, TIMINGS_FILE, Evaluation, LinearRecord, RunRecord, Timings
 from calibration.text import TokenBatches
 from calibration.walk import Walk
+from ptq.devices import peak_rss_bytes
 from ptq.evaluation import evaluate
 from ptq.export.formats import Format
 from ptq.report import card, html, markdown
@@ -31,18 +30,12 @@ if TYPE_CHECKING:
 LIBRARIES = ("ptq", "torch", "transformers", "safetensors", "compressed-tensors", "numpy")
 
 
-def peak_rss() -> int:
-    """Highest resident set of this process so far, in bytes (ru_maxrss is KiB on Linux, bytes on macOS)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 class Stopwatch:
     """Wall time by stage, and memory from here on."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
-        self.base_rss = peak_rss()
+        self.base_rss = peak_rss_bytes()
         self.stages: dict[str, float] = {}
 
     @contextmanager
@@ -55,7 +48,7 @@ class Stopwatch:
         return Timings(
             seconds=round(time.perf_counter() - self.started, 3),
             stages=self.stages,
-            peak_rss_bytes=peak_rss(),
+            peak_rss_bytes=peak_rss_bytes(),
             base_rss_bytes=self.base_rss,
             device=device,
             threads=torch.get_num_threads(),
@@ -104,7 +97,9 @@ def left_in_float(job: Job) -> tuple[dict[str, Any], ...]:
     entries = [{"what": what, "why": why, "count": n} for (why, what), n in sorted(reasons.items())]
     blocks = job.plan.spec.blocks + "."
     outside = sum(not n.startswith(blocks) for n in job.reader.infos)
-    entries.append({"what": "tensors outside the blocks", "why": "embeddings, norms and head stay as they are", "count": outside})
+    entries.append(
+        {"what": "tensors outside the blocks", "why": "embeddings, norms and head stay as they are", "count": outside}
+    )
     routers = sum(len(job.plan.spec.block(i).routers) for i in range(job.plan.spec.n_blocks))
     if routers:
         entries.append({"what": "routers", "why": "small and sensitive", "count": routers})
@@ -116,15 +111,6 @@ def evaluations(job: Job, folder: Any, progress: Progress) -> tuple[Evaluation, 
     dataset = job.options.evaluate
     if dataset is None:
         return ()
-    windows = 0
-
-    def tick(done: int, total: int) -> None:
-        nonlocal windows
-        if windows == 0:
-            progress.stage("evaluate", total)
-        progress.advance(f"window {done}/{total}", done - windows)
-        windows = done
-
     result = evaluate(
         folder,
         dataset=dataset,
@@ -132,7 +118,7 @@ def evaluations(job: Job, folder: Any, progress: Progress) -> tuple[Evaluation, 
         reference=job.reader.folder,
         device=job.options.device,
         trust_remote_code=job.options.trust_remote_code,
-        progress=tick,
+        progress=progress,
     )
     assert result.divergence is not None
     reference = Evaluation(

@@ -111,5 +111,6 @@ def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantS
     else:
         raise ToolkitError(f"scheme: '{text}' asks for group '{group}'", f"use one of {choices}")
     aliases: dict[str, Quantizer] = {"sym": "sym_gptq", "asym": "asym_zero_in"}
-    quantizer = default_quantizer if kind is None else aliases.get(kind, kind)  # type: ignore[arg-type]
+    aliases |= {name: name for name in get_args(Quantizer)}
+    quantizer = default_quantizer if kind is None else aliases[kind]
     return QuantScheme(TensorQuant(bits, grouping, quantizer))

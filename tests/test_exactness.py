@@ -19,6 +19,7 @@ from calibration.states import HiddenStates
 from calibration.text import TokenBatches
 from calibration.walk import Walk
 
+
 @contextmanager
 def wide_inside(dtype):
     """Model classes compute norms, router and attention softmax in float32 whatever the dtype of the model. For the

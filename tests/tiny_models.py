@@ -24,7 +24,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {**COMMON, "ffn_dim": 96, "max_position_embeddings": 64, "word_embed_proj_dim": 64}),
     "opt-post-norm": (
         "opt",
-        {**COMMON, "ffn_dim": 96, "max_position_embeddings": 64, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
+        {
+            **COMMON,
+            "ffn_dim": 96,
+            "max_position_embeddings": 64,
+            "word_embed_proj_dim": 32,
+            "do_layer_norm_before": False,
+        },
     ),
     "gpt2": ("gpt2", {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     "gpt_neox": ("gpt_neox", {**COMMON, "intermediate_size": 96, "max_position_embeddings": 64}),

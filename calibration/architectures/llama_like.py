@@ -1,4 +1,4 @@
-"""Pre-norm blocks with separate q, k, v and a gated MLP: Llama, Mistral, Qwen2/3, Gemma 2/3, Phi-3, Mixtral, Qwen3-MoE."""
+"""Pre-norm blocks with gated MLPs: Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3, Phi-3, Mixtral, Qwen3-MoE."""
 
 from __future__ import annotations
 
@@ -76,9 +76,7 @@ def phi3(config: Any) -> ArchitectureSpec:
         ),
         balance=(
             Balance("input_layernorm", (qkv,), "norm"),
-            Balance(
-                qkv, (OUT,), "value", rows=(first_value, first_value + heads.key_value * heads.width), heads=heads
-            ),
+            Balance(qkv, (OUT,), "value", rows=(first_value, first_value + heads.key_value * heads.width), heads=heads),
             Balance("post_attention_layernorm", (gate_up,), "norm"),
             Balance(gate_up, (DOWN,), "linear", rows=(config.intermediate_size, 2 * config.intermediate_size)),
         ),

@@ -16,11 +16,18 @@ from ptq.export.formats import FORMATS, Format
 from ptq.export.readback import compare
 from ptq.linears import ModelLayout
 from ptq.quantized import QuantizedTensor
-from ptq.scheme import QuantScheme
 
 NATIVE = FORMATS["native"]
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
-OURS = {"config.json", INDEX_FILE, "report.json", "timings.json", "plan.json", "quantize_config.json", "train.txt", "test.txt"}
+NOT_COPIED = {  # written anew, or belonging to another run
+    "config.json",
+    INDEX_FILE,
+    "quantize_config.json",
+    "report.json",
+    "timings.json",
+    "train.txt",
+    "test.txt",
+}
 
 
 def linear_tensors(tensors: Mapping[str, torch.Tensor], name: str, fmt: Format) -> dict[str, torch.Tensor]:
@@ -47,7 +54,7 @@ class CommittedBlocks:
 
     def blocks(self) -> Iterator[tuple[dict[str, QuantizedTensor], dict[str, torch.Tensor]]]:
         """Block by block: quantized linears and the remaining tensors, by full name."""
-        for index, path in enumerate(self.paths):
+        for path in self.paths:
             with CheckpointReader.of_file(path) as file:
                 tensors = {n: file.tensor(n) for n in file.infos}
             quantized: dict[str, QuantizedTensor] = {}
@@ -57,7 +64,6 @@ class CommittedBlocks:
                     quantized[name] = NATIVE.decode(found, scheme, shape)
             taken = {f"{n}.{s}" for n in quantized for s in NATIVE.suffixes}
             yield quantized, {n: t for n, t in tensors.items() if n not in taken}
-            del tensors, index
 
 
 Source = Callable[[], Iterator[tuple[dict[str, QuantizedTensor], dict[str, torch.Tensor]]]]
@@ -125,7 +131,9 @@ def verify_checkpoint(source: Source, fmt: Format, out: Path, advance: Callable[
             for name, q in quantized.items():
                 found = {s: f"{name}.{s}" for s in fmt.suffixes if f"{name}.{s}" in reader.infos}
                 if not found:
-                    raise ToolkitError(f"{name}: missing from the written files", "this is a bug of ptq: please report it")
+                    raise ToolkitError(
+                        f"{name}: missing from the written files", "this is a bug of ptq: please report it"
+                    )
                 compare(name, q, fmt.name, {s: reader.tensor(full) for s, full in found.items()})
                 count += 1
                 advance(name)
@@ -138,10 +146,12 @@ def copy_small_files(source: Path, out: Path) -> None:
     with disk_errors(out):
         for pattern in SMALL_FILES:
             for path in sorted(source.glob(pattern)):
-                if path.name not in OURS:
+                if path.name not in NOT_COPIED:
                     shutil.copyfile(path, out / path.name)
 
 
-def read_quantized(reader: CheckpointReader, fmt: Format) -> dict[str, tuple[QuantScheme, tuple[int, int]]]:
-    """Scheme and shape of every quantized linear of a checkpoint in one of our formats."""
-    return fmt.schemes(reader.config, reader.infos, reader.tensor)
+def outside_blocks(reader: CheckpointReader, blocks: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors outside the blocks, in the order of their names."""
+    for name in sorted(reader.infos):
+        if not name.startswith(blocks + "."):
+            yield name, reader.tensor(name)

@@ -7,16 +7,16 @@ is the share of the possible that is reached. A share above 1 means that weights
 from __future__ import annotations
 
 import inspect
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from calibration.errors import ToolkitError
+from ptq.devices import peak_rss_bytes
 from ptq.runtime.linear import QuantLinear
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer shows for bytes of an unfinished character
@@ -50,12 +50,6 @@ class Generation:
         return self.weight_bytes_read_per_token * self.decode_tokens_per_second / bytes_per_second
 
 
-def peak_rss_bytes() -> int:
-    """Highest resident set of this process. Linux counts it in KiB, macOS in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def weight_bytes_per_token(model: torch.nn.Module) -> int:
     """Bytes of weights that decoding one token reads.
 
@@ -82,16 +76,19 @@ def weight_bytes_per_token(model: torch.nn.Module) -> int:
 def read_bandwidth(buffer_bytes: int = 2**30, repeats: int = 7) -> float:
     """The CPU's sequential read bandwidth in bytes per second, with torch's current number of threads.
 
-    The best of ``repeats`` float32 sums over a buffer, a plain reduction that touches every byte once and writes
-    nothing. The buffer must be larger than the last-level cache (which servers share between many cores and report
-    whole: 480 MB on some), or this measures the cache. It is allocated for the call and freed after it.
+    The best of ``repeats`` float32 sums and as many dot products over a buffer: reductions that read every byte once
+    and write nothing; which of them streams faster depends on the machine. Measure on an idle machine, close to the
+    decoding it is held against: a load that comes or goes between the two makes the share meaningless. The buffer
+    must be larger than the last-level cache (which servers share between many cores and report whole: 480 MB on
+    some), or this measures the cache. It is allocated for the call and freed after it.
     """
     buffer = torch.ones(buffer_bytes // 4, dtype=torch.float32)
     best = float("inf")
     for _ in range(repeats):
-        start = time.perf_counter()
-        buffer.sum()
-        best = min(best, time.perf_counter() - start)
+        for read in (buffer.sum, partial(torch.dot, buffer, buffer)):
+            start = time.perf_counter()
+            read()
+            best = min(best, time.perf_counter() - start)
     return buffer.nbytes / best
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 
@@ -79,8 +78,7 @@ class QuantLinear(torch.nn.Module):
                 f"load the model with dtype {got}, or with the 'reference' kernel, instead of casting it",
             )
         # the buffers are the kernel's dict as they are: no attribute look-ups on the way of a token
-        packed = cast(dict[str, torch.Tensor], self._buffers)
-        y = self._kernel.run(x.reshape(-1, query.in_features).contiguous(), packed, query)
+        y = self._kernel.run(x.reshape(-1, query.in_features).contiguous(), self._buffers, query)  # type: ignore[arg-type]
         return y.view(*x.shape[:-1], query.out_features)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:

@@ -13,7 +13,7 @@ from ptq.runtime.kernels.kernel import Kernel, KernelQuery, Packed
 
 BLOCK_ELEMENTS = 2**19
 """Weights dequantized at a time on a CPU: 2 MiB of float32 stay in a core's cache and in reused memory. A whole
-layer's temporary is fresh pages on every call: one 5632 x 2048 layer and one token took 3 to 9 times as long so."""
+layer's temporary is fresh pages on every call: several times as long for one token and a large layer."""
 
 
 def _supports(query: KernelQuery) -> str | None:

@@ -1,0 +1,17 @@
+"""``ptq compare``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, report.json files or `ptq eval --json` files.")],
+) -> None:
+    """Put runs of one evaluation protocol side by side; different protocols are refused."""
+    from ptq.report.compare import compare_paths
+
+    print(compare_paths(runs).to_markdown())

@@ -1,0 +1,91 @@
+"""``ptq eval``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.options import Device, Model, TrustRemoteCode, quiet_libraries
+
+
+def evaluate(
+    model: Model,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="wikitext2, c4, ptb, builtin, or FILE. Default: wikitext2; the demo's own for demo."),
+    ] = None,
+    seq_len: Annotated[int, typer.Option(help="Window in tokens; cut to the model's context.")] = 2048,
+    protocol: Annotated[str, typer.Option(help="gptq (disjoint windows), llama.cpp or hf-stride.")] = "gptq",
+    stride: Annotated[int | None, typer.Option(help="For hf-stride; default half a window.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Model to measure KL divergence and top-1 agreement against.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated (pip install 'ptq[eval]').")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+    device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (float32 on CPU, bfloat16 on GPU), float32, bfloat16, float16.")
+    ] = "auto",
+    kernel: Annotated[
+        str | None, typer.Option(help="Kernel for quantized linears; default: the fastest that can run.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Score MODEL: perplexity, and with --reference the distance from another model.
+
+    The last line printed is `perplexity N.NNNN`.
+    """
+    quiet_libraries()
+    import dataclasses
+    import json as json_module
+
+    from calibration.checkpoint import write_atomically
+    from calibration.record import SCHEMA_VERSION
+    from cli.progress import TerminalProgress
+    from ptq.evaluation import evaluate as score
+    from ptq.evaluation import evaluate_tasks
+
+    with TerminalProgress() as progress:
+        result = score(
+            model,
+            dataset=dataset,
+            seq_len=seq_len,
+            protocol=protocol,
+            stride=stride,
+            reference=reference,
+            device=device,
+            dtype=dtype,
+            kernel=kernel,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    task_run = None
+    if tasks:
+        task_run = evaluate_tasks(
+            model, tasks.split(","), device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    p = result.protocol
+    print(
+        f"text {p.dataset} (sha256 {p.text_fingerprint}), rows joined by {p.join!r}, special tokens: {p.special_tokens}"
+    )
+    print(f"protocol {p.name}, window {p.window}, stride {p.stride}, {p.tokens_scored} tokens scored, {p.dtype}")
+    print(f"linears computed by: {result.path}")
+    if result.divergence is not None:
+        d = result.divergence
+        print(f"reference perplexity {d.reference_perplexity:.4f}")
+        print(f"KL mean {d.kl_mean:.6f}, 99th percentile {d.kl_p99:.6f} nats; top-1 agreement {d.top1_agreement:.4%}")
+        print(f"NLL difference {d.delta_nll:+.6f} +- {d.delta_nll_se:.6f} nats per token")
+    for t in task_run.scores if task_run else ():
+        error = f" +- {t.standard_error:.4f}" if t.standard_error is not None else ""
+        print(f"{t.task}: {t.metric} {t.value:.4f}{error} ({t.samples} items, {t.shots} shots)")
+    if json is not None:
+        data = {
+            "schema_version": SCHEMA_VERSION,
+            "model": model,
+            "evaluations": [dataclasses.asdict(result)],
+            "tasks": dataclasses.asdict(task_run) if task_run else {},
+        }
+        write_atomically(json, (json_module.dumps(data, indent=1, sort_keys=True) + "\n").encode())
+    print(f"perplexity {result.perplexity:.4f}")

@@ -1,0 +1,28 @@
+"""``ptq export``"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cli.options import Model, Out, Overwrite, TrustRemoteCode, quiet_libraries
+
+
+def export(
+    model: Model,
+    out: Out,
+    format: Annotated[str, typer.Option(help="compressed-tensors, awq, gptq, gptq_v2 or native.")],
+    overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Change the format of a quantized checkpoint: the same codes, laid out anew."""
+    quiet_libraries()
+    from cli.progress import TerminalProgress
+    from ptq.convert import export as convert
+
+    with TerminalProgress() as progress:
+        fmt = convert(
+            model, format=format, out=out, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress
+        )
+    print(f"written to {out} as {fmt.name}; every linear read back and compared")

@@ -1,0 +1,35 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="Hub id, local folder, or `demo` (built in, no network).", metavar="MODEL")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with MODEL.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
+Out = Annotated[Path, typer.Option(help="Output folder; appears whole or not at all.")]
+
+
+def command_line() -> str:
+    """The command as typed, for the record."""
+    return shlex.join(["ptq", *sys.argv[1:]])
+
+
+def quiet_libraries() -> None:
+    """No progress bars and advice of the libraries below; ours say what matters."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("compressed_tensors").setLevel(logging.ERROR)

@@ -1,0 +1,87 @@
+"""The plan and the result of a quantization, for people."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from calibration.record import RunRecord, read_timings
+
+if TYPE_CHECKING:
+    from ptq.pipeline import Job
+
+
+def size(n_bytes: int) -> str:
+    """GB = 1e9 bytes; MB below a tenth of one."""
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"
+
+
+def print_plan(job: Job) -> None:
+    """Schemes, sizes, memory, passes, disk, and who can load the result."""
+    console, plan, sizes = Console(), job.plan, job.plan.sizes
+    layout = plan.layout
+    console.print(f"[bold]{job.name}[/bold]: {plan.spec.family}, {plan.spec.n_blocks} blocks, {layout.dtype}")
+    console.print(f"method {plan.recipe.method}, format {plan.format.name} ({plan.format_reason})", highlight=False)
+    table = Table("linears", "shape [out, in]", "scheme", "bits/weight", "count", box=None, pad_edge=False)
+    rows: dict[tuple[str, tuple[int, int], str, str], int] = {}
+    for linear in layout.linears:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", linear.name)
+        if linear.scheme is None:
+            key = (pattern, linear.shape, f"float ({linear.why})", "")
+        else:
+            bits = linear.scheme.bits_per_weight(*linear.shape, layout.reordered)
+            key = (pattern, linear.shape, str(linear.scheme), f"{bits:.4f}")
+        rows[key] = rows.get(key, 0) + 1
+    for (pattern, shape, scheme, text), count in rows.items():
+        table.add_row(pattern, f"{shape[0]} x {shape[1]}", scheme, text, str(count))
+    console.print(table)
+    console.print(
+        f"size {size(sizes.float_bytes)} -> {size(sizes.output_bytes)}; quantized linears "
+        f"{size(sizes.quantized_bytes)}, {sizes.bits_per_weight:.4f} bits per weight (scales and zeros counted)",
+        highlight=False,
+    )
+    data = f"{job.options.samples} x {job.seq_len} tokens of {job.dataset}" if plan.needs_data else "no data"
+    console.print(
+        f"calibration {data}; {sizes.forwards} forward pass(es) per block, "
+        f"in {str(job.dtype).removeprefix('torch.')} on {job.device}",
+        highlight=False,
+    )
+    console.print(
+        f"memory about {size(sizes.peak_bytes)} above interpreter and libraries; disk up to {size(sizes.disk_bytes)}",
+        highlight=False,
+    )
+    for program, answer in plan.format.loads_in(layout).items():
+        console.print(f"  loads in {program}: {answer}", highlight=False, markup=False)
+    for remark in plan.remarks:
+        console.print(f"  not balanced: {remark}", highlight=False, markup=False)
+    for note in job.notes:
+        console.print(f"  note: {note}", highlight=False, markup=False)
+
+
+def print_result(record: RunRecord, out: Path) -> None:
+    """What was quantized, what was left and why, and the numbers."""
+    console, result = Console(), record.result
+    console.print(
+        f"quantized {result['quantized_linears']} linears to {result['bits_per_weight']:.4f} bits per weight, "
+        f"{size(record.model['bytes'])} -> {size(result['bytes'])}; read back and compared: {result['verified']}",
+        highlight=False,
+    )
+    for entry in record.left:
+        console.print(f"left in float: {entry['count']} {entry['what']} ({entry['why']})", highlight=False)
+    for e in record.evaluations:
+        line = f"{e.model}: perplexity {e.perplexity:.4f}"
+        if e.divergence is not None:
+            line += f", KL {e.divergence.kl_mean:.5f}, top-1 agreement {e.divergence.top1_agreement:.2%}"
+        console.print(f"{line} ({e.protocol.dataset}, window {e.protocol.window})", highlight=False)
+    timings = read_timings(out)
+    if timings is not None:
+        above = max(0, timings.peak_rss_bytes - timings.base_rss_bytes)
+        console.print(
+            f"{timings.seconds:.1f} s, peak memory {size(timings.peak_rss_bytes)} ({size(above)} above the start)",
+            highlight=False,
+        )
+    console.print(f"written to {out} (report.html, report.md, report.json)", highlight=False, markup=False)

@@ -1,0 +1,92 @@
+"""``ptq quantize``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.options import Device, Model, Overwrite, TrustRemoteCode, command_line, quiet_libraries
+
+
+def quantize(
+    model: Model,
+    out: Annotated[Path | None, typer.Option(help="Output folder; appears whole or not at all.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="rtn, gptq, awq, awq+gptq. Without a rounding pass, rtn is appended.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML file with passes and schemes, instead of --method.")] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(help="w{2,3,4,5,6,8}a16-{g32,g64,g128,gchannel}[-sym|-asym]. Default: w4a16-g128-sym."),
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="compressed-tensors, awq, gptq, gptq_v2 or native. Default: the first that holds the recipe."
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Calibration text: wikitext2, c4, ptb, pileval, builtin, or FILE (.txt, .jsonl, .parquet)."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window; cut to the model's context.")] = 2048,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Of calibration forwards: auto, float32, bfloat16 or float16.")] = "auto",
+    eval: Annotated[str | None, typer.Option("--eval", help="Score result and float model on this data set.")] = None,
+    unseen_experts: Annotated[
+        str, typer.Option(help="Experts without calibration tokens: error, or rtn to round them without data.")
+    ] = "error",
+    overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from OUT.partial.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, read no weights, write nothing.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Quantize MODEL into a folder that other programs load, with a report.
+
+    Examples:
+
+      ptq quantize demo --method awq --out demo-awq --eval builtin
+
+      ptq quantize meta-llama/Llama-3.1-8B --method awq+gptq --scheme w3a16-g128 --out llama-w3 --dry-run
+    """
+    from calibration.errors import ToolkitError, unknown_value
+    from cli.plan_view import print_plan, print_result
+    from cli.progress import TerminalProgress
+
+    if unseen_experts not in ("error", "rtn"):
+        raise unknown_value("--unseen-experts", unseen_experts, ("error", "rtn"))
+    if method is not None and recipe is not None:
+        raise ToolkitError("--method and --recipe exclude each other", "leave one out")
+    if method is None and recipe is None:
+        raise ToolkitError("--method or --recipe is missing", "pass e.g. --method awq")
+    if out is None and not dry_run:
+        raise ToolkitError("--out is missing", "pass --out DIR, or --dry-run to see the plan only")
+    quiet_libraries()
+    from ptq.pipeline import Options, prepare, run
+    from ptq.session import Session
+
+    if out is not None and not dry_run:
+        Session(out).check(overwrite, resume)
+    options = Options(
+        dataset=dataset,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        evaluate=eval,
+        unseen_experts=unseen_experts,
+        trust_remote_code=trust_remote_code,
+        command=command_line(),
+    )
+    job = prepare(model, method=method, scheme=scheme, recipe=recipe, format=format, options=options)
+    print_plan(job)
+    if dry_run or out is None:
+        return
+    with TerminalProgress() as progress:
+        record = run(job, out, overwrite=overwrite, resume=resume, progress=progress)
+    print_result(record, out)

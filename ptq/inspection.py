@@ -1,0 +1,75 @@
+"""What a checkpoint is, from its headers: for ``ptq inspect``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from calibration.checkpoint import CheckpointReader
+from calibration.models import locate, open_model
+from ptq.devices import resolve_device
+from ptq.evaluation import context_length
+from ptq.export.checks import summary
+from ptq.export.formats import Format, format_of
+from ptq.runtime.kernels.dispatch import refusals, select
+from ptq.runtime.kernels.kernel import KernelQuery
+
+
+def describe(model: str | Path, device: str = "auto", trust_remote_code: bool = False) -> Iterator[str]:
+    """Lines of text. No tensor is loaded, but small ones that tell shapes.
+
+    Raises:
+        ToolkitError: broken or unknown checkpoint.
+    """
+    folder = locate(model)
+    reader, config, spec = open_model(folder, trust_remote_code)
+    fmt = format_of(reader.config)
+    parameters = sum(i.numel for i in reader.infos.values())
+    yield f"{folder.name}: {spec.family}, {spec.n_blocks} blocks, context {context_length(config)}"
+    stored = "quantized, " + fmt.name if fmt else "float"
+    yield f"{len(reader.infos)} tensors, {parameters:,} values, {reader.total_bytes / 1e6:.1f} MB ({stored})"
+    dtypes = Counter(str(i.dtype).removeprefix("torch.") for i in reader.infos.values())
+    yield "dtypes: " + ", ".join(f"{dtype} x {n}" for dtype, n in sorted(dtypes.items()))
+    block = spec.block(0)
+    yield f"block 0 ({spec.prefix(0)}): linears by shared input, in execution order"
+    for shared in block.inputs[:12]:
+        shapes = [reader.infos.get(f"{spec.prefix(0)}{n}.weight") for n in shared.linears]
+        names = ", ".join(
+            n + (f" {list(i.shape)}" if i is not None else "") for n, i in zip(shared.linears, shapes, strict=True)
+        )
+        yield f"  stage {shared.stage}: {names}"
+    if len(block.inputs) > 12:
+        yield f"  ... and {len(block.inputs) - 12} more"
+    yield "scales can be absorbed exactly in"
+    for group in block.balance[:8]:
+        yield f"  {group.producer} -> {', '.join(group.consumers[:4])}{' ...' if len(group.consumers) > 4 else ''}"
+    for reason in block.unbalanced:
+        yield f"  not in {reason}"
+    if fmt is not None:
+        yield from _quantized(reader, fmt, device)
+
+
+def _quantized(reader: CheckpointReader, fmt: Format, device: str) -> Iterator[str]:
+    """Schemes, and which kernel each would run on with bfloat16 activations."""
+    schemes = fmt.schemes(reader.config, reader.infos, reader.tensor)
+    groups: dict[str, list[str]] = {}
+    for name, (scheme, shape) in schemes.items():
+        query = KernelQuery(
+            bits=scheme.weights.bits,
+            group_width=scheme.weights.grouping.width(shape[1]),
+            symmetric=scheme.weights.symmetric,
+            out_features=shape[0],
+            in_features=shape[1],
+            device_type=resolve_device(device).type,
+            dtype=torch.bfloat16,
+            group_index=f"{name}.group_index" in reader.infos,
+        )
+        kernel = select(query)
+        why = "; ".join(f"not {k}: {r}" for k, r in refusals(query, kernel).items())
+        groups.setdefault(f"{scheme}, kernel {kernel.name}" + (f" ({why})" if why else ""), []).append(name)
+    yield f"{len(schemes)} quantized linears"
+    for text, names in groups.items():
+        yield f"  {len(names)} x {text}: {summary(names)}"

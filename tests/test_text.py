@@ -1,0 +1,154 @@
+"""Calibration windows, tokenizers, and the words and bytes of tokens."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from byte_tokenizer import BOS, byte_tokenizer
+
+from calibration.corpora import Corpus
+from calibration.encoding import encode_text, wanted_bos
+from calibration.errors import ToolkitError
+from calibration.text import TokenBatches, calibration_tokens, check_tokenizer
+
+
+def corpus(text: str, special_tokens: bool = False) -> Corpus:
+    return Corpus(name="t.txt", source="t.txt", rows=[text], joiner=None, special_tokens=special_tokens)
+
+
+def documents(rows: list[str], builder: Any) -> Corpus:
+    return Corpus(name="d", source="d", rows=rows, joiner=None, special_tokens=True, builder=builder)
+
+
+# --- calibration windows -------------------------------------------------------------------------------------------
+
+
+def test_text_crops_are_those_of_the_published_loop() -> None:
+    text = "".join(random.Random(1).choices("abcdefgh \n", k=3000))
+    tokenizer = byte_tokenizer(bos=True)
+    tokens = calibration_tokens(corpus(text, special_tokens=True), tokenizer, samples=128, seq_len=256, seed=3)
+    ids = tokenizer(text)["input_ids"]
+    assert ids[0] == BOS and tokens.input_ids.shape == (128, 256) and tokens.input_ids.dtype == torch.int64
+    random.seed(3)
+    for row in tokens.input_ids.tolist():
+        i = random.randint(0, len(ids) - 256 - 1)
+        assert row == ids[i : i + 256]
+
+
+def test_same_seed_same_windows_and_the_fingerprint_says_so() -> None:
+    text = "".join(random.Random(1).choices("abcdefgh", k=1000))
+    first, again, other = (calibration_tokens(corpus(text), byte_tokenizer(), 4, 32, seed) for seed in (0, 0, 1))
+    assert torch.equal(first.input_ids, again.input_ids) and first.fingerprint == again.fingerprint
+    assert not torch.equal(first.input_ids, other.input_ids) and first.fingerprint != other.fingerprint
+    reshaped = TokenBatches(first.input_ids.view(8, 16), {})
+    assert reshaped.fingerprint != first.fingerprint and len(first.fingerprint) == 16
+    assert first.source == {
+        "dataset": "t.txt",
+        "split": "",
+        "revision": "",
+        "builder": "text",
+        "samples": 4,
+        "samples_asked": 4,
+        "seq_len": 32,
+        "seed": 0,
+        "join": "file as it is",
+        "special_tokens": False,
+        "tokens": 128,
+        "fingerprint": first.fingerprint,
+    }
+    json.dumps(first.source)
+
+
+def test_batches_keep_order_and_drop_nothing() -> None:
+    tokens = TokenBatches(torch.arange(28).view(7, 4), {})
+    parts = list(tokens.batches(3))
+    assert [len(part) for part in parts] == [3, 3, 1] and torch.equal(torch.cat(parts), tokens.input_ids)
+    assert (len(tokens), tokens.seq_len) == (7, 4)
+
+
+def test_document_crops_need_a_document_longer_than_a_window() -> None:
+    rows = ["a" * 4, "b" * 5, "c" * 9, "d" * 30]  # with BOS: 5, 6, 10, 31 tokens; 10 is not longer than 10
+    tokens = calibration_tokens(documents(rows, "documents"), byte_tokenizer(bos=True), samples=20, seq_len=10, seed=0)
+    assert tokens.input_ids.shape == (20, 10)
+    letter = byte_tokenizer()("d")["input_ids"][0]
+    assert set(tokens.input_ids.unique().tolist()) <= {BOS, letter}
+
+    random.seed(0)
+    for row in tokens.input_ids.tolist():
+        while True:
+            document = byte_tokenizer(bos=True)(rows[random.randint(0, len(rows) - 1)])["input_ids"]
+            if len(document) > 10:
+                break
+        i = random.randint(0, len(document) - 10 - 1)
+        assert row == document[i : i + 10]
+
+    with pytest.raises(ToolkitError, match="longest of 4 documents: 31 tokens, one window needs 32"):
+        calibration_tokens(documents(rows, "documents"), byte_tokenizer(bos=True), samples=1, seq_len=31, seed=0)
+
+
+def test_blocks_are_all_tokens_over_the_block_length() -> None:
+    rows = [f" {'x' * n} " for n in (511, 512, 100, 200, 300, 0)]  # 512 tokens with BOS is the longest taken
+    tokens = calibration_tokens(documents(rows, "blocks"), byte_tokenizer(bos=True), samples=6, seq_len=512, seed=7)
+    total = 512 + 101 + 201 + 301 + 1
+    assert tokens.input_ids.shape == (total // 512, 512)
+    assert (tokens.source["samples"], tokens.source["samples_asked"], tokens.source["seed"]) == (2, 6, 42)
+    assert int((tokens.input_ids == BOS).sum()) >= 2
+    with pytest.raises(ToolkitError, match=r"1 documents of at most 512 tokens: .* one window needs 512"):
+        calibration_tokens(documents(["abc"], "blocks"), byte_tokenizer(), samples=6, seq_len=512, seed=0)
+
+
+def test_a_text_must_be_longer_than_a_window() -> None:
+    tokens = calibration_tokens(corpus("a" * 33), byte_tokenizer(), samples=2, seq_len=32, seed=0)
+    assert tokens.input_ids.shape == (2, 32)
+    with pytest.raises(ToolkitError, match=r"t\.txt: 32 tokens, one window needs 33") as caught:
+        calibration_tokens(corpus("a" * 32), byte_tokenizer(), samples=2, seq_len=32, seed=0)
+    assert "--seq-len" in caught.value.fix
+
+
+# --- tokenizers ----------------------------------------------------------------------------------------------------
+
+
+def test_tokens_outside_the_embedding_are_refused() -> None:
+    tokenizer = byte_tokenizer()
+    check_tokenizer(tokenizer, 257)
+    check_tokenizer(tokenizer, 320)  # padded
+    tokenizer.add_tokens(["<extra>"])
+    with pytest.raises(ToolkitError, match=r"'<extra>' has id 257, .* below 257 \(1 such"):
+        check_tokenizer(tokenizer, 257)
+
+
+def test_bos_is_what_the_tokenizer_adds_by_default() -> None:
+    assert wanted_bos(byte_tokenizer(bos=True)) == BOS
+    assert wanted_bos(byte_tokenizer(bos=False)) is None
+
+
+def test_a_long_text_gives_no_warning_about_its_length(caplog: pytest.LogCaptureFixture) -> None:
+    import transformers
+
+    transformers.utils.logging.enable_propagation()
+    with caplog.at_level(logging.WARNING):
+        encode_text(corpus("a" * 500), byte_tokenizer(max_length=64))
+        calibration_tokens(corpus("a" * 500), byte_tokenizer(max_length=64), 2, 32, 0)
+    transformers.utils.logging.disable_propagation()
+    assert "longer than" not in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", " ", "a", "two  words\n\n", "  é漢字🙂 und mehr　ja\tx", "\n = T = \n a b\n"])
+def test_every_word_and_byte_belongs_to_one_token(text: str) -> None:
+    for bos in (False, True):
+        encoded = encode_text(corpus(text, special_tokens=bos), byte_tokenizer(bos=bos))
+        if len(encoded.ids):
+            assert int(encoded.words.sum()) == len(text.split())
+            assert int(encoded.bytes.sum()) == len(text.encode())
+        assert encoded.ids.shape == encoded.words.shape == encoded.bytes.shape
+
+
+def test_words_of_a_prefix() -> None:
+    encoded = encode_text(corpus("ab cd ef"), byte_tokenizer())
+    assert np.cumsum(encoded.words.numpy()).tolist() == [1, 1, 1, 2, 2, 2, 3, 3]
