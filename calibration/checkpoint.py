@@ -187,22 +187,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ToolkitError(f"{path}: no such file", "name a folder that holds a Hugging Face checkpoint") from None
     except ValueError as error:
         raise ToolkitError(f"{path}: not readable as JSON ({error})", "fetch this file again") from None
-    assert isinstance(data, dict)
+    if not isinstance(data, dict):
+        raise ToolkitError(f"{path}: holds a {type(data).__name__}, not an object", "fetch this file again")
     return data
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a read-only folder into an error that names the path."""
+    """Turn a full disk, a read-only folder and the like into an error that names the path."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         code = getattr(error, "errno", None)
         if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            raise ToolkitError(f"{path}: the disk is full", "free some space, then run again with --resume") from None
-        if code in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise ToolkitError(f"{path}: not writable ({error})", "choose another --out folder") from None
-        raise
+            fix = "free some space, then run again (`ptq quantize` goes on with --resume)"
+            raise ToolkitError(f"{path}: the disk is full", fix) from None
+        if isinstance(error, SafetensorError) and "os error" not in str(error).lower():
+            raise
+        raise ToolkitError(f"{path}: not writable ({error})", "choose another place to write to") from None
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,12 +11,14 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from calibration.checkpoint import CheckpointReader
 from calibration.corpora import Corpus
 from calibration.encoding import token_ids, too_short
 from calibration.errors import ToolkitError
@@ -117,6 +119,44 @@ def calibration_tokens(
         "seed": seed,
         "join": corpus.join,
         "special_tokens": corpus.special_tokens,
+        "tokens": ids.numel(),
+        "fingerprint": tokens_fingerprint(ids),
+    }
+    return TokenBatches(ids, source)
+
+
+def read_tokens(path: Path, samples: int, seq_len: int, vocab_size: int) -> TokenBatches:
+    """Windows that are tokenized already: a safetensors file with ``input_ids``, an integer tensor ``[n, length]``.
+
+    The first ``samples`` windows are taken, cut to ``seq_len`` tokens.
+
+    Raises:
+        ToolkitError: no such tensor, too few or too short windows, ids outside the vocabulary.
+    """
+    with CheckpointReader.of_file(path) as file:
+        info = file.infos.get("input_ids")
+        if info is None or len(info.shape) != 2 or info.dtype.is_floating_point:
+            raise ToolkitError(
+                f"{path}: no integer tensor input_ids [n, length] in it", "store token ids there, or give a text file"
+            )
+        ids = file.tensor("input_ids").to(torch.int64)
+    if ids.shape[0] < samples or ids.shape[1] < seq_len:
+        raise ToolkitError(
+            f"{path}: {ids.shape[0]} windows of {ids.shape[1]} tokens, {samples} of {seq_len} are asked for",
+            f"use --samples {ids.shape[0]} --seq-len {ids.shape[1]} or less",
+        )
+    ids = ids[:samples, :seq_len].contiguous()
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+        raise ToolkitError(
+            f"{path}: token ids {int(ids.min())} .. {int(ids.max())}, the model has {vocab_size}",
+            "tokenize the text with this model's tokenizer",
+        )
+    source = {
+        "dataset": path.name,
+        "builder": "tokens",
+        "samples": samples,
+        "samples_asked": samples,
+        "seq_len": seq_len,
         "tokens": ids.numel(),
         "fingerprint": tokens_fingerprint(ids),
     }

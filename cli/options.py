@@ -18,8 +18,15 @@ Out = Annotated[Path, typer.Option(help="Output folder; appears whole or not at 
 
 
 def command_line() -> str:
-    """The command as typed, for the record."""
-    return shlex.join(["ptq", *sys.argv[1:]])
+    """The command as typed, for the record, but for what must not change the files: where they go, and whether it is a
+    second try. A resumed run is byte-identical to an uninterrupted one."""
+    words: list[str] = []
+    for word in sys.argv[1:]:
+        if words and words[-1] == "--out":
+            words.append("DIR")
+        elif word not in ("--resume", "--overwrite"):
+            words.append("--out=DIR" if word.startswith("--out=") else word)
+    return shlex.join(["ptq", *words])
 
 
 def quiet_libraries() -> None:

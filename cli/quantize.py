@@ -29,7 +29,10 @@ def quantize(
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="Calibration text: wikitext2, c4, ptb, pileval, builtin, or FILE (.txt, .jsonl, .parquet)."),
+        typer.Option(
+            help="Calibration text: wikitext2, c4, ptb, pileval, builtin, or FILE (text, .jsonl, .parquet, or "
+            "input_ids in .safetensors)."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per window; cut to the model's context.")] = 2048,

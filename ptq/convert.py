@@ -41,6 +41,8 @@ def export(
     if format not in FORMATS:
         raise unknown_value("--format", format, FORMATS)
     folder = locate(model)
+    session = Session(Path(out))
+    session.check(overwrite, resume=False, source=folder, resumable=False)
     reader, config, spec = open_model(folder, trust_remote_code)
     source_format = format_of(reader.config)
     if source_format is None:
@@ -81,19 +83,19 @@ def export(
     problems = FORMATS[format].check(layout)
     if problems:
         raise PlanError(problems)
-    session = Session(Path(out))
-    session.check(overwrite, resume=False)
     session.begin({"export": fingerprint(reader), "format": format}, resume=False)
     blocks = QuantizedBlocks(reader, source_format, layout)
-    progress.stage("export", len(layout.quantized))
-    fmt, _ = write_checkpoint(
-        blocks.blocks, outside_blocks(reader, spec.blocks), layout, FORMATS[format], session.partial, progress.advance
-    )
-    copy_small_files(folder, session.partial)
-    progress.stage("verify", len(layout.quantized))
-    verify_checkpoint(blocks.blocks, fmt, session.partial, progress.advance)
-    reader.close()
-    session.finish()
+    with session.unless_done():
+        progress.stage("export", len(layout.quantized))
+        outside = outside_blocks(reader, spec.blocks)
+        fmt, _ = write_checkpoint(
+            blocks.blocks, outside, layout, FORMATS[format], session.partial, progress.advance
+        )
+        copy_small_files(folder, session.partial)
+        progress.stage("verify", len(layout.quantized))
+        verify_checkpoint(blocks.blocks, fmt, session.partial, progress.advance)
+        reader.close()
+        session.finish()
     return fmt
 
 

@@ -28,28 +28,16 @@ from calibration.models import (
 )
 from calibration.progress import Progress, Silent
 from calibration.record import RunRecord
-from calibration.segment import Segment
 from calibration.skeleton import Skeleton
-from calibration.text import TokenBatches, calibration_tokens, check_tokenizer
-from calibration.walk import Tensors, Walk
+from calibration.text import TokenBatches, calibration_tokens, check_tokenizer, read_tokens
+from calibration.walk import Walk
+from ptq.committed import CommittedBlocks, Restore, encode_segment
 from ptq.devices import parse_dtype, resolve_device
 from ptq.evaluation import context_length, default_dataset
-from ptq.export.write import (
-    NATIVE,
-    CommittedBlocks,
-    copy_small_files,
-    encode_block,
-    linear_tensors,
-    outside_blocks,
-    verify_checkpoint,
-    write_checkpoint,
-)
-from ptq.linears import ModelLayout
+from ptq.export.write import copy_small_files, outside_blocks, verify_checkpoint, write_checkpoint
 from ptq.plan import Plan, make_plan
-from ptq.quantized import QuantizedTensor
 from ptq.recipe import Recipe, method_recipe, read_recipe
 from ptq.reporting import Stopwatch, write_reports
-from ptq.scheme import QuantScheme
 from ptq.session import Session
 
 BATCH_TOKENS = 2048  # tokens per calibration forward: enough to fill the cores, few enough to stay in cache
@@ -160,7 +148,7 @@ def run(
     progress = progress or Silent()
     watch = Stopwatch()
     session = Session(Path(out))
-    session.check(overwrite, resume)
+    session.check(overwrite, resume, job.reader.folder)
     for note in job.notes:
         progress.message(note)
     plan, reader, options = job.plan, job.reader, job.options
@@ -189,8 +177,8 @@ def run(
         skeleton=skeleton,
         passes=plan.recipe.passes,
         schemes=plan.schemes,
-        encode=_encode,
-        restore=_Restore(plan.layout),
+        encode=encode_segment,
+        restore=Restore(plan.layout),
         folder=session.blocks,
         batch_size=job.batch_size,
         allow_unseen=options.unseen_experts == "rtn",
@@ -240,15 +228,14 @@ def quantize(
 def _calibration(job: Job) -> TokenBatches:
     from calibration.corpora import load_corpus
 
+    vocabulary = int(job.config.vocab_size)
+    path = Path(job.dataset)
+    if path.suffix == ".safetensors" and path.is_file():
+        return read_tokens(path, job.options.samples, job.seq_len, vocabulary)
     tokenizer = load_tokenizer(job.reader.folder, job.options.trust_remote_code)
-    check_tokenizer(tokenizer, vocabulary(job.reader, job.config))
+    check_tokenizer(tokenizer, vocabulary)
     corpus = load_corpus(job.dataset, "calibrate")
     return calibration_tokens(corpus, tokenizer, job.options.samples, job.seq_len, job.options.seed)
-
-
-def vocabulary(reader: CheckpointReader, config: Any) -> int:
-    """Rows of the embedding (padded vocabularies included)."""
-    return int(config.vocab_size)
 
 
 def _check_disk(session: Session, plan: Plan) -> None:
@@ -261,50 +248,3 @@ def _check_disk(session: Session, plan: Plan) -> None:
             f"--out {session.out}: {free / 1e9:.2f} GB free, the run needs {plan.sizes.disk_bytes / 1e9:.2f} GB",
             "free some space or choose another disk",
         )
-
-
-def _encode(segment: Segment) -> dict[str, torch.Tensor]:
-    """A finished segment as the tensors of its file: native codes, and the rest in its stored dtype."""
-    quantized: dict[str, QuantizedTensor] = {}
-    for name, replacement in segment.quantized.items():
-        assert isinstance(replacement, QuantizedTensor)
-        quantized[segment.full_name(name)] = replacement
-    replaced = {f"{name}.weight" for name in segment.quantized}
-    others = {
-        segment.full_name(name): master.to(segment.stored_dtypes[name])
-        for name, master in segment.masters.items()
-        if name not in replaced
-    }
-    missing = set(segment.schemes) - set(segment.quantized)
-    if missing:
-        raise ToolkitError(
-            f"{', '.join(segment.full_name(n) for n in sorted(missing))}: has a scheme but was not rounded",
-            "this is a bug of the method: please report it",
-        )
-    for name, tensor in others.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ToolkitError(f"{name}: NaN or Inf after {segment.index + 1} blocks", "try --dtype float32")
-    return encode_block(quantized, others)
-
-
-class _Restore:
-    """Committed tensors back to float weights, for propagation through what was written."""
-
-    def __init__(self, layout: ModelLayout) -> None:
-        self.linears: dict[str, tuple[QuantScheme, tuple[int, int], bool]] = {
-            linear.name: (linear.scheme, linear.shape, linear.conv1d)
-            for linear in layout.quantized
-            if linear.scheme is not None
-        }
-
-    def __call__(self, tensors: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        weights: dict[str, torch.Tensor] = {}
-        for name, tensor in tensors.items():
-            linear, _, suffix = name.rpartition(".")
-            if linear not in self.linears or suffix not in NATIVE.suffixes:
-                weights[name] = tensor
-            elif suffix == "codes":
-                scheme, shape, conv1d = self.linears[linear]
-                w = NATIVE.decode(linear_tensors(tensors, linear, NATIVE), scheme, shape).dequantize(dtype)
-                weights[f"{linear}.weight"] = w.T.contiguous() if conv1d else w
-        return weights

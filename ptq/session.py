@@ -1,11 +1,16 @@
-"""The output folder of a run: work happens in ``DIR.partial``, and DIR appears whole or not at all."""
+"""The output folder of a run: work happens in ``DIR.partial``, and DIR appears whole or not at all.
+
+``plan.json`` says which run a folder belongs to. It stays in DIR: were it removed before the rename, a run killed
+between the two could not be resumed.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,39 +20,69 @@ from calibration.errors import ToolkitError
 
 PLAN_FILE = "plan.json"
 BLOCKS = "blocks"
+_MISSING = "nothing"
 
 
 @dataclass(frozen=True)
 class Session:
-    """One run's folders."""
+    """One run's folders.
+
+    Attributes:
+        out: DIR, as the user named it.
+    """
 
     out: Path
 
     @property
+    def target(self) -> Path:
+        """DIR without ``.``, ``..`` and links, so that it can be renamed and has neighbours."""
+        return self.out.resolve()
+
+    @property
     def partial(self) -> Path:
-        return self.out.with_name(self.out.name + ".partial")
+        return self.target.with_name(self.target.name + ".partial")
+
+    @property
+    def replaced(self) -> Path:
+        """Where an old DIR waits while the new one takes its name."""
+        return self.target.with_name(f".{self.target.name}.ptq-replaced")
 
     @property
     def blocks(self) -> Path:
         """Committed blocks, removed at the end."""
         return self.partial / BLOCKS
 
-    def check(self, overwrite: bool, resume: bool) -> None:
+    def check(self, overwrite: bool, resume: bool, source: Path | None = None, resumable: bool = True) -> None:
         """Refuse folders that hold something, before any work.
 
+        Args:
+            source: the model's folder, which must outlive the run.
+            resumable: whether the command has a ``--resume``.
+
         Raises:
-            ToolkitError: DIR is not empty, DIR.partial is there without ``resume``, or is not there with it.
+            ToolkitError: DIR is not empty, DIR.partial is there without ``resume``, or is not there with it; DIR is
+                or holds ``source``.
         """
-        if self.out.exists() and not self.out.is_dir():
-            raise ToolkitError(f"--out {self.out}: is a file", "name a folder")
-        if self.out.is_dir() and any(self.out.iterdir()) and not overwrite:
+        if not self.target.name:
+            raise ToolkitError(f"--out {self.out}: cannot be replaced", "name a folder below it")
+        for folder in (self.target, *self.target.parents):
+            if folder.exists():
+                if not folder.is_dir():
+                    raise ToolkitError(f"--out {self.out}: {folder} is a file", "name a folder")
+                break
+        if source is not None and source.resolve().is_relative_to(self.target):
+            raise ToolkitError(
+                f"--out {self.out}: the model that is read ({source}) is there", "choose another output folder"
+            )
+        if self.target.is_dir() and any(self.target.iterdir()) and not overwrite:
             raise ToolkitError(
                 f"--out {self.out}: the folder is not empty", "choose another folder, or pass --overwrite to replace it"
             )
         if self.partial.exists() and not (resume or overwrite):
+            restart = "--overwrite to start again"
             raise ToolkitError(
                 f"{self.partial}: an interrupted run is here",
-                "pass --resume to continue it, or --overwrite to start again",
+                f"pass --resume to continue it, or {restart}" if resumable else f"pass {restart}",
             )
         if resume and not (self.partial / PLAN_FILE).exists():
             raise ToolkitError(f"--resume: {self.partial} holds no interrupted run", "leave --resume out to start one")
@@ -61,13 +96,11 @@ class Session:
         path = self.partial / PLAN_FILE
         if resume:
             before = json.loads(path.read_text(encoding="utf-8"))
-            for key in dict.fromkeys([*before, *identity]):
-                old, new = before.get(key), json.loads(json.dumps(identity.get(key)))
-                if old != new:
-                    raise ToolkitError(
-                        f"--resume: '{key}' differs from the interrupted run: {new!r}, was {old!r}",
-                        "repeat the command of the interrupted run, or pass --overwrite to start again",
-                    )
+            for field, new, old in _differences("", json.loads(json.dumps(identity)), before):
+                raise ToolkitError(
+                    f"--resume: '{field}' differs from the interrupted run: {new!r}, was {old!r}",
+                    "repeat the command of the interrupted run, or pass --overwrite without --resume to start again",
+                )
             return
         with disk_errors(self.partial):
             if self.partial.exists():
@@ -75,22 +108,47 @@ class Session:
             self.partial.mkdir(parents=True)
         write_atomically(path, (json.dumps(identity, indent=1, sort_keys=True) + "\n").encode())
 
+    @contextmanager
+    def unless_done(self) -> Iterator[None]:
+        """Remove DIR.partial where the work inside fails, for work that cannot be resumed."""
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            raise
+
     def finish(self) -> None:
         """Remove what only the run needed and rename DIR.partial to DIR; an old DIR is deleted last."""
         shutil.rmtree(self.blocks, ignore_errors=True)
-        (self.partial / PLAN_FILE).unlink()
         for path in sorted(self.partial.iterdir()):
+            if path.name.startswith(".tmp") or path.name.endswith(".tmp"):
+                path.unlink()  # of a run that was killed while it wrote; safetensors has names of its own for these
+                continue
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
         sync_folder(self.partial)
-        replaced = None
-        if self.out.exists():
-            replaced = self.out.with_name(self.out.name + ".replaced")
-            self.out.rename(replaced)
-        self.partial.rename(self.out)
-        sync_folder(self.out.parent)
-        if replaced is not None:
-            shutil.rmtree(replaced)
+        if self.target.exists():
+            if self.replaced.exists():
+                shutil.rmtree(self.replaced)
+            self.target.rename(self.replaced)
+        self.partial.rename(self.target)
+        sync_folder(self.target.parent)
+        if self.replaced.exists():
+            shutil.rmtree(self.replaced)
+
+
+def _differences(field: str, new: Any, old: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Leaves that differ between two JSON values: (path such as ``recipe.passes.0.grid``, new value, old value)."""
+    if isinstance(new, dict) and isinstance(old, dict):
+        pairs = [(key, new.get(key, _MISSING), old.get(key, _MISSING)) for key in dict.fromkeys([*old, *new])]
+    elif isinstance(new, list) and isinstance(old, list) and len(new) == len(old):
+        pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(new, old, strict=True))]
+    else:
+        if new != old:
+            yield field, new, old
+        return
+    for key, a, b in pairs:
+        yield from _differences(f"{field}.{key}" if field else key, a, b)

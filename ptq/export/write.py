@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,11 @@ import torch
 
 from calibration.checkpoint import INDEX_FILE, CheckpointReader, ShardWriter, disk_errors, write_atomically
 from calibration.errors import ToolkitError
-from ptq.export.formats import FORMATS, Format
+from ptq.export.formats import Format
 from ptq.export.readback import compare
 from ptq.linears import ModelLayout
 from ptq.quantized import QuantizedTensor
 
-NATIVE = FORMATS["native"]
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 NOT_COPIED = {  # written anew, or belonging to another run
     "config.json",
@@ -25,45 +24,11 @@ NOT_COPIED = {  # written anew, or belonging to another run
     "quantize_config.json",
     "report.json",
     "timings.json",
+    "plan.json",
+    "pytorch_model.bin.index.json",
     "train.txt",
     "test.txt",
 }
-
-
-def linear_tensors(tensors: Mapping[str, torch.Tensor], name: str, fmt: Format) -> dict[str, torch.Tensor]:
-    """The tensors of one quantized linear by suffix."""
-    return {s: tensors[f"{name}.{s}"] for s in sorted(fmt.suffixes) if f"{name}.{s}" in tensors}
-
-
-def encode_block(
-    quantized: Mapping[str, QuantizedTensor], others: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The native tensors of one block, full names. ``others`` are its float tensors in their stored dtypes."""
-    tensors = dict(others)
-    for name, q in quantized.items():
-        tensors.update({f"{name}.{s}": t for s, t in NATIVE.encode(q, torch.bfloat16).items()})
-    return tensors
-
-
-class CommittedBlocks:
-    """The walk's files as a source of quantized linears and float tensors."""
-
-    def __init__(self, paths: Iterable[Path], layout: ModelLayout) -> None:
-        self.paths = list(paths)
-        self.schemes = {linear.name: (linear.scheme, linear.shape) for linear in layout.quantized}
-
-    def blocks(self) -> Iterator[tuple[dict[str, QuantizedTensor], dict[str, torch.Tensor]]]:
-        """Block by block: quantized linears and the remaining tensors, by full name."""
-        for path in self.paths:
-            with CheckpointReader.of_file(path) as file:
-                tensors = {n: file.tensor(n) for n in file.infos}
-            quantized: dict[str, QuantizedTensor] = {}
-            for name, (scheme, shape) in self.schemes.items():
-                found = linear_tensors(tensors, name, NATIVE)
-                if found and scheme is not None:
-                    quantized[name] = NATIVE.decode(found, scheme, shape)
-            taken = {f"{n}.{s}" for n in quantized for s in NATIVE.suffixes}
-            yield quantized, {n: t for n, t in tensors.items() if n not in taken}
 
 
 Source = Callable[[], Iterator[tuple[dict[str, QuantizedTensor], dict[str, torch.Tensor]]]]

@@ -18,7 +18,7 @@ from calibration.errors import Problem
 from calibration.passes import Phase, Stream
 from calibration.segment import Segment
 from calibration.statistics import AbsMean, Gram, Statistic
-from ptq.numerics.awq import candidate_scales, clip_bounds, duo_scales, relative_magnitude, scaled_error
+from ptq.numerics.awq import candidate_scales, clip_bounds, duo_scales, relative_magnitude, sample_rows, scaled_error
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Awq:
     Attributes:
         grid: number of alphas, 0, 1/grid, ..., (grid - 1)/grid.
         duo: AutoAWQ's scales, which divide by the weights' magnitude as well; has no plain rounding among them.
+        rows: rows per weight on which candidates are scored, evenly spaced; 0 takes all.
         clip: search clipping ranges (queries and keys excepted: softmax lies behind them).
         clip_steps, clip_shrink: bounds tried per group, and how far the last would shrink.
         values: also balance attention values against the output projection, tied across query heads that share one.
@@ -35,6 +36,7 @@ class Awq:
 
     grid: int = 20
     duo: bool = False
+    rows: int = 0
     clip: bool = True
     clip_steps: int = 10
     clip_shrink: float = 0.5
@@ -48,6 +50,8 @@ class Awq:
     def check(self, view: Any) -> Iterable[Problem]:
         if self.grid < 1:
             yield Problem("awq.grid", f"{self.grid} is not positive", "use 20")
+        if self.rows < 0:
+            yield Problem("awq.rows", f"{self.rows} is negative", "use 512, or 0 for all")
         if self.clip_steps < 1 or not 0 <= self.clip_shrink < 1:
             yield Problem(
                 "awq.clip",
@@ -90,7 +94,7 @@ class Awq:
         for names in inputs:
             gram = context.product_gram(names[0])
             for name in names:
-                w, quant = segment.weight(name), segment.schemes[name].weights
+                w, quant = sample_rows(segment.weight(name), self.rows), segment.schemes[name].weights
                 losses += torch.stack([scaled_error(w, s, gram, quant) for s in factors])
         if not bool(torch.isfinite(losses).any()):
             return

@@ -104,8 +104,7 @@ class Gptq:
                 rows = slice(first, first + w.shape[0])
                 first = rows.stop
                 zero = None if result.zero is None else result.zero[rows].to(torch.uint8)
-                q = QuantizedTensor(
-                    result.codes[rows].clone(), result.scale[rows].float().clone(), zero, scheme, result.group_index
-                )
+                index = None if result.group_index is None else result.group_index.clone()
+                q = QuantizedTensor(result.codes[rows].clone(), result.scale[rows].float().clone(), zero, scheme, index)
                 put(segment, name, q, context.statistic(name, Gram).matrix)
                 context.advance(name)

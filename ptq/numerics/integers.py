@@ -90,7 +90,7 @@ def quantize(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, qu
     """
     lowest = 1 if quant.quantizer == "sym_restricted" else 0
     shift = 2 ** (quant.bits - 1) if zero is None else zero
-    return torch.round(w / scale).add_(shift).clamp_(lowest, quant.levels)
+    return (w / scale).round_().add_(shift).clamp_(lowest, quant.levels)
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, quant: TensorQuant) -> torch.Tensor:
@@ -111,4 +111,5 @@ def fake_quantize(
     units = w.unflatten(-1, (-1, width))
     scale, zero = grid_parameters(units, quant, clip, exact_scale)
     s, z = scale.unsqueeze(-1), None if zero is None else zero.unsqueeze(-1)
-    return dequantize(quantize(units, s, z, quant), s, z, quant).flatten(-2)
+    shift = 2 ** (quant.bits - 1) if z is None else z
+    return quantize(units, s, z, quant).sub_(shift).mul_(s).flatten(-2)  # in place: searches run this many times

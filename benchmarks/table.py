@@ -1,0 +1,111 @@
+"""Methods side by side on one model, text, window and seed: perplexity, KL, bits, size, seconds, peak memory.
+
+    python benchmarks/table.py demo
+    python benchmarks/table.py MODEL --dataset train.txt --eval test.txt --seq-len 512 --json table.json
+
+Every setting is a `ptq quantize` in a process of its own, so that its memory is its own. Then all results are scored
+against the float model in one process, on the same windows in float32, with the float model's logits computed once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from calibration.corpora import load_corpus
+from calibration.models import load_tokenizer, locate
+from calibration.perplexity import LogitsModel, encode_for, score
+from calibration.record import read_record, read_timings
+from calibration.windows import Scoring
+from ptq.evaluation import default_dataset, logits_of
+from ptq.runtime.load import load_model
+
+CPU = torch.device("cpu")
+
+
+def remembered(logits: LogitsModel) -> LogitsModel:
+    """The same function, computing each batch once (the windows of a small model's test text fit in memory)."""
+    known: dict[bytes, torch.Tensor] = {}
+
+    def lookup(ids: torch.Tensor) -> torch.Tensor:
+        key = ids.numpy().tobytes()
+        if key not in known:
+            known[key] = logits(ids)
+        return known[key]
+
+    return lookup
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--dataset", help="calibration text")
+    parser.add_argument("--eval", help="text to score")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--bits", default="4,3,2")
+    parser.add_argument("--groups", default="g128,g64")
+    parser.add_argument("--methods", default="rtn,gptq,awq,awq+gptq")
+    parser.add_argument("--suffix", default="sym", help="sym or asym")
+    parser.add_argument("--max-windows", type=int, help="score only the first so many windows")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    folder = locate(args.model)
+    corpus = load_corpus(args.eval or default_dataset(folder), "score")
+    text = encode_for("gptq", corpus, load_tokenizer(folder))
+    scoring = Scoring("gptq", args.seq_len, batch_size=4, max_windows=args.max_windows, dtype="float32")
+    reference = remembered(logits_of(load_model(folder, dtype=torch.float32), CPU))
+    base = score(reference, text, scoring)
+    print(f"float perplexity {base.perplexity:.4f}, {base.protocol.tokens_scored} tokens", file=sys.stderr)
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for bits in args.bits.split(","):
+            for group in args.groups.split(","):
+                for method in args.methods.split(","):
+                    out = Path(temporary) / f"{method}-w{bits}-{group}"
+                    scheme = f"w{bits}a16-{group}-{args.suffix}"
+                    command = [sys.executable, "-m", "cli.main", "quantize", args.model, "--method", method]
+                    command += ["--scheme", scheme, "--samples", str(args.samples), "--seq-len", str(args.seq_len)]
+                    command += ["--out", str(out)] + (["--dataset", args.dataset] if args.dataset else [])
+                    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                    record, timings = read_record(out), read_timings(out)
+                    assert timings is not None
+                    logits = logits_of(load_model(out, dtype=torch.float32), CPU)
+                    e = score(logits, text, scoring, model="quantized", reference_fn=reference)
+                    assert e.divergence is not None
+                    row = {
+                        "method": method,
+                        "scheme": scheme,
+                        "bits_per_weight": record.result["bits_per_weight"],
+                        "perplexity": e.perplexity,
+                        "kl": e.divergence.kl_mean,
+                        "top1": e.divergence.top1_agreement,
+                        "file_mb": record.result["bytes"] / 1e6,
+                        "seconds": timings.seconds,
+                        "peak_gb": timings.peak_rss_bytes / 1e9,
+                        "peak_above_start_gb": (timings.peak_rss_bytes - timings.base_rss_bytes) / 1e9,
+                    }
+                    rows.append(row)
+                    print(json.dumps(row), file=sys.stderr)
+    print(f"float: perplexity {base.perplexity:.3f}, {sum(i.numel() for i in [text.ids])} tokens of {text.dataset}\n")
+    print("| method | scheme | bits/weight | perplexity | KL | top-1 | file MB | seconds | peak GB |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for r in rows:
+        print(
+            f"| {r['method']} | {r['scheme']} | {r['bits_per_weight']:.3f} | {r['perplexity']:.3f} | {r['kl']:.5f} "
+            f"| {r['top1']:.2%} | {r['file_mb']:.2f} | {r['seconds']:.1f} | {r['peak_gb']:.2f} |"
+        )
+    if args.json:
+        args.json.write_text(json.dumps({"float": dataclasses.asdict(base), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Committed blocks: a finished segment as tensors of a file, and back as weights or as quantized linears.
+
+The files are in the native layout whatever the format of the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from calibration.checkpoint import CheckpointReader
+from calibration.errors import ToolkitError
+from calibration.segment import Segment
+from calibration.walk import Tensors
+from ptq.export.formats import FORMATS
+from ptq.linears import ModelLayout
+from ptq.quantized import QuantizedTensor
+from ptq.scheme import QuantScheme
+
+NATIVE = FORMATS["native"]
+
+
+def _native_tensors(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """The tensors of one quantized linear by suffix."""
+    return {s: tensors[f"{name}.{s}"] for s in sorted(NATIVE.suffixes) if f"{name}.{s}" in tensors}
+
+
+class CommittedBlocks:
+    """The walk's files as a source of quantized linears and float tensors."""
+
+    def __init__(self, paths: Iterable[Path], layout: ModelLayout) -> None:
+        self.paths = list(paths)
+        self.schemes = {linear.name: (linear.scheme, linear.shape) for linear in layout.quantized}
+
+    def blocks(self) -> Iterator[tuple[dict[str, QuantizedTensor], dict[str, torch.Tensor]]]:
+        """Block by block: quantized linears and the remaining tensors, by full name."""
+        for path in self.paths:
+            with CheckpointReader.of_file(path) as file:
+                tensors = {n: file.tensor(n) for n in file.infos}
+            quantized: dict[str, QuantizedTensor] = {}
+            for name, (scheme, shape) in self.schemes.items():
+                found = _native_tensors(tensors, name)
+                if found and scheme is not None:
+                    quantized[name] = NATIVE.decode(found, scheme, shape)
+            taken = {f"{n}.{s}" for n in quantized for s in NATIVE.suffixes}
+            yield quantized, {n: t for n, t in tensors.items() if n not in taken}
+
+
+def encode_segment(segment: Segment) -> dict[str, torch.Tensor]:
+    """A finished segment as the tensors of its file: native codes, and the rest in its stored dtype."""
+    quantized: dict[str, QuantizedTensor] = {}
+    for name, replacement in segment.quantized.items():
+        assert isinstance(replacement, QuantizedTensor)
+        quantized[segment.full_name(name)] = replacement
+    replaced = {f"{name}.weight" for name in segment.quantized}
+    others = {
+        segment.full_name(name): master.to(segment.stored_dtypes[name])
+        for name, master in segment.masters.items()
+        if name not in replaced
+    }
+    missing = set(segment.schemes) - set(segment.quantized)
+    if missing:
+        raise ToolkitError(
+            f"{', '.join(segment.full_name(n) for n in sorted(missing))}: has a scheme but was not rounded",
+            "this is a bug of the method: please report it",
+        )
+    for name, tensor in others.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ToolkitError(f"{name}: NaN or Inf after {segment.index + 1} blocks", "try --dtype float32")
+    for name, q in quantized.items():
+        others.update({f"{name}.{s}": t for s, t in NATIVE.encode(q, torch.bfloat16).items()})
+    return others
+
+
+class Restore:
+    """Committed tensors back to float weights, for propagation through what was written."""
+
+    def __init__(self, layout: ModelLayout) -> None:
+        self.linears: dict[str, tuple[QuantScheme, tuple[int, int], bool]] = {
+            linear.name: (linear.scheme, linear.shape, linear.conv1d)
+            for linear in layout.quantized
+            if linear.scheme is not None
+        }
+
+    def __call__(self, tensors: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        weights: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            linear, _, suffix = name.rpartition(".")
+            if linear not in self.linears or suffix not in NATIVE.suffixes:
+                weights[name] = tensor
+            elif suffix == "codes":
+                scheme, shape, conv1d = self.linears[linear]
+                w = NATIVE.decode(_native_tensors(tensors, linear), scheme, shape).dequantize(dtype)
+                weights[f"{linear}.weight"] = w.T.contiguous() if conv1d else w
+        return weights
