@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from calibration.errors import ToolkitError
@@ -30,9 +30,16 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
     "I64": torch.int64,
+    "U64": torch.uint64,
     "I32": torch.int32,
+    "U32": torch.uint32,
     "I16": torch.int16,
+    "U16": torch.uint16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
@@ -41,11 +48,12 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor."""
+    """What a header says of one tensor; ``start`` is the offset of its first byte in the shard."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     shard: str
+    start: int = 0
 
     @property
     def numel(self) -> int:
@@ -70,7 +78,16 @@ def _header(path: Path) -> dict[str, TensorInfo]:
                 raise ToolkitError(f"{path}: truncated or corrupt ({size} bytes, header of {length})", damaged)
             header = json.loads(file.read(length))
         entries = {k: v for k, v in header.items() if k != "__metadata__"}
-        infos = {k: TensorInfo(DTYPES[v["dtype"]], tuple(v["shape"]), path.name) for k, v in entries.items()}
+        for name, entry in entries.items():
+            if entry["dtype"] not in DTYPES:
+                raise ToolkitError(
+                    f"{path}: {name} has dtype '{entry['dtype']}', which is not read here",
+                    f"start from a checkpoint in 16 or 32 bits; known dtypes: {', '.join(DTYPES)}",
+                )
+        infos = {
+            k: TensorInfo(DTYPES[v["dtype"]], tuple(v["shape"]), path.name, 8 + length + v["data_offsets"][0])
+            for k, v in entries.items()
+        }
         end = max((v["data_offsets"][1] for v in entries.values()), default=0)
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ToolkitError(f"{path}: corrupt safetensors header ({error!r})", damaged) from None
@@ -80,7 +97,10 @@ def _header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _shards(folder: Path) -> list[str]:
-    """File names of the shards, from the index where there is one."""
+    """File names of the shards: ``model.safetensors`` comes before the index, as in transformers. Other files beside
+    them (Mistral's ``consolidated.safetensors``) are other copies of the weights, and not read."""
+    if (folder / SINGLE_FILE).exists():
+        return [SINGLE_FILE]
     index = folder / INDEX_FILE
     if index.exists():
         try:
@@ -93,8 +113,6 @@ def _shards(folder: Path) -> list[str]:
                     f"{folder / name}: missing shard, named by {INDEX_FILE}", "fetch the missing file into the folder"
                 )
         return names
-    if (folder / SINGLE_FILE).exists():
-        return [SINGLE_FILE]
     found = sorted(p.name for p in folder.glob("*.safetensors"))
     if found:
         return found
@@ -111,9 +129,7 @@ def _shards(folder: Path) -> list[str]:
 class CheckpointReader:
     """A Hugging Face checkpoint folder: config and headers at once, tensors one at a time.
 
-    Shards are opened on first use and stay open until `close`; pages of an open shard count as resident memory, so
-    the walk closes them after each block. ``base_prefix`` (``transformer``, ``model``) is put in front of every name
-    where the file leaves it out, as older GPT-2, BLOOM and OPT checkpoints do: names are those of the model class.
+    Shards are opened on first use and stay open until `close`.
 
     Raises:
         ToolkitError: missing or empty folder, no safetensors, missing, truncated or corrupt shard.
@@ -150,17 +166,28 @@ class CheckpointReader:
         self._stored = {names[n]: stored for n, stored in self._stored.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor in its stored dtype, a copy that does not keep the shard mapped."""
+        """One tensor in its stored dtype, read and not mapped: pages of a mapped shard count as resident memory."""
         info = self.infos[name]
+        data = torch.empty(info.nbytes, dtype=torch.uint8)
         try:
             if info.shard not in self._open:
-                self._open[info.shard] = safe_open(self.folder / info.shard, framework="pt")
-            return self._open[info.shard].get_tensor(self._stored[name]).clone()
-        except (SafetensorError, OSError) as error:
+                self._open[info.shard] = (self.folder / info.shard).open("rb", buffering=0)
+            file = self._open[info.shard]
+            file.seek(info.start)
+            view = memoryview(data.numpy().data)
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise OSError("the file ends early")
+                view = view[count:]
+        except OSError as error:
             raise ToolkitError(f"{self.folder / info.shard}: cannot read {name} ({error})", "fetch it again") from None
+        return data.view(info.dtype).view(info.shape)
 
     def close(self) -> None:
-        """Unmap all shards. Reading another tensor opens them again."""
+        """Close all shards. Reading another tensor opens them again."""
+        for file in self._open.values():
+            file.close()
         self._open.clear()
 
     def __enter__(self) -> CheckpointReader:

@@ -75,6 +75,22 @@ class Corpus:
         return hashlib.sha256(self.text.encode("utf-8")).hexdigest()[:16]
 
 
+def check_name(name_or_path: str) -> None:
+    """Refuse what is neither a known set nor an existing path, without reading anything.
+
+    Raises:
+        ToolkitError: with the nearest known name.
+    """
+    path = Path(name_or_path)
+    if name_or_path not in KNOWN_NAMES and not path.exists():
+        what = "no such file:" if path.suffix or len(path.parts) > 1 else "unknown data set"
+        raise ToolkitError(
+            f"--dataset: {what} '{name_or_path}'",
+            f"{nearest(name_or_path, KNOWN_NAMES)}use one of: {', '.join(KNOWN_NAMES)}, "
+            "or the path of an existing .txt, .jsonl or .parquet file",
+        )
+
+
 def load_corpus(name_or_path: str, purpose: Purpose, hub_root: Path | None = None) -> Corpus:
     """The text to calibrate on (train) or to score (test).
 
@@ -97,13 +113,7 @@ def load_corpus(name_or_path: str, purpose: Purpose, hub_root: Path | None = Non
     path = Path(name_or_path)
     if path.is_dir():
         return _load_folder(path, purpose)
-    if not path.is_file():
-        what = "no such file:" if path.suffix or len(path.parts) > 1 else "unknown data set"
-        raise ToolkitError(
-            f"--dataset: {what} '{name_or_path}'",
-            f"{nearest(name_or_path, KNOWN_NAMES)}use one of: {', '.join(KNOWN_NAMES)}, "
-            "or the path of an existing .txt, .jsonl or .parquet file",
-        )
+    check_name(name_or_path)
     if path.suffix in (".jsonl", ".parquet"):
         rows = _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path)
         return Corpus(name=path.name, source=path.name, rows=rows, joiner="\n\n", special_tokens=True)

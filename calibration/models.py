@@ -15,7 +15,8 @@ from calibration.errors import ToolkitError
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo"
-FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # never pickles
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]  # never pickles
+NOT_FILES = ["consolidated*.safetensors", "*/*"]  # the same weights once more, in other layouts
 
 
 def locate(model: str | Path) -> Path:
@@ -43,7 +44,7 @@ def _download(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(model, allow_patterns=FILES))
+        return Path(snapshot_download(model, allow_patterns=FILES, ignore_patterns=NOT_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ToolkitError(
@@ -66,12 +67,14 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[Checkpoin
         )
     reader = CheckpointReader(folder)
     check_family(str(data.get("model_type")), reader.infos)
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ToolkitError(f"{folder}/config.json: {error}", "compare it with the model's original config") from None
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ToolkitError(f"{folder}/config.json: {reason}", "compare it with the model's original config") from None
     spec = resolve(config)
     reader.add_base_prefix(spec.base_prefix, (*(stored for stored, _ in spec.root_renames), "lm_head."))
     return reader, config, spec
@@ -113,9 +116,12 @@ def check_finite(reader: CheckpointReader, advance: Any = None) -> None:
 
     Raises:
         ToolkitError: names the tensor and how many of its values are not finite.
+
+    Scalars are left out: no model of the table has one for a parameter, and the mask value that older GPT-NeoX and
+    GPT-2 files carry (``attention.masked_bias``, -1e9) is -inf in float16.
     """
     for name, info in sorted(reader.infos.items(), key=lambda item: (item[1].shard, item[0])):
-        if info.dtype.is_floating_point:
+        if info.dtype.is_floating_point and info.shape:
             tensor = reader.tensor(name)
             bad = int((~torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)).sum())
             if bad:

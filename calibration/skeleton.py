@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from calibration.architectures import ArchitectureSpec
+from calibration.checkpoint import TensorInfo
+from calibration.errors import ToolkitError
 from calibration.experts import ExpertList
 
 
@@ -50,7 +52,7 @@ def load_parameters(root: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Non
 
     Raises:
         KeyError: ``root`` has no such parameter or buffer.
-        ValueError: the shapes differ.
+        ToolkitError: the shapes differ.
     """
     for name, tensor in tensors.items():
         parent, _, leaf = name.rpartition(".")
@@ -59,11 +61,18 @@ def load_parameters(root: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Non
         if slot is None:
             raise KeyError(name)
         if slot.shape != tensor.shape:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, the model has {tuple(slot.shape)}")
+            raise _misfit(name, tensor.shape, slot.shape)
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:
             module._buffers[leaf] = tensor
+
+
+def _misfit(name: str, stored: Sequence[int], expected: Sequence[int]) -> ToolkitError:
+    return ToolkitError(
+        f"{name}: shape {tuple(stored)}, the model of config.json has {tuple(expected)}",
+        "config.json and weights do not belong together: fetch both again",
+    )
 
 
 def release(root: nn.Module) -> None:
@@ -91,6 +100,30 @@ class Skeleton:
 
     def block(self, index: int) -> nn.Module:
         return self.model.get_submodule(self.spec.blocks)[index]
+
+    def check_complete(self, infos: Mapping[str, TensorInfo]) -> None:
+        """Refuse a checkpoint that lacks parameters or has them in another shape, which would fail far from the cause.
+
+        Args:
+            infos: headers of all tensors of the checkpoint.
+
+        Raises:
+            ToolkitError: names what is missing, or the first shape that differs.
+        """
+        stored = {self.spec.root_module_name(n): info for n, info in infos.items()}
+        tied = self.model.all_tied_weights_keys  # {"lm_head.weight": "model.embed_tokens.weight"} where tied
+        missing = [n for n, _ in self.model.named_parameters(remove_duplicate=False) if n not in stored]
+        missing = [n for n in missing if tied.get(n) not in stored]
+        if missing:
+            more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+            raise ToolkitError(
+                f"{', '.join(missing[:4])}{more}: not in the checkpoint, and the model has no other source for it",
+                "fetch the checkpoint again; if it is complete, load it with AutoModelForCausalLM.from_pretrained and "
+                "save it with save_pretrained, which writes every tensor under today's name",
+            )
+        for name, parameter in self.model.named_parameters():
+            if name in stored and stored[name].shape != tuple(parameter.shape):
+                raise _misfit(name, stored[name].shape, parameter.shape)
 
     def stem_names(self, names: Iterable[str]) -> list[str]:
         """Of the checkpoint names, those that must be in memory to run everything before the blocks."""

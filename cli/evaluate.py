@@ -38,6 +38,10 @@ def evaluate(
     The last line printed is `perplexity N.NNNN`.
     """
     quiet_libraries()
+    from calibration.errors import ToolkitError
+
+    if json is not None and not json.absolute().parent.is_dir():
+        raise ToolkitError(f"--json {json}: no such folder", "name a file in an existing folder")
     import dataclasses
     import json as json_module
 

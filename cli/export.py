@@ -19,10 +19,10 @@ def export(
     """Change the format of a quantized checkpoint: the same codes, laid out anew."""
     quiet_libraries()
     from cli.progress import TerminalProgress
-    from ptq.convert import export as convert
+    from ptq.convert import export_model
 
     with TerminalProgress() as progress:
-        fmt = convert(
+        fmt = export_model(
             model, format=format, out=out, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress
         )
     print(f"written to {out} as {fmt.name}; every linear read back and compared")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from calibration.record import RunRecord, read_timings
@@ -20,12 +22,21 @@ def size(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"
 
 
+def wide_console() -> Console:
+    """Lines are not broken at 80 columns where the output is a file or a pipe."""
+    return Console() if sys.stdout.isatty() else Console(width=1000)
+
+
 def print_plan(job: Job) -> None:
     """Schemes, sizes, memory, passes, disk, and who can load the result."""
-    console, plan, sizes = Console(), job.plan, job.plan.sizes
+    console, plan, sizes = wide_console(), job.plan, job.plan.sizes
     layout = plan.layout
-    console.print(f"[bold]{job.name}[/bold]: {plan.spec.family}, {plan.spec.n_blocks} blocks, {layout.dtype}")
-    console.print(f"method {plan.recipe.method}, format {plan.format.name} ({plan.format_reason})", highlight=False)
+    console.print(
+        f"[bold]{escape(job.name)}[/bold]: {plan.spec.family}, {plan.spec.n_blocks} blocks, {layout.dtype}",
+        highlight=False,
+    )
+    chosen = f"method {plan.recipe.method}, format {plan.format.name} ({plan.format_reason})"
+    console.print(chosen, highlight=False, markup=False)
     table = Table("linears", "shape [out, in]", "scheme", "bits/weight", "count", box=None, pad_edge=False)
     rows: dict[tuple[str, tuple[int, int], str, str], int] = {}
     for linear in layout.linears:
@@ -37,7 +48,7 @@ def print_plan(job: Job) -> None:
             key = (pattern, linear.shape, str(linear.scheme), f"{bits:.4f}")
         rows[key] = rows.get(key, 0) + 1
     for (pattern, shape, scheme, text), count in rows.items():
-        table.add_row(pattern, f"{shape[0]} x {shape[1]}", scheme, text, str(count))
+        table.add_row(escape(pattern), f"{shape[0]} x {shape[1]}", escape(scheme), text, str(count))
     console.print(table)
     console.print(
         f"size {size(sizes.float_bytes)} -> {size(sizes.output_bytes)}; quantized linears "
@@ -49,6 +60,7 @@ def print_plan(job: Job) -> None:
         f"calibration {data}; {sizes.forwards} forward pass(es) per block, "
         f"in {str(job.dtype).removeprefix('torch.')} on {job.device}",
         highlight=False,
+        markup=False,
     )
     console.print(
         f"memory about {size(sizes.peak_bytes)} above interpreter and libraries; disk up to {size(sizes.disk_bytes)}",
@@ -64,19 +76,21 @@ def print_plan(job: Job) -> None:
 
 def print_result(record: RunRecord, out: Path) -> None:
     """What was quantized, what was left and why, and the numbers."""
-    console, result = Console(), record.result
+    console, result = wide_console(), record.result
     console.print(
         f"quantized {result['quantized_linears']} linears to {result['bits_per_weight']:.4f} bits per weight, "
         f"{size(record.model['bytes'])} -> {size(result['bytes'])}; read back and compared: {result['verified']}",
         highlight=False,
     )
     for entry in record.left:
-        console.print(f"left in float: {entry['count']} {entry['what']} ({entry['why']})", highlight=False)
+        console.print(
+            f"left in float: {entry['count']} {entry['what']} ({entry['why']})", highlight=False, markup=False
+        )
     for e in record.evaluations:
         line = f"{e.model}: perplexity {e.perplexity:.4f}"
         if e.divergence is not None:
             line += f", KL {e.divergence.kl_mean:.5f}, top-1 agreement {e.divergence.top1_agreement:.2%}"
-        console.print(f"{line} ({e.protocol.dataset}, window {e.protocol.window})", highlight=False)
+        console.print(f"{line} ({e.protocol.dataset}, window {e.protocol.window})", highlight=False, markup=False)
     timings = read_timings(out)
     if timings is not None:
         above = max(0, timings.peak_rss_bytes - timings.base_rss_bytes)

@@ -53,7 +53,7 @@ class TerminalProgress:
         if self._bars is not None:
             self._task = self._bars.add_task(name, total=total, completed=done, memory=resident_gb(), detail="")
         else:
-            self.console.print(f"{name} ...", highlight=False)
+            self.console.print(f"{name} ...", highlight=False, soft_wrap=True)
 
     def advance(self, detail: str, units: int = 1) -> None:
         self._done += units
@@ -69,7 +69,8 @@ class TerminalProgress:
             self.console.print(
                 f"  {self._name} {share:.0%}, about {left:.0f} s left, {resident_gb():.2f} GB: {detail}",
                 highlight=False,
+                soft_wrap=True,
             )
 
     def message(self, text: str) -> None:
-        self.console.print(f"note: {text}", highlight=False, markup=False)
+        self.console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)

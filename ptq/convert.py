@@ -20,7 +20,7 @@ from ptq.runtime.load import read_linear
 from ptq.session import Session
 
 
-def export(
+def export_model(
     model: str | Path,
     *,
     format: str,
@@ -64,6 +64,7 @@ def export(
             else:
                 q = read_linear(reader, source_format, name, scheme, shape)
                 reordered |= q.group_index is not None
+                del q
             linears.append(
                 PlannedLinear(
                     name=name,
@@ -76,6 +77,7 @@ def export(
                     bias=bias,
                 )
             )
+        reader.close()
     floats = [i.dtype for n, i in reader.infos.items() if i.dtype in (torch.bfloat16, torch.float16, torch.float32)]
     plain = {k: v for k, v in reader.config.items() if k != "quantization_config"}
     dtype = str(plain.get("dtype") or plain.get("torch_dtype") or str(floats[0])).removeprefix("torch.")
@@ -88,9 +90,7 @@ def export(
     with session.unless_done():
         progress.stage("export", len(layout.quantized))
         outside = outside_blocks(reader, spec.blocks)
-        fmt, _ = write_checkpoint(
-            blocks.blocks, outside, layout, FORMATS[format], session.partial, progress.advance
-        )
+        fmt, _ = write_checkpoint(blocks.blocks, outside, layout, FORMATS[format], session.partial, progress.advance)
         copy_small_files(folder, session.partial)
         progress.stage("verify", len(layout.quantized))
         verify_checkpoint(blocks.blocks, fmt, session.partial, progress.advance)

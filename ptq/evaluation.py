@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from calibration.corpora import load_corpus
+from calibration.encoding import token_ids, too_short
 from calibration.models import DEMO, DEMO_FOLDER, load_tokenizer, locate
 from calibration.perplexity import evaluate_text
 from calibration.progress import Progress
@@ -36,7 +37,7 @@ def default_dataset(folder: Path) -> str:
     """``builtin`` for the demo and what was made of it, else ``wikitext2``."""
     if folder.resolve() == DEMO_FOLDER.resolve():
         return "builtin"
-    if (folder / REPORT_FILE).exists() and read_record(folder).model.get("name") == DEMO:
+    if (folder / REPORT_FILE).exists() and read_record(folder).model.get("source") == DEMO:
         return "builtin"
     return "wikitext2"
 
@@ -56,6 +57,21 @@ def logits_of(loaded: Loaded, device: torch.device) -> Callable[[torch.Tensor], 
         return result.cpu()
 
     return logits
+
+
+def check_text(folder: Path, dataset: str, window: int, vocabulary: int, trust_remote_code: bool = False) -> None:
+    """Refuse before a long run what `evaluate` would refuse after it: a text that cannot be had or is too short, a
+    tokenizer that does not belong to the model.
+
+    Raises:
+        ToolkitError: see above.
+    """
+    corpus = load_corpus(dataset, "score")
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    check_tokenizer(tokenizer, vocabulary)
+    found = len(token_ids(tokenizer, corpus.text, corpus.special_tokens))
+    if found < window:
+        raise too_short(corpus.label, found, window)
 
 
 def evaluate(
@@ -100,7 +116,7 @@ def evaluate(
         protocol=protocol,
         window=seq_len,
         stride=stride,
-        batch_size=max(1, EVAL_TOKENS // seq_len),
+        batch_size=max(1, EVAL_TOKENS // max(seq_len, 1)),
         dtype=str(width).removeprefix("torch."),
     )
     return evaluate_text(

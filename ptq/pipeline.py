@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from calibration.checkpoint import CheckpointReader
+from calibration.corpora import check_name, load_corpus
 from calibration.errors import ToolkitError
 from calibration.models import (
+    DEMO,
     check_finite,
     fingerprint,
     forward_dtype,
@@ -33,7 +35,7 @@ from calibration.text import TokenBatches, calibration_tokens, check_tokenizer, 
 from calibration.walk import Walk
 from ptq.committed import CommittedBlocks, Restore, encode_segment
 from ptq.devices import parse_dtype, resolve_device
-from ptq.evaluation import context_length, default_dataset
+from ptq.evaluation import check_text, context_length, default_dataset
 from ptq.export.write import copy_small_files, outside_blocks, verify_checkpoint, write_checkpoint
 from ptq.plan import Plan, make_plan
 from ptq.recipe import Recipe, method_recipe, read_recipe
@@ -71,9 +73,13 @@ class Options:
 
 @dataclass
 class Job:
-    """A run that passed its plan: everything open, nothing written."""
+    """A run that passed its plan: everything open, nothing written.
+
+    ``source`` is ``hub``, ``folder`` or ``demo``; ``name`` the hub id or the folder's own name (paths stay private).
+    """
 
     name: str
+    source: str
     reader: CheckpointReader
     config: Any
     plan: Plan
@@ -115,7 +121,8 @@ def prepare(
     folder = locate(model)
     reader, config, spec = open_model(folder, options.trust_remote_code)
     device = resolve_device(options.device)
-    stored = reader.infos[next(n for n in reader.infos if n.startswith(spec.prefix(0)) and n.endswith(".weight"))].dtype
+    first = (i.dtype for n, i in reader.infos.items() if n.startswith(spec.prefix(0)) and n.endswith(".weight"))
+    stored = next(first, torch.float32)  # a checkpoint without blocks is refused by the plan
     dtype = forward_dtype(stored, device) if options.dtype == "auto" else parse_dtype(options.dtype)
     notes = []
     seq_len, longest = options.seq_len, context_length(config)
@@ -134,7 +141,11 @@ def prepare(
         forward_itemsize=dtype.itemsize,
     )
     dataset = options.dataset or default_dataset(folder)
-    return Job(str(model), reader, config, plan, options, dataset, seq_len, device, dtype, batch_size, notes)
+    for name in ([dataset] if plan.needs_data else []) + ([options.evaluate] if options.evaluate else []):
+        check_name(name)
+    source = "demo" if str(model) == DEMO else "folder" if Path(model).is_dir() else "hub"
+    name = folder.name if source == "folder" else str(model)
+    return Job(name, source, reader, config, plan, options, dataset, seq_len, device, dtype, batch_size, notes)
 
 
 def run(
@@ -153,6 +164,9 @@ def run(
         progress.message(note)
     plan, reader, options = job.plan, job.reader, job.options
     _check_disk(session, plan)
+    if options.evaluate is not None:
+        words = int(job.config.vocab_size)
+        check_text(reader.folder, options.evaluate, job.seq_len, words, options.trust_remote_code)
     tokens = _calibration(job) if plan.needs_data else None
     identity = {
         "model": fingerprint(reader),
@@ -166,12 +180,13 @@ def run(
     }
     if resume:
         session.begin(identity, resume=True)
+    skeleton = Skeleton(job.config, plan.spec, job.dtype, job.device)
+    skeleton.check_complete(reader.infos)
     with watch("check weights"):
         progress.stage("check weights", len(reader.infos))
         check_finite(reader, progress.advance)
     if not resume:
         session.begin(identity, resume=False)
-    skeleton = Skeleton(job.config, plan.spec, job.dtype, job.device)
     walk = Walk(
         reader=reader,
         skeleton=skeleton,
@@ -226,8 +241,6 @@ def quantize(
 
 
 def _calibration(job: Job) -> TokenBatches:
-    from calibration.corpora import load_corpus
-
     vocabulary = int(job.config.vocab_size)
     path = Path(job.dataset)
     if path.suffix == ".safetensors" and path.is_file():

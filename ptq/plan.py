@@ -87,7 +87,7 @@ def make_plan(
         PlanError: every problem at once.
         ToolkitError: the checkpoint is quantized already, or the format is unknown.
     """
-    if "quantization_config" in reader.config:
+    if reader.config.get("quantization_config"):
         method = reader.config["quantization_config"].get("quant_method")
         raise ToolkitError(
             f"{reader.folder}: already quantized (quant_method '{method}')",

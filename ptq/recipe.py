@@ -116,11 +116,16 @@ def read_recipe(path: Path, scheme: str | None = None, format_name: str | None =
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ToolkitError(f"--recipe: {path}: no such file", "name a TOML file, or use --method") from None
+    except OSError as error:
+        raise ToolkitError(f"--recipe {path}: {error.strerror}", "name a TOML file, or use --method") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ToolkitError(f"{path}: not readable as TOML ({error})", "mend the line it names") from None
     _only_keys(path, "", data, ("method", "scheme", "format", "pass", "rule"))
+    for key in ("method", "scheme", "format"):
+        _checked(f"{path}: {key}", data.get(key, ""), str)
+    for key in ("pass", "rule"):
+        if not isinstance(data.get(key, []), list) or not all(isinstance(t, dict) for t in data.get(key, [])):
+            raise ToolkitError(f"{path}: '{key}' is not a list of tables", f"write each one under [[{key}]]")
     if ("method" in data) == ("pass" in data):
         raise ToolkitError(f"{path}: needs either 'method' or [[pass]] tables", 'write method = "awq+gptq"')
     passes = (

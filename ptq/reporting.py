@@ -151,6 +151,7 @@ def write_reports(
     record = RunRecord(
         model={
             "name": job.name,
+            "source": job.source,
             "architecture": plan.spec.family,
             "parameters": sum(i.numel for i in job.reader.infos.values()),
             "dtype": plan.layout.dtype,
@@ -181,7 +182,7 @@ def write_reports(
         REPORT_FILE: record.to_json(),
         "report.md": markdown.render(record),
         "report.html": html.render(record),
-        "README.md": card.model_card(record, job.name, files),
+        "README.md": card.model_card(record, job.name if job.source == "hub" else f"./{job.name}", files),
         TIMINGS_FILE: watch.timings(str(job.device), resumed).to_json(),
     }
     for name, text in texts.items():

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from calibration.errors import ToolkitError
+from calibration.errors import ToolkitError, nearest
 
 Quantizer = Literal["asym_minmax", "asym_zero_in", "sym_full", "sym_restricted", "sym_gptq"]
 """The five integer grids in common use (A to E of the literature's vocabulary; see `ptq.numerics.integers`)."""
@@ -85,6 +85,7 @@ class QuantScheme:
         return QuantScheme(TensorQuant(int(data["bits"]), grouping, data["quantizer"]))
 
 
+_KINDS = ("", "-sym", "-asym")
 _SCHEME = re.compile(r"w(\d+)a16(?:-(g\w+?))?(?:-(sym|asym|" + "|".join(QUANTIZERS) + r"))?")
 
 
@@ -100,7 +101,9 @@ def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantS
     choices = f"w{{{','.join(map(str, BITS))}}}a16-{{{','.join(f'g{g}' for g in GROUP_SIZES)},gchannel}}[-sym|-asym]"
     match = _SCHEME.fullmatch(text.strip().lower())
     if match is None:
-        raise ToolkitError(f"scheme: '{text}' is not a weight scheme", f"write it as {choices}, e.g. w4a16-g128-sym")
+        known = [f"w{b}a16-{g}{k}" for b in BITS for g in (*(f"g{n}" for n in GROUP_SIZES), "gchannel") for k in _KINDS]
+        closest = nearest(text.strip().lower(), known) or "for example w4a16-g128-sym: "
+        raise ToolkitError(f"scheme: '{text}' is not a weight scheme", f"{closest}write it as {choices}")
     bits, group, kind = int(match[1]), match[2] or "g128", match[3]
     if bits not in BITS:
         raise ToolkitError(f"scheme: '{text}' asks for {bits}-bit weights", f"use one of {choices}")

@@ -143,7 +143,7 @@ class Session:
 def _differences(field: str, new: Any, old: Any) -> Iterator[tuple[str, Any, Any]]:
     """Leaves that differ between two JSON values: (path such as ``recipe.passes.0.grid``, new value, old value)."""
     if isinstance(new, dict) and isinstance(old, dict):
-        pairs = [(key, new.get(key, _MISSING), old.get(key, _MISSING)) for key in dict.fromkeys([*old, *new])]
+        pairs = [(key, new.get(key, _MISSING), old.get(key, _MISSING)) for key in dict.fromkeys([*new, *old])]
     elif isinstance(new, list) and isinstance(old, list) and len(new) == len(old):
         pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(new, old, strict=True))]
     else:

@@ -31,6 +31,8 @@ PACKED = "pack-quantized"
 LIBRARY_VERSION = "0.20.0"  # of the layout that is written, whatever is installed
 EXPERTS = r"re:.*\.experts\.\d+\..*"  # transformers finds the experts' scheme by this word in a pattern
 
+OWN_LINEAR = ("falcon",)  # families whose class of linears reads `weight` itself, which a packed one does not have
+
 Kind = tuple[int, int | None, bool]  # bits, group size, symmetric: all that the file tells of a scheme
 
 
@@ -228,15 +230,16 @@ class CompressedTensors:
         """Who opens the checkpoint."""
         kinds = {_kind(linear) for linear in layout.quantized}
         asymmetric, mixed = any(not symmetric for _, _, symmetric in kinds), len(kinds) > 1
+        family = layout.config.get("model_type")
         transformers = "yes, with the package compressed-tensors"
         if any(bits in (3, 5, 6) for bits, _, _ in kinds):
             transformers += " >= 0.20 (older ones pack 3, 5 and 6 bits in another way)"
-        if asymmetric and mixed:
-            transformers = (
-                "no: asymmetric weights need dequantize=True in transformers 5.23, which is wrong for mixed schemes"
-            )
-        elif asymmetric:
-            transformers += "; asymmetric weights need quantization_config=CompressedTensorsConfig(dequantize=True)"
+        needing = [f"{family}'s own class of linears"] * (family in OWN_LINEAR) + ["asymmetric weights"] * asymmetric
+        reason = " and ".join(needing) + (" need" if needing else "")
+        if needing and mixed:
+            transformers = f"no: {reason} dequantize=True in transformers 5.23, which is wrong for mixed schemes"
+        elif needing:
+            transformers += f"; {reason} quantization_config=CompressedTensorsConfig(dequantize=True)"
         elif mixed:
             transformers += "; not with dequantize=True, which takes one scheme for all linears"
         marlin = all(bits in (4, 8) for bits, _, _ in kinds)

@@ -10,22 +10,20 @@ from typing import Any
 
 import torch
 
-from calibration.checkpoint import INDEX_FILE, CheckpointReader, ShardWriter, disk_errors, write_atomically
+from calibration.checkpoint import CheckpointReader, ShardWriter, disk_errors, write_atomically
 from calibration.errors import ToolkitError
 from ptq.export.formats import Format
 from ptq.export.readback import compare
 from ptq.linears import ModelLayout
 from ptq.quantized import QuantizedTensor
 
-SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 NOT_COPIED = {  # written anew, or belonging to another run
     "config.json",
-    INDEX_FILE,
     "quantize_config.json",
     "report.json",
     "timings.json",
     "plan.json",
-    "pytorch_model.bin.index.json",
     "train.txt",
     "test.txt",
 }
@@ -111,7 +109,7 @@ def copy_small_files(source: Path, out: Path) -> None:
     with disk_errors(out):
         for pattern in SMALL_FILES:
             for path in sorted(source.glob(pattern)):
-                if path.name not in NOT_COPIED:
+                if path.name not in NOT_COPIED and not path.name.endswith(".index.json"):
                     shutil.copyfile(path, out / path.name)
 
 

@@ -36,7 +36,7 @@ class Awq:
 
     grid: int = 20
     duo: bool = False
-    rows: int = 0
+    rows: int = 512
     clip: bool = True
     clip_steps: int = 10
     clip_shrink: float = 0.5

@@ -34,8 +34,8 @@ class Gptq:
 
     damping: float = 0.01
     block_size: int = 128
-    order: Order = "natural"
-    static_groups: bool = False
+    order: Order = "activation"
+    static_groups: bool = True
     true_sequential: bool = False
 
     name: ClassVar[str] = "gptq"

@@ -83,7 +83,7 @@ def _library(record: RunRecord) -> str:
     """The library that a download button should offer: not one that the record says cannot load it."""
     if "gguf" in str(record.result.get("format") or "").lower():
         return "gguf"
-    answers = {name.lower(): yes for name, yes, _ in wording.loads(record)}
+    answers = {name.lower(): yes for name, yes, _, _ in wording.loads(record)}
     return "transformers" if answers.get("transformers", True) else "ptq"
 
 

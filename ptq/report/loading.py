@@ -24,11 +24,12 @@ def section(record: RunRecord, files: Mapping[str, int]) -> str:
     if not answers:
         return ""
     parts = ["## How to load it", f"`{PLACE}` is this folder, or the id of the repository that holds it."]
-    for program, yes, _ in answers:
-        snippet = _snippet(program, record, files) if yes else ""
+    for program, yes, word, why in answers:
         if yes:
-            parts.append(f"### {plain(program)}" + (f"\n\n{snippet}" if snippet else "\n\nLoads it as it is."))
-    refused = [f"- {plain(program)}: {plain(why)}" for program, yes, why in answers if not yes]
+            condition = plain(wording.answer(word.capitalize(), why)) + "." if why else ""
+            snippet = _snippet(program, record, files) or ("" if why else "Loads it as it is.")
+            parts.append("\n\n".join(part for part in (f"### {plain(program)}", condition, snippet) if part))
+    refused = [f"- {plain(program)}: {plain(why)}" for program, yes, _, why in answers if not yes]
     if refused:
         parts.append("### Programs that do not load it\n\n" + "\n".join(refused))
     return "\n\n".join(parts)
@@ -56,14 +57,18 @@ def _transformers(record: RunRecord, gguf: str | None) -> str:
     extra = next((packages for key, packages in _EXTRA_PACKAGES.items() if key in method), "")
     known = [wording.read_scheme(name) for name, _, _ in wording.schemes(record)]
     schemes = {scheme for scheme in known if scheme}
+    asymmetric = len(schemes) == 1 and not next(iter(schemes)).weights.symmetric
+    dequantize = "quantization_config=CompressedTensorsConfig(dequantize=True)"
     imports, options = ["AutoModelForCausalLM", "AutoTokenizer"], ['dtype="auto"']
     note = ""
-    if "compressed" in method and len(schemes) == 1 and not next(iter(schemes)).weights.symmetric:
-        # Some releases build the packed model without packed zero points and then refuse the file. Dequantizing while
-        # loading avoids that; it applies one scheme to all linears, so it is wrong for mixed precision.
+    answer = str((record.result.get("loads_in") or {}).get("transformers"))
+    if "compressed" in method and (asymmetric or dequantize in answer):
+        # Some releases build the packed model without packed zero points and then refuse the file, and Falcon's own
+        # linears read a float weight. Dequantizing while loading avoids both; it applies one scheme to all linears, so
+        # it is wrong for mixed precision.
         imports.append("CompressedTensorsConfig")
-        options.append("quantization_config=CompressedTensorsConfig(dequantize=True)")
-        note = "\n\nThe weights are dequantized while loading: not every release reads packed zero points."
+        options.append(dequantize)
+        note = "\n\nThe weights are dequantized while loading: not every release runs this model from packed weights."
     if gguf is not None:
         options.append(f'gguf_file="{gguf}"')
     tokenizer_options = f', gguf_file="{gguf}"' if gguf is not None else ""

@@ -118,7 +118,7 @@ def scope(record: RunRecord) -> str:
 
 
 def _loads(record: RunRecord) -> str:
-    rows = [[plain(name), "yes" if yes else f"no: {plain(why)}"] for name, yes, why in wording.loads(record)]
+    rows = [[plain(name), plain(wording.answer(word, why))] for name, _, word, why in wording.loads(record)]
     return "## Which programs load it\n\n" + table(["Program", "Loads it"], rows) if rows else ""
 
 

@@ -197,8 +197,11 @@ def value(item: Any) -> str:
 def rules(record: RunRecord) -> list[tuple[str, str]]:
     """The recipe's scheme rules as (which linears, scheme); a list of them keeps its order."""
     entries = record.recipe.get("schemes") or {}
-    pairs = sorted(entries.items()) if isinstance(entries, Mapping) else ((str(i), e) for i, e in enumerate(entries))
-    return [(str(name), "left in float" if rule is None else value(rule)) for name, rule in pairs]
+    if isinstance(entries, Mapping):
+        pairs = sorted(entries.items())
+    else:
+        pairs = [(entry["match"], entry["scheme"]) for entry in entries]
+    return [(str(name), "left in float" if rule in (None, "float") else value(rule)) for name, rule in pairs]
 
 
 _CALIBRATION = {
@@ -216,7 +219,9 @@ _CALIBRATION = {
 def calibration(record: RunRecord) -> list[tuple[str, str]]:
     """What the calibration text was, empty for a data-free run."""
     data = record.calibration
-    keys = [key for key in _CALIBRATION if key in data] + sorted(key for key in data if key not in _CALIBRATION)
+    keys = [key for key in _CALIBRATION if key in data] + sorted(
+        key for key in data if key not in _CALIBRATION and data[key] != ""
+    )
     counts = {"samples", "seq_len", "tokens"}  # a seed is a name, not an amount: no thousands separators
     texts = {"join": repr}
     return [
@@ -236,7 +241,22 @@ def coverage(record: RunRecord) -> str:
     return f"{linears} linears" + (f" with {figures.large_count(done)} weights{share}" if done else "")
 
 
-def loads(record: RunRecord) -> list[tuple[str, bool, str]]:
-    """(program, whether it loads the result, why not), those that do first."""
-    programs = sorted((record.result.get("loads_in") or {}).items(), key=lambda item: (item[1] != "yes", item[0]))
-    return [(str(name), answer == "yes", "" if answer == "yes" else str(answer)) for name, answer in programs]
+_ANSWERS = ("yes", "expected", "not expected", "not known", "no")
+
+
+def loads(record: RunRecord) -> list[tuple[str, bool, str, str]]:
+    """(program, whether it should load the result, the answer in a word, conditions or reason), those that do first.
+
+    Answers begin with one of a few words: ``yes, with the package compressed-tensors``, ``no: it reads GGUF only``.
+    """
+    found = []
+    for name, answer in (record.result.get("loads_in") or {}).items():
+        word = next((word for word in _ANSWERS if str(answer).startswith(word)), "")
+        rest = str(answer)[len(word) :].lstrip(" ,;:")
+        found.append((str(name), word in ("yes", "expected"), word or "no", rest))
+    return sorted(found, key=lambda entry: (not entry[1], entry[0]))
+
+
+def answer(word: str, why: str) -> str:
+    """One entry of `loads` as text."""
+    return f"{word} {why}" if why.startswith("(") else f"{word}: {why}" if why else word

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from calibration.architectures import ArchitectureSpec
 from calibration.checkpoint import CheckpointReader
 from calibration.errors import ToolkitError
 from calibration.models import locate, open_model
@@ -50,6 +51,21 @@ def read_linear(
     return fmt.decode({s: reader.tensor(full) for s, full in stored.items()}, scheme, shape)
 
 
+def checkpoint_dtype(reader: CheckpointReader, spec: ArchitectureSpec) -> torch.dtype:
+    """The dtype a checkpoint was made in: that of its first float linear, else (all are quantized) the config's.
+
+    Scales tell nothing of it: AWQ and GPTQ files have float16 ones, and our own bfloat16, whatever the model's dtype.
+    """
+    weights = [f"{spec.prefix(0)}{name}.weight" for name in spec.block(0).linears]
+    stored = [reader.infos[name].dtype for name in weights if name in reader.infos]
+    if stored:
+        return stored[0]
+    named = str(reader.config.get("dtype") or reader.config.get("torch_dtype")).removeprefix("torch.")
+    norms = (i.dtype for n, i in reader.infos.items() if n.startswith(spec.prefix(0)) and n.endswith(".weight"))
+    found = getattr(torch, named, None)
+    return found if isinstance(found, torch.dtype) else next(norms, torch.float32)
+
+
 def load_model(
     model: str | Path,
     *,
@@ -72,11 +88,7 @@ def load_model(
     fmt = format_of(reader.config)
     with reader:
         schemes = fmt.schemes(reader.config, reader.infos, reader.tensor) if fmt else {}
-        if dtype is None:
-            floats = [
-                i.dtype for n, i in reader.infos.items() if n.startswith(spec.prefix(0)) and i.dtype.is_floating_point
-            ]
-            dtype = floats[0] if floats else torch.float32
+        dtype = dtype or checkpoint_dtype(reader, spec)
         network = build_model(config, spec, dtype, device)
         kernels: Counter[str] = Counter()
         reasons: Counter[tuple[str, str]] = Counter()
@@ -97,8 +109,10 @@ def load_model(
             target = spec.root_module_name(name)
             if name not in taken and target in parameters:
                 plain[target] = reader.tensor(name).to(device, dtype)
-        _fill(network, plain, folder)
-    network.tie_weights()
+        load_parameters(network, plain)
+    # as in from_pretrained: head and embedding that are both stored and differ are not tied, whatever the config says
+    absent = {n for n, p in network.named_parameters(remove_duplicate=False) if p.is_meta}
+    network.tie_weights(missing_keys=absent, recompute_mapping=False)
     missing = [n for n, p in network.named_parameters() if p.is_meta]
     if missing:
         raise ToolkitError(
@@ -117,10 +131,3 @@ def _replace(network: Any, path: str, linear: QuantLinear, name: str) -> None:
             f"{name}: the model class has no such linear", "config.json and weights do not fit"
         ) from None
     set_submodule(network, path, linear)
-
-
-def _fill(network: Any, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    try:
-        load_parameters(network, tensors)
-    except ValueError as error:
-        raise ToolkitError(f"{folder}: {error}", "config.json and weights do not fit") from None

@@ -1,0 +1,106 @@
+"""Who may import whom (DESIGN section 1), read from the source; and that ``ptq --help`` starts without torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command import environment
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("calibration", "ptq", "sparsity", "cli")
+MAY_IMPORT = {
+    "calibration": {"calibration"},
+    "ptq": {"ptq", "calibration"},
+    "sparsity": {"sparsity", "calibration"},
+    "cli": {"cli", "ptq", "sparsity", "calibration"},
+}
+NUMERICS_MAY_IMPORT = ("ptq.numerics", "ptq.scheme", "torch", "math")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(p): p for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py"))}
+
+
+def imports(tree: ast.AST, everywhere: bool) -> Iterator[str]:
+    """Modules that a file imports; without ``everywhere`` only those that importing the file imports."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            assert node.module is not None
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if submodule in FILES else node.module
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            if everywhere:
+                yield from imports(node, everywhere)
+        elif everywhere or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield from imports(node, everywhere)
+
+
+def of(name: str, everywhere: bool = True) -> set[str]:
+    return set(imports(ast.parse(FILES[name].read_text(encoding="utf-8")), everywhere))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_import_directions(name):
+    package = name.split(".")[0]
+    ours = {m for m in of(name) if m.split(".")[0] in PACKAGES}
+    wrong = sorted(m for m in ours if m.split(".")[0] not in MAY_IMPORT[package])
+    assert not wrong, f"{name} imports {', '.join(wrong)}"
+    assert "tests" not in {m.split(".")[0] for m in of(name)}
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("ptq.numerics")])
+def test_numerics_know_only_torch_and_schemes(name):
+    allowed = sorted(
+        m for m in of(name) if not m.startswith(NUMERICS_MAY_IMPORT) and m.split(".")[0] not in sys.stdlib_module_names
+    )
+    assert not allowed, f"{name} imports {', '.join(allowed)}"
+
+
+def test_no_cycles_between_modules():
+    graph = {name: {m for m in of(name, everywhere=False) if m in FILES and m != name} for name in FILES}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            for other in sorted(graph[name]):
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_only_the_command_prints():
+    for name, path in FILES.items():
+        if name.split(".")[0] != "cli":
+            calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
+            printing = [c.lineno for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
+            assert not printing, f"{name}, lines {printing}"
+
+
+def test_help_is_instant():
+    code = (
+        "import sys; sys.argv = ['ptq', '--help']\n"
+        "from cli.main import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print([m for m in ('torch', 'transformers', 'datasets', 'numpy') if m in sys.modules])\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment(), cwd=ROOT
+    )
+    assert result.returncode == 0 and result.stdout.splitlines()[-1] == "[]", result.stdout + result.stderr
+    assert "quantize" in result.stdout and "compare" in result.stdout
