@@ -65,7 +65,14 @@ def allow_missing_accelerator() -> None:
 
 
 def peak_rss() -> float:
-    """The largest resident size of this process so far, in GiB (ru_maxrss is in KiB on Linux, in bytes on macOS)."""
+    """The largest resident size of this process so far, in GiB.
+
+    Linux: VmHWM, which starts anew with the program; ru_maxrss would count the process that launched this one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024 / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
 
 

@@ -41,16 +41,13 @@ def tokens_file(model: Path, dataset: str, samples: int, seq_len: int, path: Pat
     save_file({"input_ids": batches.input_ids}, path)
 
 
-def measured(command: list[str]) -> tuple[float, float]:
-    """Wall seconds and peak RSS in GiB of one process."""
+def measured(command: list[str]) -> float:
+    """Wall seconds of one process."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed:\n{errors.decode()[-3000:]}")
-    return time.perf_counter() - started, usage.ru_maxrss / 2**20
+    process = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{process.stderr.decode()[-3000:]}")
+    return time.perf_counter() - started
 
 
 def ours(model: Path, tokens: Path, method: str, shape: tuple[int, int], out: Path) -> dict[str, float]:
@@ -59,19 +56,19 @@ def ours(model: Path, tokens: Path, method: str, shape: tuple[int, int], out: Pa
     command = [sys.executable, "-m", "cli.main", "quantize", str(model), "--method", method]
     command += ["--scheme", "w4a16-g128-sym", "--dataset", str(tokens), "--dtype", "bfloat16"]
     command += ["--samples", str(shape[0]), "--seq-len", str(shape[1]), "--out", str(out), "--overwrite"]
-    seconds, peak = measured(command)
+    seconds = measured(command)
     timings = read_timings(out)
     assert timings is not None
-    return {"process": seconds, "quantize": timings.seconds, "peak_gib": peak}
+    return {"process": seconds, "quantize": timings.seconds, "peak_gib": timings.peak_rss_bytes / 2**30}
 
 
 def theirs(python: str, model: Path, tokens: Path, method: str, out: Path, extra: list[str]) -> dict[str, float]:
     result = out.with_suffix(".json")
     command = [python, str(HERE / "llmcompressor_run.py"), "--model", str(model), "--tokens", str(tokens)]
     command += ["--method", method, "--bits", "4", "--group-size", "128", "--symmetric", "--dtype", "bfloat16"]
-    seconds, peak = measured([*command, "--out", str(out), "--json", str(result), *extra])
+    seconds = measured([*command, "--out", str(out), "--json", str(result), *extra])
     data = json.loads(result.read_text())
-    return {"process": seconds, "quantize": data["oneshot_seconds"], "peak_gib": peak}
+    return {"process": seconds, "quantize": data["oneshot_seconds"], "peak_gib": data["peak_rss_gib"]}
 
 
 def perplexity(folder: Path, dataset: str, seq_len: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -43,6 +44,13 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def peak_rss_bytes() -> int:
-    """Highest resident set of this process so far. Linux counts it in KiB, macOS in bytes."""
+    """Highest resident set of this process so far.
+
+    Linux: VmHWM, which starts anew with the program; ``ru_maxrss`` would count the process that launched this one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
