@@ -88,6 +88,12 @@ def _header(path: Path) -> dict[str, TensorInfo]:
             k: TensorInfo(DTYPES[v["dtype"]], tuple(v["shape"]), path.name, 8 + length + v["data_offsets"][0])
             for k, v in entries.items()
         }
+        for name, info in infos.items():
+            first, last = entries[name]["data_offsets"]
+            if first < 0 or last - first != info.nbytes:
+                raise ToolkitError(
+                    f"{path}: corrupt: {name} has {last - first} bytes, its shape and dtype {info.nbytes}", damaged
+                )
         end = max((v["data_offsets"][1] for v in entries.values()), default=0)
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ToolkitError(f"{path}: corrupt safetensors header ({error!r})", damaged) from None
@@ -105,7 +111,7 @@ def _shards(folder: Path) -> list[str]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ToolkitError(f"{index}: corrupt index ({error!r})", "fetch this file again") from None
         for name in names:
             if not (folder / name).exists():

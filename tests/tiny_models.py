@@ -19,7 +19,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {k: v for k, v in GATED.items() if k != "head_dim"}),
     "qwen3": ("qwen3", {**GATED, "head_dim": 24}),
     "gemma2": ("gemma2", {**GATED, "sliding_window": 8, "query_pre_attn_scalar": 16}),
-    "gemma3": ("gemma3_text", {**GATED, "sliding_window": 8, "query_pre_attn_scalar": 16}),
+    "gemma3": (  # masks and rotary embeddings differ between the layers
+        "gemma3_text",
+        {
+            **GATED,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "phi3": ("phi3", {**{k: v for k, v in GATED.items() if k != "head_dim"}, "pad_token_id": 0}),
     "opt": ("opt", {**COMMON, "ffn_dim": 96, "max_position_embeddings": 64, "word_embed_proj_dim": 64}),
     "opt-post-norm": (

@@ -103,7 +103,7 @@ def load_model(
             _replace(network, path, linear, name)
             kernels[linear.kernel] += 1
             reasons.update((k, r) for k, r in linear.reasons.items())
-        parameters = dict(network.named_parameters())
+        parameters = dict(network.named_parameters(remove_duplicate=False))  # a tied head has its name too
         plain = {}
         for name in reader.infos:
             target = spec.root_module_name(name)
