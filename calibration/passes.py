@@ -41,12 +41,14 @@ class Pass(Protocol):
         phases: what it promises, in order (AWQ balances, then chooses clipping ranges).
         stream: see `Stream`.
         statistics: accumulators it reads, gathered for all passes of a run in one forward.
+        parts: names of the tensors that it puts into ``segment.parts``.
     """
 
     name: ClassVar[str]
     phases: ClassVar[tuple[Phase, ...]]
     stream: ClassVar[Stream]
     statistics: ClassVar[tuple[type[Statistic], ...]]
+    parts: ClassVar[tuple[str, ...]]
 
     def check(self, view: Any) -> Iterable[Problem]:
         """What can be refused from shapes and schemes alone. ``view`` is the plan under construction."""

@@ -31,6 +31,8 @@ class Segment:
         index: of the block; ``prefix`` is its path in the checkpoint.
         schemes: linear -> scheme (of a type this package does not know); linears that stay float are absent.
         quantized: linear -> result of the rounding pass.
+        parts: linear -> tensors that a user's runtime needs beside the codes, by name (low-rank factors, static input
+            scales); committed and exported with the linear.
         ranges: linear -> clipping bounds ``[out, groups]`` that rounding must use.
         errors: linear -> ``{"weight": ..., "output": ...}`` relative errors, filled by the rounding pass.
         notes: linear -> numbers worth recording, ``{"awq.alpha": 0.45}``.
@@ -46,6 +48,7 @@ class Segment:
     stored_dtypes: dict[str, torch.dtype]
     schemes: dict[str, Any]
     quantized: dict[str, Replacement] = field(default_factory=dict)
+    parts: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     ranges: dict[str, torch.Tensor] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: dict[str, dict[str, float | str]] = field(default_factory=dict)

@@ -5,6 +5,7 @@ The files are in the native layout whatever the format of the output.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def encode_segment(segment: Segment) -> dict[str, torch.Tensor]:
     quantized: dict[str, QuantizedTensor] = {}
     for name, replacement in segment.quantized.items():
         assert isinstance(replacement, QuantizedTensor)
-        quantized[segment.full_name(name)] = replacement
+        quantized[segment.full_name(name)] = dataclasses.replace(replacement, parts=segment.parts.get(name, {}))
     replaced = {f"{name}.weight" for name in segment.quantized}
     others = {
         segment.full_name(name): master.to(segment.stored_dtypes[name])

@@ -51,7 +51,7 @@ def export_model(
         )
     schemes = source_format.schemes(reader.config, reader.infos, reader.tensor)
     linears = []
-    reordered = False
+    reordered, parts = False, dict[str, None]()
     for index in range(spec.n_blocks):
         prefix, block = spec.prefix(index), spec.block(index)
         experts = {name: shared.expert for shared in block.inputs for name in shared.linears}
@@ -64,6 +64,7 @@ def export_model(
             else:
                 q = read_linear(reader, source_format, name, scheme, shape)
                 reordered |= q.group_index is not None
+                parts.update(dict.fromkeys(q.parts))
                 del q
             linears.append(
                 PlannedLinear(
@@ -81,7 +82,8 @@ def export_model(
     floats = [i.dtype for n, i in reader.infos.items() if i.dtype in (torch.bfloat16, torch.float16, torch.float32)]
     plain = {k: v for k, v in reader.config.items() if k != "quantization_config"}
     dtype = str(plain.get("dtype") or plain.get("torch_dtype") or str(floats[0])).removeprefix("torch.")
-    layout = ModelLayout(plain, tuple(linears), tuple(other_linears(config, spec)), spec.blocks, reordered, dtype)
+    others = tuple(other_linears(config, spec))
+    layout = ModelLayout(plain, tuple(linears), others, spec.blocks, reordered, dtype, tuple(parts))
     problems = FORMATS[format].check(layout)
     if problems:
         raise PlanError(problems)

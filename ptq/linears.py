@@ -47,6 +47,7 @@ class ModelLayout:
         other_linears: full names of linears outside that list that a format may have to name as left alone
             (``lm_head``, routers).
         blocks: module path of the list of decoder blocks, e.g. ``model.layers``.
+        parts: names of tensors that some linears have beside their codes, see `ptq.quantized.PARTS`.
         reordered: some linear has groups that follow an activation order (a ``group_index``).
         dtype: dtype of the float checkpoint, ``"bfloat16"`` and so on.
     """
@@ -57,6 +58,7 @@ class ModelLayout:
     blocks: str
     reordered: bool
     dtype: str
+    parts: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> tuple[PlannedLinear, ...]:

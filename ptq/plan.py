@@ -102,6 +102,7 @@ def make_plan(
         blocks=spec.blocks,
         reordered=any(isinstance(p, Gptq) and p.reorders for p in recipe.passes),
         dtype=str(_stored_dtype(reader, linears)).removeprefix("torch."),
+        parts=tuple(dict.fromkeys(name for p in recipe.passes for name in p.parts)),
     )
     for step in recipe.passes:
         problems += step.check(layout)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from ptq.scheme import QuantScheme
+
+PARTS: dict[str, str] = {}
+"""Tensors that may stand beside the codes of a linear, by name, with shape and meaning. Native files store each as
+``<linear>.<name>``; a pass that makes one lists it in ``Pass.parts``."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,7 @@ class QuantizedTensor:
         scheme: bits, grid and grouping.
         group_index: int32 ``[in]``, the group of each column; None where it is ``column // group size``
             (it is present only where groups follow an activation order).
+        parts: tensors beside the codes, by a name of `PARTS`.
     """
 
     codes: torch.Tensor
@@ -27,6 +33,7 @@ class QuantizedTensor:
     zero: torch.Tensor | None
     scheme: QuantScheme
     group_index: torch.Tensor | None = None
+    parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:

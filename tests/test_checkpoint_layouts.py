@@ -1,4 +1,4 @@
-"""Checkpoints as the hub has them: older names, extra buffers, shards, other dtypes, extra files, configs that differ."""
+"""Checkpoints as the hub has them: older names, extra buffers, shards, other dtypes, extra files, odd configs."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_dtypes(dtype, format, tmp_path):
     """What is not quantized keeps its dtype, and the model loads in it by default."""
     source = tiny_checkpoint("llama", tmp_path / "float", dtype)
     quantize(source, tmp_path / "out", format=format)
-    kinds = {t.dtype for n, t in load_file(tmp_path / "out/model.safetensors").items() if n.endswith((".weight"))}
+    kinds = {t.dtype for n, t in load_file(tmp_path / "out/model.safetensors").items() if n.endswith(".weight")}
     assert kinds == {dtype}
     assert load_model(tmp_path / "out").model.dtype == dtype
     expected = logits(plain_model(dense(tmp_path / "out", tmp_path / "dense")))

@@ -50,6 +50,7 @@ REFUSALS = [
     ("awq", model(linear(Q), reordered=True), "activation order", "adjacent columns", model(linear(Q))),
     *((name, model(linear(Q, conv1d=True)), "Conv1D", "native", None) for name in FORMATS if name != "native"),
     *((name, model(linear(EXPERT.format(0), expert=0)), "expert", "native", None) for name in ("awq", "gptq")),
+    *((n, model(linear(Q), parts=("lora_a",)), "beside the codes", "native", None) for n in FORMATS if n != "native"),
     ("awq", model(linear(Q), config={"model_type": "falcon"}), "scaled activations", "native", None),
     ("awq", model(linear(Q), other_linears=("q_proj",)), "by fragments", "native", None),
     ("gptq", model(linear(Q), linear(K, None)), "shares its name", "all blocks alike", model(linear(Q), linear(K))),

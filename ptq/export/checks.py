@@ -102,6 +102,12 @@ def order_problems(layout: ModelLayout, format_name: str) -> list[Problem]:
     return [Problem("group_index", reason, f"round with groups of adjacent columns, or {NATIVE}")]
 
 
+def part_problems(layout: ModelLayout, format_name: str) -> list[Problem]:
+    """Tensors beside the codes, in a format without a place for them."""
+    reason = f"are tensors beside the codes, and '{format_name}' has no place for them"
+    return [Problem(", ".join(layout.parts), reason, NATIVE)] if layout.parts else []
+
+
 def stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``scale`` (any shape, float32) in ``dtype``, without rounding.
 

@@ -67,6 +67,7 @@ class CompressedTensors:
             *checks.bits_problems(layout, BITS, self.name),
             *checks.group_problems(layout),
             *checks.order_problems(layout, self.name),
+            *checks.part_problems(layout, self.name),
             *checks.conv1d_problems(layout, self.name),
             *self._expert_problems(layout),
         ]

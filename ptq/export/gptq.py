@@ -53,6 +53,7 @@ class Gptq:
             *checks.mixed_problems(layout, self.name),
             *checks.group_problems(layout),
             *checks.divisor_problems(layout, 32, 32, self.name),
+            *checks.part_problems(layout, self.name),
             *checks.conv1d_problems(layout, self.name),
             *checks.expert_problems(layout, self.name),
         ]

@@ -10,6 +10,7 @@ suffix           dtype      shape                       content
 ``zero``         int32      ``[ceil(out*G*b/32)]``      one dense stream, row after row; b = 8: uint8
                                                         ``[out, G]``; absent for symmetric grids
 ``group_index``  int32      ``[in]``                    only where groups follow an activation order
+names of PARTS   their own  see `ptq.quantized.PARTS`   only where a pass made one
 ===============  =========  ==========================  ====================================================
 
 ``config.json``: ``{"quant_method": "ptq", "version": 1, "layers": {name: {bits, group_size, quantizer, shape}}}``.
@@ -28,7 +29,7 @@ from calibration.errors import Problem, ToolkitError
 from ptq.export.checks import group_problems, stored_scale
 from ptq.linears import ModelLayout
 from ptq.numerics.bitstream import pack, unpack, words_per_row
-from ptq.quantized import QuantizedTensor
+from ptq.quantized import PARTS, QuantizedTensor
 from ptq.scheme import QuantScheme
 
 VERSION = 1
@@ -39,7 +40,7 @@ class Native:
     """Format-free checkpoint, read by this toolkit only."""
 
     name: ClassVar[str] = "native"
-    suffixes: ClassVar[frozenset[str]] = frozenset({"codes", "scale", "zero", "group_index"})
+    suffixes: ClassVar[frozenset[str]] = frozenset({"codes", "scale", "zero", "group_index", *PARTS})
 
     def check(self, layout: ModelLayout) -> list[Problem]:
         """Only groups that do not divide a row; no file can hold those."""
@@ -62,7 +63,7 @@ class Native:
             tensors["zero"] = q.zero.clone() if bits == 8 else pack(q.zero.reshape(1, -1), bits)[0]
         if q.group_index is not None:
             tensors["group_index"] = q.group_index.to(torch.int32)
-        return tensors
+        return {**tensors, **q.parts}
 
     def decode(
         self, tensors: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int]
@@ -74,7 +75,8 @@ class Native:
         if bits < 8:
             codes = unpack(codes, bits, columns)
             zero = None if zero is None else unpack(zero[None], bits, out * groups).view(out, groups)
-        return QuantizedTensor(codes, tensors["scale"].float(), zero, scheme, tensors.get("group_index"))
+        parts = {name: tensor for name, tensor in tensors.items() if name in PARTS}
+        return QuantizedTensor(codes, tensors["scale"].float(), zero, scheme, tensors.get("group_index"), parts)
 
     def config(self, layout: ModelLayout) -> dict[str, Any]:
         """``quantization_config`` of config.json."""

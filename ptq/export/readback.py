@@ -118,3 +118,6 @@ def compare(name: str, q: QuantizedTensor, format_name: str, tensors: Mapping[st
         expected = plain if q.group_index is None else q.group_index.cpu().numpy()
         found = plain if stored_index is None else stored_index.numpy()
         _first_difference("group of column", name, found, expected)
+    for part, tensor in q.parts.items():
+        kept = tensors.get(part, torch.zeros(0, dtype=tensor.dtype))
+        _first_difference(part, name, kept.float().numpy(), tensor.float().cpu().numpy())

@@ -42,6 +42,7 @@ class Gptq:
     phases: ClassVar[tuple[Phase, ...]] = (Phase.ROUND,)
     stream: ClassVar[Stream] = "quantized"
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Gram,)
+    parts: ClassVar[tuple[str, ...]] = ()
 
     def check(self, view: Any) -> Iterable[Problem]:
         if not 0 < self.damping < 1:

@@ -38,6 +38,7 @@ class Rtn:
     phases: ClassVar[tuple[Phase, ...]] = (Phase.ROUND,)
     stream: ClassVar[Stream] = "none"
     statistics: ClassVar[tuple[type[Statistic], ...]] = ()
+    parts: ClassVar[tuple[str, ...]] = ()
 
     def check(self, view: Any) -> Iterable[Problem]:
         return ()
