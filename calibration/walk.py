@@ -16,6 +16,7 @@ import torch
 
 from calibration.checkpoint import CheckpointReader, save_tensors, write_atomically
 from calibration.context import Context
+from calibration.memory import return_freed
 from calibration.passes import Pass, forwards_per_block, stream_of
 from calibration.progress import Progress
 from calibration.segment import Segment
@@ -182,6 +183,7 @@ class Walk:
             self._fill_written(index)
             states.run(module, index, keep=True, advance=advance)
             release(module)
+        return_freed()
 
     def _commit(self, segment: Segment, forwards: int) -> None:
         record = {

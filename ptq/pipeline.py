@@ -19,6 +19,7 @@ import torch
 from calibration.checkpoint import CheckpointReader
 from calibration.corpora import check_name, load_corpus
 from calibration.errors import ToolkitError
+from calibration.memory import return_freed
 from calibration.models import (
     DEMO,
     check_finite,
@@ -248,7 +249,10 @@ def _calibration(job: Job) -> TokenBatches:
     tokenizer = load_tokenizer(job.reader.folder, job.options.trust_remote_code)
     check_tokenizer(tokenizer, vocabulary)
     corpus = load_corpus(job.dataset, "calibrate")
-    return calibration_tokens(corpus, tokenizer, job.options.samples, job.seq_len, job.options.seed)
+    tokens = calibration_tokens(corpus, tokenizer, job.options.samples, job.seq_len, job.options.seed)
+    del corpus
+    return_freed()
+    return tokens
 
 
 def _check_disk(session: Session, plan: Plan) -> None:
