@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
 
 from calibration.architectures import SharedInput
-from calibration.capture import accumulate
+from calibration.capture import Call, accumulate, record_calls
 from calibration.errors import ToolkitError
 from calibration.segment import Segment
 from calibration.states import HiddenStates
@@ -82,6 +82,16 @@ class Context:
     def refresh(self, stage: int, kind: type[Statistic]) -> None:
         """Gather ``kind`` again for the inputs of one stage, with the block as it now is (one forward pass)."""
         self._gather(tuple(s for s in self.segment.spec.inputs if s.stage == stage), (kind,))
+
+    def calls(self, paths: Iterable[str], batches: int) -> dict[str, list[Call]]:
+        """Arguments of the calls of some submodules of the block, as it now is, in the first batches (part of one
+        forward pass). Only for passes of the quantized stream: a float stream may have left the block already."""
+        assert self._states is not None and not self._propagate, "this stream does not keep the inputs of the block"
+        self.segment.sync()
+        with record_calls(self.segment.module, paths) as calls:
+            self._states.run(self.segment.module, self.segment.index, False, self.advance, batches)
+        self.forwards += 1
+        return calls
 
     def rescale(self, linears: Sequence[str], s: torch.Tensor) -> None:
         """Follow an exact balance: the inputs of ``linears`` are now divided by ``s [in]``."""

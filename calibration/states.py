@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from calibration.capture import Call
 from calibration.skeleton import Skeleton
 from calibration.text import TokenBatches
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class HiddenStates:
@@ -59,9 +58,11 @@ class HiddenStates:
                 del block.forward
         return states
 
-    def run(self, block: nn.Module, index: int, keep: bool, advance: Callable[[str], None]) -> None:
-        """Run every batch through ``block``; with ``keep`` its outputs replace the states."""
-        for i, hidden in enumerate(self.batches):
+    def run(
+        self, block: nn.Module, index: int, keep: bool, advance: Callable[[str], None], limit: int | None = None
+    ) -> None:
+        """Run every batch, or the first ``limit``, through ``block``; with ``keep`` its outputs replace the states."""
+        for i, hidden in enumerate(self.batches[:limit]):
             args, kwargs = self._calls[hidden.shape[0]][index]
             output = block(hidden, *args, **kwargs)
             if keep:

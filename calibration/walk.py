@@ -35,7 +35,8 @@ class Walk:
     Attributes:
         schemes: block index -> {linear: scheme} of the linears to quantize, block-relative names.
         encode: a finished segment -> the tensors of its file, full checkpoint names.
-        restore: the tensors of a file -> float weights under full checkpoint names, in the dtype given.
+        restore: the tensors of a file and the texts of its linears' schemes (passes may have changed those) -> float
+            weights, in the dtype given; all by full checkpoint names.
         folder: where ``block-00007.safetensors`` and ``block-00007.json`` go.
         master_dtype: float32; float64 in exactness tests.
         allow_unseen: experts without calibration tokens are rounded without data instead of stopping the run.
@@ -46,7 +47,7 @@ class Walk:
     passes: Sequence[Pass]
     schemes: Callable[[int], Mapping[str, Any]]
     encode: Callable[[Segment], dict[str, torch.Tensor]]
-    restore: Callable[[Tensors, torch.dtype], dict[str, torch.Tensor]]
+    restore: Callable[[Tensors, Mapping[str, str], torch.dtype], dict[str, torch.Tensor]]
     folder: Path
     batch_size: int = 4
     master_dtype: torch.dtype = torch.float32
@@ -57,6 +58,11 @@ class Walk:
 
     def record_path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.json"
+
+    def committed(self, index: int) -> dict[str, Any]:
+        """What is recorded of a finished block's linears, by full name: ``{"scheme", "errors", "notes"}``."""
+        data = json.loads(self.record_path(index).read_text(encoding="utf-8"))["linears"]
+        return {self.skeleton.spec.prefix(index) + name: entry for name, entry in data.items()}
 
     def finished(self) -> int:
         """Blocks from the first on that are committed. The tensor file is renamed into place last."""
@@ -137,7 +143,8 @@ class Walk:
         prefix = self.skeleton.spec.prefix(index)
         with CheckpointReader.of_file(self.tensors_path(index)) as file:
             stored = {n: file.tensor(n) for n in file.infos}
-        restored = self.restore(stored, self.skeleton.dtype)
+        schemes = {name: entry["scheme"] for name, entry in self.committed(index).items()}
+        restored = self.restore(stored, schemes, self.skeleton.dtype)
         self._fill(index, {n[len(prefix) :]: self._cast(t) for n, t in restored.items()})
 
     def load(self, index: int, with_module: bool = True) -> Segment:
@@ -189,7 +196,12 @@ class Walk:
         record = {
             "forwards": forwards,
             "linears": {
-                name: {"errors": segment.errors[name], "notes": segment.notes.get(name, {})} for name in segment.schemes
+                name: {
+                    "scheme": str(scheme),
+                    "errors": segment.errors[name],
+                    "notes": segment.notes.get(name, {}),
+                }
+                for name, scheme in segment.schemes.items()
             },
         }
         tensors = self.encode(segment)

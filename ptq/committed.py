@@ -18,7 +18,7 @@ from calibration.walk import Tensors
 from ptq.export.formats import FORMATS
 from ptq.linears import ModelLayout
 from ptq.quantized import QuantizedTensor
-from ptq.scheme import QuantScheme
+from ptq.scheme import parse_scheme
 
 NATIVE = FORMATS["native"]
 
@@ -79,20 +79,17 @@ class Restore:
     """Committed tensors back to float weights, for propagation through what was written."""
 
     def __init__(self, layout: ModelLayout) -> None:
-        self.linears: dict[str, tuple[QuantScheme, tuple[int, int], bool]] = {
-            linear.name: (linear.scheme, linear.shape, linear.conv1d)
-            for linear in layout.quantized
-            if linear.scheme is not None
-        }
+        self.linears = {linear.name: linear for linear in layout.quantized}
 
-    def __call__(self, tensors: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def __call__(self, tensors: Tensors, schemes: Mapping[str, str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         weights: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
             linear, _, suffix = name.rpartition(".")
             if linear not in self.linears or suffix not in NATIVE.suffixes:
                 weights[name] = tensor
             elif suffix == "codes":
-                scheme, shape, conv1d = self.linears[linear]
-                w = NATIVE.decode(_native_tensors(tensors, linear), scheme, shape).dequantize(dtype)
-                weights[f"{linear}.weight"] = w.T.contiguous() if conv1d else w
+                planned = self.linears[linear]
+                stored = _native_tensors(tensors, linear)
+                w = NATIVE.decode(stored, parse_scheme(schemes[linear]), planned.shape).dequantize(dtype)
+                weights[f"{linear}.weight"] = w.T.contiguous() if planned.conv1d else w
         return weights

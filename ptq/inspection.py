@@ -57,16 +57,8 @@ def _quantized(reader: CheckpointReader, fmt: Format, device: str) -> Iterator[s
     schemes = fmt.schemes(reader.config, reader.infos, reader.tensor)
     groups: dict[str, list[str]] = {}
     for name, (scheme, shape) in schemes.items():
-        query = KernelQuery(
-            bits=scheme.weights.bits,
-            group_width=scheme.weights.grouping.width(shape[1]),
-            symmetric=scheme.weights.symmetric,
-            out_features=shape[0],
-            in_features=shape[1],
-            device_type=resolve_device(device).type,
-            dtype=torch.bfloat16,
-            group_index=f"{name}.group_index" in reader.infos,
-        )
+        reordered = f"{name}.group_index" in reader.infos
+        query = KernelQuery.of(scheme, shape, torch.bfloat16, resolve_device(device).type, reordered)
         kernel = select(query)
         why = "; ".join(f"not {k}: {r}" for k, r in refusals(query, kernel).items())
         groups.setdefault(f"{scheme}, kernel {kernel.name}" + (f" ({why})" if why else ""), []).append(name)

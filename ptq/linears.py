@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ptq.scheme import QuantScheme
@@ -59,6 +60,23 @@ class ModelLayout:
     reordered: bool
     dtype: str
     parts: tuple[str, ...] = ()
+
+    def with_schemes(self, schemes: Mapping[str, QuantScheme]) -> ModelLayout:
+        """The layout with other schemes for the linears of these full names."""
+        linears = (
+            replace(linear, scheme=schemes[linear.name]) if linear.name in schemes else linear
+            for linear in self.linears
+        )
+        return replace(self, linears=tuple(linears))
+
+    @property
+    def quantized_bits(self) -> float:
+        """Bits of all quantized weights, with scales, zero points and column indices."""
+        return sum(
+            linear.numel * linear.scheme.bits_per_weight(*linear.shape, self.reordered)
+            for linear in self.linears
+            if linear.scheme is not None
+        )
 
     @property
     def quantized(self) -> tuple[PlannedLinear, ...]:

@@ -41,6 +41,7 @@ from ptq.export.write import copy_small_files, outside_blocks, verify_checkpoint
 from ptq.plan import Plan, make_plan
 from ptq.recipe import Recipe, method_recipe, read_recipe
 from ptq.reporting import Stopwatch, write_reports
+from ptq.scheme import parse_scheme
 from ptq.session import Session
 
 BATCH_TOKENS = 2048  # tokens per calibration forward: enough to fill the cores, few enough to stay in cache
@@ -202,6 +203,8 @@ def run(
     resumed = walk.finished()
     with watch("quantize"):
         walk.run(tokens, progress)
+    committed = {n: e for i in range(plan.spec.n_blocks) for n, e in walk.committed(i).items()}
+    plan = job.plan = plan.with_schemes({name: parse_scheme(entry["scheme"]) for name, entry in committed.items()})
     blocks = CommittedBlocks([walk.tensors_path(i) for i in range(plan.spec.n_blocks)], plan.layout)
     with watch("export"):
         progress.stage("export", len(plan.layout.quantized))

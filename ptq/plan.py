@@ -5,8 +5,8 @@ Nothing here reads a tensor. ``--dry-run`` prints the plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from calibration.checkpoint import CheckpointReader
 from calibration.errors import PlanError, Problem, ToolkitError, unknown_value
 from calibration.passes import check_order, forwards_per_block
 from calibration.statistics import Gram
-from ptq.export.formats import FORMATS, Format, choose
+from ptq.export.formats import FORMATS, PREFERRED, Format, choose
 from ptq.linears import ModelLayout, PlannedLinear
+from ptq.methods.choosing import ChoosesSchemes
 from ptq.methods.gptq import Gptq
 from ptq.numerics.objective import ROW_BYTES
 from ptq.recipe import Recipe
@@ -55,6 +56,18 @@ class Plan:
     sizes: Sizes
     needs_data: bool
     remarks: tuple[str, ...]
+
+    def with_schemes(self, schemes: Mapping[str, QuantScheme]) -> Plan:
+        """The plan as it was carried out: passes chose these schemes, by full name."""
+        layout, sizes = self.layout.with_schemes(schemes), self.sizes
+        quantized_bytes = round(layout.quantized_bits / 8)
+        sizes = replace(
+            sizes,
+            output_bytes=sizes.output_bytes - sizes.quantized_bytes + quantized_bytes,
+            quantized_bytes=quantized_bytes,
+            bits_per_weight=layout.quantized_bits / sizes.quantized_weights if sizes.quantized_weights else 0.0,
+        )
+        return replace(self, layout=layout, sizes=sizes)
 
     def schemes(self, block: int) -> dict[str, QuantScheme]:
         """Block-relative linear name -> scheme, for the linears that are quantized."""
@@ -106,9 +119,9 @@ def make_plan(
     )
     for step in recipe.passes:
         problems += step.check(layout)
-    fmt, reason = _format(recipe, layout, problems)
+    fmt, reason = _format(recipe, _possible_layouts(layout, recipe), problems)
     if problems:
-        raise PlanError(problems)
+        raise PlanError(dict.fromkeys(problems))
     forwards = forwards_per_block(recipe.passes)
     sizes = _sizes(reader, config, spec, layout, recipe, forwards, samples * seq_len, batch_size, forward_itemsize)
     remarks = tuple(dict.fromkeys(r for i in range(spec.n_blocks) for r in spec.block(i).unbalanced))
@@ -188,7 +201,8 @@ def _size_problems(reader: CheckpointReader, linears: list[PlannedLinear]) -> It
         if linear.scheme is None:
             continue
         before = 8 * reader.infos[f"{linear.name}.weight"].dtype.itemsize
-        if linear.shape[1] % linear.scheme.weights.grouping.width(linear.shape[1]):
+        length = linear.scheme.weights.grouping.length(linear.shape)
+        if length % linear.scheme.weights.grouping.width(length):
             continue
         after = linear.scheme.bits_per_weight(*linear.shape)
         if after >= before:
@@ -199,15 +213,33 @@ def _size_problems(reader: CheckpointReader, linears: list[PlannedLinear]) -> It
             )
 
 
-def _format(recipe: Recipe, layout: ModelLayout, problems: list[Problem]) -> tuple[Format, str]:
+def _possible_layouts(layout: ModelLayout, recipe: Recipe) -> list[ModelLayout]:
+    """The layout as planned, and as passes that choose schemes may leave it: all linears with the same alternative."""
+    layouts = [layout]
+    for step in recipe.passes:
+        if isinstance(step, ChoosesSchemes):
+            options = {n.name: step.alternatives(n.scheme, n.shape) for n in layout.quantized if n.scheme is not None}
+            count = max((len(schemes) for schemes in options.values()), default=0)
+            layouts += [
+                layout.with_schemes({name: schemes[i] for name, schemes in options.items() if i < len(schemes)})
+                for i in range(count)
+            ]
+    return layouts
+
+
+def _format(recipe: Recipe, layouts: list[ModelLayout], problems: list[Problem]) -> tuple[Format, str]:
+    """The format asked for, or the first that holds every layout; what speaks against it goes into ``problems``."""
     if recipe.format is None:
-        fmt, reason = choose(layout)
-        problems += fmt.check(layout)
+        refused = next((possible for possible in layouts if FORMATS[PREFERRED].check(possible)), layouts[0])
+        fmt, reason = choose(refused)
+        for possible in layouts:
+            problems += fmt.check(possible)
         return fmt, reason
     if recipe.format not in FORMATS:
         raise unknown_value("--format", recipe.format, FORMATS)
     fmt = FORMATS[recipe.format]
-    problems += fmt.check(layout)
+    for possible in layouts:
+        problems += fmt.check(possible)
     return fmt, "asked for"
 
 
@@ -232,14 +264,9 @@ def _sizes(
     batch_size: int,
     itemsize: int,
 ) -> Sizes:
-    quantized_bits = sum(
-        linear.numel * linear.scheme.bits_per_weight(*linear.shape, layout.reordered)
-        for linear in layout.quantized
-        if linear.scheme is not None
-    )
     weights = sum(linear.numel for linear in layout.quantized)
     replaced = sum(reader.infos[f"{linear.name}.weight"].nbytes for linear in layout.quantized)
-    quantized_bytes = round(quantized_bits / 8)
+    quantized_bytes = round(layout.quantized_bits / 8)
     output = reader.total_bytes - replaced + quantized_bytes
     block = sum(info.numel for n, info in reader.infos.items() if n.startswith(spec.prefix(0)))
     hidden = int(getattr(config, "hidden_size", None) or config.n_embd)
@@ -257,7 +284,7 @@ def _sizes(
         output_bytes=output,
         quantized_bytes=quantized_bytes,
         quantized_weights=weights,
-        bits_per_weight=quantized_bits / weights if weights else 0.0,
+        bits_per_weight=layout.quantized_bits / weights if weights else 0.0,
         peak_bytes=max(peak, stem + states),
         disk_bytes=2 * output,
         forwards=forwards,

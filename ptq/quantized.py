@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ptq.numerics.groups import join, split
 from ptq.scheme import QuantScheme
 
 PARTS: dict[str, str] = {}
@@ -16,12 +17,13 @@ PARTS: dict[str, str] = {}
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """Integer codes of one weight ``W [out, in]`` with G groups of input columns per row.
+    """Integer codes of one weight ``W [out, in]`` with G groups per line: per row, or per column for axis "out".
 
     Attributes:
         codes: uint8 ``[out, in]``, unsigned codes in ``[0, 2^bits - 1]``, one byte each whatever the bits.
-        scale: float32 ``[out, G]``, values exact in bfloat16 and in float16.
-        zero: uint8 ``[out, G]``, or None for symmetric grids (then 2^(bits-1)).
+        scale: float32 ``[lines, G]``, values exact in bfloat16 and in float16. Lines are the ``out`` rows, or the
+            ``in`` columns where the grouping's axis is "out".
+        zero: uint8 ``[lines, G]``, or None for symmetric grids (then 2^(bits-1)).
         scheme: bits, grid and grouping.
         group_index: int32 ``[in]``, the group of each column; None where it is ``column // group size``
             (it is present only where groups follow an activation order).
@@ -46,15 +48,15 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """``(code - zero) * scale`` as ``[out, in]``: products in float32, then one cast to ``dtype``."""
-        out, width = self.shape
         zero = 2 ** (self.scheme.weights.bits - 1) if self.zero is None else self.zero.float()
         if self.group_index is not None:
             index = self.group_index.long()
             z = zero if isinstance(zero, int) else zero[:, index]
             return ((self.codes.float() - z) * self.scale[:, index]).to(dtype)
-        groups = self.codes.float().view(out, self.scale.shape[1], -1)
+        grouping = self.scheme.weights.grouping
         z = zero if isinstance(zero, int) else zero.unsqueeze(-1)
-        return ((groups - z) * self.scale.unsqueeze(-1)).view(out, width).to(dtype)
+        units = (split(self.codes.float(), grouping) - z) * self.scale.unsqueeze(-1)
+        return join(units, grouping).to(dtype).contiguous()
 
     def bits_per_weight(self) -> float:
         """Stored bits of codes, scales, zeros and index over the number of weights."""

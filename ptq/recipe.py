@@ -32,7 +32,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from calibration.errors import ToolkitError, nearest, unknown_value
 from calibration.passes import Pass, Phase
-from ptq.methods import METHODS
+from ptq.methods import COMBINATIONS, METHODS
 from ptq.scheme import Quantizer, QuantScheme, parse_scheme
 
 DEFAULT_SCHEME = "w4a16-g128"
@@ -82,10 +82,11 @@ def parse_method(text: str) -> tuple[Pass, ...]:
     Raises:
         ToolkitError: a name that is no method, with the nearest one.
     """
-    names = [name.strip() for name in text.split("+")]
-    for name in names:
-        if name not in METHODS:
-            raise unknown_value("--method", name, METHODS)
+    names: list[str] = []
+    for name in (name.strip() for name in text.split("+")):
+        if name not in METHODS and name not in COMBINATIONS:
+            raise unknown_value("--method", name, [*METHODS, *COMBINATIONS])
+        names += COMBINATIONS.get(name, (name,))
     return with_rounding([METHODS[name]() for name in names])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import time
 from collections import Counter
@@ -72,9 +71,8 @@ def linear_records(walk: Walk, job: Job) -> tuple[LinearRecord, ...]:
     records = []
     planned = {linear.name: linear for linear in job.plan.layout.quantized}
     for index in range(job.plan.spec.n_blocks):
-        data = json.loads(walk.record_path(index).read_text(encoding="utf-8"))["linears"]
-        for name, entry in data.items():
-            linear = planned[job.plan.spec.prefix(index) + name]
+        for name, entry in walk.committed(index).items():
+            linear = planned[name]
             assert linear.scheme is not None
             records.append(
                 LinearRecord(

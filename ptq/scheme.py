@@ -11,6 +11,7 @@ from calibration.errors import ToolkitError, nearest
 Quantizer = Literal["asym_minmax", "asym_zero_in", "sym_full", "sym_restricted", "sym_gptq"]
 """The five integer grids in common use (A to E of the literature's vocabulary; see `ptq.numerics.integers`)."""
 
+Axis = Literal["in", "out"]
 QUANTIZERS: tuple[str, ...] = get_args(Quantizer)
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -19,21 +20,36 @@ SCALE_BITS = 16  # scales are exact in bf16 and in fp16, and stored in one of th
 
 @dataclass(frozen=True)
 class Grouping:
-    """Which weights of ``W [out, in]`` share a step: a whole row (``channel``) or runs of ``size`` input columns."""
+    """Which weights of ``W [out, in]`` share a step: a whole line of W (``channel``) or runs of ``size`` in it.
+
+    Along ``axis`` "in", as usual, a line is a row and a group is a run of input columns. Along "out" a line is an
+    input column and a group is a run of output rows (per-IC grouping, Heo et al. 2023, arXiv 2309.15531): a column
+    with large inputs then has steps of its own. Scales are ``[lines, groups per line]`` either way.
+    """
 
     kind: Literal["channel", "group"]
     size: int | None = None
+    axis: Axis = "in"
 
-    def width(self, in_features: int) -> int:
-        """Columns per group."""
-        return in_features if self.size is None else self.size
+    def length(self, shape: tuple[int, int]) -> int:
+        """Weights per line of a ``W [out, in]`` of this shape."""
+        return shape[1] if self.axis == "in" else shape[0]
 
-    def count(self, in_features: int) -> int:
-        """Groups per row; the plan has checked that the width divides."""
-        return in_features // self.width(in_features)
+    def width(self, length: int) -> int:
+        """Weights per group, for lines of this length."""
+        return length if self.size is None else self.size
+
+    def count(self, length: int) -> int:
+        """Groups per line of this length; the plan has checked that the width divides."""
+        return length // self.width(length)
+
+    def scales(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """``(lines, groups per line)``: the shape of the scales of a ``W [out, in]`` of this shape."""
+        length = self.length(shape)
+        return shape[0] * shape[1] // length, self.count(length)
 
     def __str__(self) -> str:
-        return "gchannel" if self.size is None else f"g{self.size}"
+        return ("g" if self.axis == "in" else "ic") + ("channel" if self.size is None else str(self.size))
 
 
 @dataclass(frozen=True)
@@ -72,21 +88,21 @@ class QuantScheme:
         w = self.weights
         per_group = SCALE_BITS + (0 if w.symmetric else w.bits)
         index = 32.0 / out_features if reordered else 0.0
-        return w.bits + per_group / w.grouping.width(in_features) + index
+        return w.bits + per_group / w.grouping.width(w.grouping.length((out_features, in_features))) + index
 
     def to_json(self) -> dict[str, Any]:
         w = self.weights
-        return {"bits": w.bits, "group_size": w.grouping.size, "quantizer": w.quantizer}
+        return {"bits": w.bits, "group_size": w.grouping.size, "axis": w.grouping.axis, "quantizer": w.quantizer}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> QuantScheme:
-        size = data["group_size"]
-        grouping = Grouping("channel") if size is None else Grouping("group", int(size))
+        size, axis = data["group_size"], data.get("axis", "in")
+        grouping = Grouping("channel", None, axis) if size is None else Grouping("group", int(size), axis)
         return QuantScheme(TensorQuant(int(data["bits"]), grouping, data["quantizer"]))
 
 
 _KINDS = ("", "-sym", "-asym")
-_SCHEME = re.compile(r"w(\d+)a16(?:-(g\w+?))?(?:-(sym|asym|" + "|".join(QUANTIZERS) + r"))?")
+_SCHEME = re.compile(r"w(\d+)a16(?:-((?:g|ic)\w+?))?(?:-(sym|asym|" + "|".join(QUANTIZERS) + r"))?")
 
 
 def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantScheme:
@@ -99,6 +115,7 @@ def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantS
         ToolkitError: the text is no scheme, or the bits or the group size are not on offer.
     """
     choices = f"w{{{','.join(map(str, BITS))}}}a16-{{{','.join(f'g{g}' for g in GROUP_SIZES)},gchannel}}[-sym|-asym]"
+    choices += "; ic instead of g groups along the outputs"
     match = _SCHEME.fullmatch(text.strip().lower())
     if match is None:
         known = [f"w{b}a16-{g}{k}" for b in BITS for g in (*(f"g{n}" for n in GROUP_SIZES), "gchannel") for k in _KINDS]
@@ -107,10 +124,12 @@ def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantS
     bits, group, kind = int(match[1]), match[2] or "g128", match[3]
     if bits not in BITS:
         raise ToolkitError(f"scheme: '{text}' asks for {bits}-bit weights", f"use one of {choices}")
-    if group == "gchannel":
-        grouping = Grouping("channel")
-    elif group[1:].isdigit() and int(group[1:]) in GROUP_SIZES:
-        grouping = Grouping("group", int(group[1:]))
+    axis: Axis = "out" if group.startswith("ic") else "in"
+    size = group.removeprefix("ic" if axis == "out" else "g")
+    if size == "channel":
+        grouping = Grouping("channel", None, axis)
+    elif size.isdigit() and int(size) in GROUP_SIZES:
+        grouping = Grouping("group", int(size), axis)
     else:
         raise ToolkitError(f"scheme: '{text}' asks for group '{group}'", f"use one of {choices}")
     aliases: dict[str, Quantizer] = {"sym": "sym_gptq", "asym": "asym_zero_in"}

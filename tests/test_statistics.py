@@ -266,7 +266,7 @@ def test_forwards_are_counted(name, tmp_path, monkeypatch):
         passes=passes,
         schemes=lambda i: dict.fromkeys(walk.skeleton.spec.block(i).linears, scheme()),
         encode=lambda segment: {segment.full_name(n): t.clone() for n, t in segment.masters.items()},
-        restore=lambda tensors, dtype: dict(tensors),
+        restore=lambda tensors, schemes, dtype: dict(tensors),
         folder=tmp_path / "blocks",
     )
     walk.run(tokens() if gathered else None, Silent())

@@ -43,20 +43,30 @@ def bits_problems(layout: ModelLayout, allowed: tuple[int, ...], format_name: st
 
 
 def group_problems(layout: ModelLayout) -> list[Problem]:
-    """Groups that do not divide the rows."""
+    """Groups that do not divide the lines along which they run."""
     problems = []
     for linear in layout.quantized:
         assert linear.scheme is not None
-        width, columns = linear.scheme.weights.grouping.width(linear.shape[1]), linear.shape[1]
-        if columns % width:
-            problems.append((linear, f"{columns} input columns are not a multiple of group size {width}", columns))
+        grouping = linear.scheme.weights.grouping
+        length, what = grouping.length(linear.shape), "input columns" if grouping.axis == "in" else "output rows"
+        width = grouping.width(length)
+        if length % width:
+            problems.append((linear, f"{length} {what} are not a multiple of group size {width}", length))
     found: list[Problem] = []
     for reason in dict.fromkeys(reason for _, reason, _ in problems):
         same = [entry for entry in problems if entry[1] == reason]
         sizes = [str(size) for size in GROUP_SIZES if same[0][2] % size == 0]
-        choice = f"use group size {' or '.join(sizes)}, or gchannel" if sizes else "use gchannel"
-        found += refuse((linear for linear, _, _ in same), reason, f"{choice} (one step per row)")
+        whole = "gchannel (one step per row)" if "columns" in reason else "icchannel (one step per input column)"
+        choice = f"use group size {' or '.join(sizes)}, or {whole}" if sizes else f"use {whole}"
+        found += refuse((linear for linear, _, _ in same), reason, choice)
     return found
+
+
+def axis_problems(layout: ModelLayout, format_name: str) -> list[Problem]:
+    """Groups along the outputs, in a format whose groups are runs of input columns."""
+    across = matching(layout, lambda linear: linear.scheme.weights.grouping.axis == "out")  # type: ignore[union-attr]
+    reason = f"has groups along its outputs, and '{format_name}' knows only groups along the inputs"
+    return refuse(across, reason, f"use g instead of ic in the scheme, or {NATIVE}")
 
 
 def divisor_problems(layout: ModelLayout, rows: int, columns: int, format_name: str) -> list[Problem]:

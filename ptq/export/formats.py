@@ -89,10 +89,12 @@ FORMATS: dict[str, Format] = {
     "native": Native(),
 }
 
+PREFERRED = "compressed-tensors"
+
 
 def choose(layout: ModelLayout) -> tuple[Format, str]:
     """The format for a model whose user named none, and a sentence why."""
-    preferred = FORMATS["compressed-tensors"]
+    preferred = FORMATS[PREFERRED]
     problems = preferred.check(layout)
     if not problems:
         return preferred, "compressed-tensors holds this model, and transformers and vLLM have readers for it."

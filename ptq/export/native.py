@@ -1,19 +1,21 @@
 """Our own checkpoint: codes, scales, zero points and column groups as they are, for every layout.
 
-Per quantized linear ``W [out, in]`` with G groups per row and b bits:
+Per quantized linear ``W [out, in]`` with G groups per line and b bits, where lines are the rows, or the columns for
+groups along the outputs:
 
 ===============  =========  ==========================  ====================================================
 suffix           dtype      shape                       content
 ===============  =========  ==========================  ====================================================
 ``codes``        int32      ``[out, ceil(in*b/32)]``    dense stream along each row; b = 8: uint8 ``[out, in]``
-``scale``        bfloat16   ``[out, G]``                the step (float16 where only that is exact)
-``zero``         int32      ``[ceil(out*G*b/32)]``      one dense stream, row after row; b = 8: uint8
-                                                        ``[out, G]``; absent for symmetric grids
+``scale``        bfloat16   ``[lines, G]``              the step (float16 where only that is exact)
+``zero``         int32      ``[ceil(lines*G*b/32)]``    one dense stream, line after line; b = 8: uint8
+                                                        ``[lines, G]``; absent for symmetric grids
 ``group_index``  int32      ``[in]``                    only where groups follow an activation order
 names of PARTS   their own  see `ptq.quantized.PARTS`   only where a pass made one
 ===============  =========  ==========================  ====================================================
 
-``config.json``: ``{"quant_method": "ptq", "version": 1, "layers": {name: {bits, group_size, quantizer, shape}}}``.
+``config.json``: ``{"quant_method": "ptq", "version": 1, "layers": {name: {bits, group_size, axis, quantizer,
+shape}}}``.
 """
 
 from __future__ import annotations
@@ -69,14 +71,13 @@ class Native:
         self, tensors: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int]
     ) -> QuantizedTensor:
         """The inverse of `encode`, bit for bit."""
-        out, columns = shape
-        bits, groups = scheme.weights.bits, scheme.weights.grouping.count(columns)
+        bits, scale = scheme.weights.bits, tensors["scale"].float()
         codes, zero = tensors["codes"], tensors.get("zero")
         if bits < 8:
-            codes = unpack(codes, bits, columns)
-            zero = None if zero is None else unpack(zero[None], bits, out * groups).view(out, groups)
+            codes = unpack(codes, bits, shape[1])
+            zero = None if zero is None else unpack(zero[None], bits, scale.numel()).view_as(scale)
         parts = {name: tensor for name, tensor in tensors.items() if name in PARTS}
-        return QuantizedTensor(codes, tensors["scale"].float(), zero, scheme, tensors.get("group_index"), parts)
+        return QuantizedTensor(codes, scale, zero, scheme, tensors.get("group_index"), parts)
 
     def config(self, layout: ModelLayout) -> dict[str, Any]:
         """``quantization_config`` of config.json."""

@@ -52,7 +52,7 @@ def read_codes(
         format_name: the label in config.json's sense: ``gptq`` is version 1, ``gptq_v2`` version 2.
 
     Returns:
-        codes uint8 ``[out, in]``, scale float32 ``[out, G]``, zero uint8 ``[out, G]`` or None where the file has none.
+        codes uint8 ``[out, in]``, scale float32 ``[lines, G]``, zero uint8 ``[lines, G]`` or None where there is none.
     """
     bits, (out, columns) = scheme.weights.bits, shape
     array = {suffix: t.numpy() for suffix, t in tensors.items() if not t.dtype.is_floating_point}

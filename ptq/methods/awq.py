@@ -95,7 +95,10 @@ class Awq:
         for names in inputs:
             gram = context.product_gram(names[0])
             for name in names:
-                w, quant = sample_rows(segment.weight(name), self.rows), segment.schemes[name].weights
+                quant = segment.schemes[name].weights
+                w = segment.weight(name)
+                if quant.grouping.axis == "in":  # a sample of rows would tear groups of rows apart
+                    w = sample_rows(w, self.rows)
                 losses += torch.stack([scaled_error(w, s, gram, quant) for s in factors])
         if not bool(torch.isfinite(losses).any()):
             return

@@ -17,6 +17,7 @@ from ptq.methods.rounding import put
 from ptq.methods.rtn import round_to_nearest
 from ptq.numerics.gptq import Order, gptq_round
 from ptq.quantized import QuantizedTensor
+from ptq.scheme import QuantScheme
 
 
 @dataclass(frozen=True)
@@ -77,19 +78,8 @@ class Gptq:
                 put(segment, name, round_to_nearest(segment.weight(name), scheme, segment.ranges.get(name)), None)
                 segment.note(name, gptq="no calibration tokens: rounded to nearest")
             return
-        for scheme in dict.fromkeys(segment.schemes[name] for name in linears):
-            members = [name for name in linears if segment.schemes[name] == scheme]
-            weights = [segment.weight(name) for name in members]
-            ranges = [segment.ranges[name] for name in members if name in segment.ranges]
-            bounds = [segment.ranges.get(name, None) for name in members]
-            clip = None
-            if ranges:  # linears without a range of their own are bounded by their largest weight, which clips nothing
-                clip = torch.cat(
-                    [
-                        torch.full((w.shape[0], ranges[0].shape[1]), torch.inf, device=w.device) if b is None else b
-                        for w, b in zip(weights, bounds, strict=True)
-                    ]
-                )
+        for members in _stacks(segment, linears):
+            scheme, weights = segment.schemes[members[0]], [segment.weight(name) for name in members]
             result = gptq_round(
                 torch.cat(weights),
                 gram.matrix,
@@ -98,14 +88,37 @@ class Gptq:
                 block_size=self.block_size,
                 order=self.order,
                 static_groups=self.static_groups,
-                clip=clip,
+                clip=_stacked_bounds(segment, members),
             )
             first = 0
             for name, w in zip(members, weights, strict=True):
-                rows = slice(first, first + w.shape[0])
-                first = rows.stop
-                zero = None if result.zero is None else result.zero[rows].to(torch.uint8)
+                codes, scale, zero = result.rows(first, first + w.shape[0], scheme.weights)
+                first += w.shape[0]
                 index = None if result.group_index is None else result.group_index.clone()
-                q = QuantizedTensor(result.codes[rows].clone(), result.scale[rows].float().clone(), zero, scheme, index)
-                put(segment, name, q, context.statistic(name, Gram).matrix)
+                put(segment, name, QuantizedTensor(codes, scale.float(), zero, scheme, index), gram.matrix)
                 context.advance(name)
+
+
+def _stacks(segment: Segment, linears: Sequence[str]) -> list[list[str]]:
+    """Linears of one input by scheme: their rows go through one column loop. A whole column that shares a step is one
+    of one linear, so such linears stay alone."""
+    stacks: dict[tuple[QuantScheme, str], list[str]] = {}
+    for name in linears:
+        grouping = segment.schemes[name].weights.grouping
+        alone = grouping.axis == "out" and grouping.size is None
+        stacks.setdefault((segment.schemes[name], name if alone else ""), []).append(name)
+    return list(stacks.values())
+
+
+def _stacked_bounds(segment: Segment, members: Sequence[str]) -> torch.Tensor | None:
+    """Clipping bounds of a stack; linears without a range of their own are bounded by nothing."""
+    known = next((segment.ranges[name] for name in members if name in segment.ranges), None)
+    if known is None:
+        return None
+    bounds, across = [], segment.schemes[members[0]].weights.grouping.axis == "out"
+    for name in members:
+        shape = segment.weight(name).shape
+        grouping = segment.schemes[name].weights.grouping
+        unbounded = torch.full(grouping.scales((shape[0], shape[1])), torch.inf, device=known.device)
+        bounds.append(segment.ranges.get(name, unbounded))
+    return torch.cat(bounds, dim=1 if across else 0)

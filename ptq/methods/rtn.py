@@ -14,20 +14,20 @@ from calibration.passes import Phase, Stream
 from calibration.segment import Segment
 from calibration.statistics import Gram, Statistic
 from ptq.methods.rounding import put
+from ptq.numerics.groups import join, split
 from ptq.numerics.integers import grid_parameters, quantize
 from ptq.quantized import QuantizedTensor
 from ptq.scheme import QuantScheme
 
 
 def round_to_nearest(w: torch.Tensor, scheme: QuantScheme, clip: torch.Tensor | None = None) -> QuantizedTensor:
-    """Round ``W [out, in]`` (float32) with the scheme's grid; ``clip [out, G]`` bounds the ranges."""
+    """Round ``W [out, in]`` (float32) with the scheme's grid; ``clip [lines, G]`` bounds the ranges."""
     quant = scheme.weights
-    units = w.unflatten(1, (-1, quant.grouping.width(w.shape[1])))
+    units = split(w, quant.grouping)
     scale, zero = grid_parameters(units, quant, clip)
     codes = quantize(units, scale.unsqueeze(-1), None if zero is None else zero.unsqueeze(-1), quant)
-    return QuantizedTensor(
-        codes.flatten(1).to(torch.uint8), scale.float(), None if zero is None else zero.to(torch.uint8), scheme
-    )
+    codes = join(codes.to(torch.uint8), quant.grouping).contiguous()
+    return QuantizedTensor(codes, scale.float(), None if zero is None else zero.to(torch.uint8), scheme)
 
 
 @dataclass(frozen=True)

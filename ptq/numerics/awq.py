@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ptq.numerics.groups import join, rows_per_group, split
 from ptq.numerics.integers import fake_quantize
 from ptq.numerics.objective import output_energy, row_chunks
 from ptq.scheme import TensorQuant
@@ -51,8 +52,8 @@ def duo_scales(x_mean: torch.Tensor, w_mean: torch.Tensor, alphas: Sequence[floa
 
 def relative_magnitude(w: torch.Tensor, quant: TensorQuant) -> torch.Tensor:
     """Mean over rows of |w| / (max|w| of its group + 1e-6), ``[in]``, for `duo_scales`."""
-    groups = w.unflatten(-1, (-1, quant.grouping.width(w.shape[-1]))).abs()
-    return (groups / (groups.amax(dim=-1, keepdim=True) + 1e-6)).flatten(-2).mean(dim=0)
+    groups = split(w, quant.grouping).abs()
+    return join(groups / (groups.amax(dim=-1, keepdim=True) + 1e-6), quant.grouping).mean(dim=0)
 
 
 def sample_rows(w: torch.Tensor, rows: int) -> torch.Tensor:
@@ -68,7 +69,7 @@ def sample_rows(w: torch.Tensor, rows: int) -> torch.Tensor:
 def scaled_error(w: torch.Tensor, s: torch.Tensor, gram: torch.Tensor, quant: TensorQuant) -> torch.Tensor:
     """||(Q(W s) / s - W) X^T||^2, a scalar. Shapes: w ``[out, in]``, s ``[in]``, gram ``[in, in]``."""
     total = torch.zeros((), dtype=torch.float32, device=w.device)
-    for rows in row_chunks(*w.shape):
+    for rows in row_chunks(w.shape[0], w.shape[1], multiple=rows_per_group(quant, w.shape[0])):
         total += output_energy(fake_quantize(w[rows] * s, quant).div_(s).sub_(w[rows]), gram)
     return total
 
@@ -85,23 +86,34 @@ def clip_bounds(
         w: ``[out, in]``, gram ``[in, in]`` float32.
 
     Returns:
-        ``[out, G]`` float32.
+        ``[lines, G]`` float32. Where groups lie inside columns (axis "out") every weight of one multiplies the same
+        input, and the error is that of the weights.
     """
-    width = quant.grouping.width(w.shape[1])
-    n_groups = w.shape[1] // width
-    blocks = gram.view(n_groups, width, n_groups, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
-    chosen = torch.empty(w.shape[0], n_groups, dtype=w.dtype, device=w.device)
-    for rows in row_chunks(*w.shape):
+    grouping = quant.grouping
+    blocks = _diagonal_blocks(gram, grouping.width(w.shape[1])) if grouping.axis == "in" else None
+    chosen = []
+    for rows in row_chunks(w.shape[0], w.shape[1], multiple=rows_per_group(quant, w.shape[0])):
         part = w[rows]
-        full = part.unflatten(1, (n_groups, width)).abs().amax(dim=2)
+        full = split(part, grouping).abs().amax(dim=2)
         best = full.clone()
         lowest = torch.full_like(full, torch.inf)
         for i in range(steps):
             bound = full * (1 - shrink * i / steps)
-            d = fake_quantize(part, quant, bound).sub_(part).unflatten(1, (n_groups, width)).transpose(0, 1)
-            error = (torch.bmm(d.to(blocks.dtype), blocks).to(d.dtype) * d).sum(dim=2).T
+            d = split(fake_quantize(part, quant, bound).sub_(part), grouping)
+            if blocks is None:
+                error = d.square().sum(dim=2)
+            else:
+                by_group = d.transpose(0, 1)
+                error = (torch.bmm(by_group.to(blocks.dtype), blocks).to(d.dtype) * by_group).sum(dim=2).T
             better = error < lowest
             best = torch.where(better, bound, best)
             lowest = torch.where(better, error, lowest)
-        chosen[rows] = best
-    return chosen
+        chosen.append(best)
+    return torch.cat(chosen, dim=0 if grouping.axis == "in" else 1)
+
+
+def _diagonal_blocks(gram: torch.Tensor, width: int) -> torch.Tensor:
+    """The blocks ``[G, width, width]`` on the diagonal of ``gram [in, in]``."""
+    n_groups = gram.shape[0] // width
+    blocks = gram.view(n_groups, width, n_groups, width).diagonal(dim1=0, dim2=2)
+    return blocks.permute(2, 0, 1).contiguous()

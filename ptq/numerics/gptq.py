@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from ptq.numerics.groups import split
 from ptq.numerics.integers import grid_parameters, quantize
 from ptq.scheme import TensorQuant
 
@@ -22,7 +23,7 @@ Order = Literal["natural", "activation", "group"]
 
 @dataclass(frozen=True)
 class Rounded:
-    """Result of `gptq_round`. Shapes: codes uint8 ``[out, in]``, scale and zero ``[out, G]``, group_index ``[in]``.
+    """Result of `gptq_round`. Shapes: codes uint8 ``[out, in]``, scale and zero ``[lines, G]``, group_index ``[in]``.
 
     ``loss`` is the sum of squared scaled errors; it equals tr(dW (H + damping) dW^T).
     """
@@ -32,6 +33,15 @@ class Rounded:
     zero: torch.Tensor | None
     group_index: torch.Tensor | None
     loss: float
+
+    def rows(self, first: int, stop: int, quant: TensorQuant) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Codes, scale and zero of some rows of W, copied; whole groups of rows for axis "out"."""
+        lines, groups = slice(first, stop), slice(None)
+        if quant.grouping.axis == "out":
+            width = quant.grouping.width(self.codes.shape[0])
+            lines, groups = slice(None), slice(first // width, stop // width)
+        zero = None if self.zero is None else self.zero[lines, groups].to(torch.uint8)
+        return self.codes[first:stop].clone(), self.scale[lines, groups].clone(), zero
 
 
 def inverse_factor(h: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
@@ -71,6 +81,45 @@ def column_order(diagonal: torch.Tensor, order: Order, width: int) -> torch.Tens
     return (inside + width * torch.arange(groups.shape[0], device=diagonal.device)[:, None])[first].flatten()
 
 
+@dataclass
+class _Grids:
+    """Steps and zero points during the column loop, whose i-th visited column is original column ``perm[i]``.
+
+    Attributes:
+        scale, zero: ``[groups, out]`` by group of columns; for axis "out" ``[in, groups of rows]`` by visited column.
+        group_of: the group of every visited column.
+        fixed: grids come from the original weights; otherwise from updated ones when the loop reaches a group.
+        clip: bounds of the same shape as ``scale``, or None.
+    """
+
+    quant: TensorQuant
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    group_of: list[int]
+    fixed: bool
+    clip: torch.Tensor | None
+
+    def column(self, visited: int, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scale ``[out]`` and zero of the visited column; ``rest [columns, out]`` starts with it, fully updated."""
+        grouping, group = self.quant.grouping, self.group_of[visited]
+        if grouping.axis == "out":
+            width = grouping.width(rest.shape[1])
+            self._take(visited, rest[0].view(-1, width))
+            zero = None if self.zero is None else self.zero[visited].repeat_interleave(width)
+            return self.scale[visited].repeat_interleave(width), zero
+        width = grouping.width(len(self.group_of))
+        if not self.fixed and visited % width == 0:
+            self._take(group, rest[:width].T)
+        return self.scale[group], None if self.zero is None else self.zero[group]
+
+    def _take(self, group: int, units: torch.Tensor) -> None:
+        """Take the grid of these ``units [..., width]``."""
+        scale, zero = grid_parameters(units, self.quant, None if self.clip is None else self.clip[group])
+        self.scale[group] = scale
+        if self.zero is not None and zero is not None:
+            self.zero[group] = zero
+
+
 def gptq_round(
     w: torch.Tensor,
     h: torch.Tensor,
@@ -91,48 +140,69 @@ def gptq_round(
         static_groups: take every group's grid from the original columns, before any update. Otherwise a grid is taken
             when the loop reaches the group, from the updated columns; with ``order="activation"`` groups are then runs
             of reordered columns, and ``group_index`` says which.
-        clip: ``[out, G]`` clipping bounds of original groups, or None.
+        clip: ``[lines, G]`` clipping bounds of original groups, or None.
+
+    Groups along the outputs (axis "out") lie inside one column, so their grids are always those of the updated column
+    and any order is free: ``static_groups`` says nothing there and no ``group_index`` is needed.
 
     A block is never smaller than a group and holds whole groups, so that grids are always taken from fully updated
     columns (the published loop uses stale ones for groups that start inside a block).
     """
-    out, width = w.shape[0], quant.grouping.width(w.shape[1])
-    columns, n_groups = w.shape[1], quant.grouping.count(w.shape[1])
+    columns, inside = w.shape[1], quant.grouping.axis == "out"
+    width = 1 if inside else quant.grouping.width(columns)
     dead = h.diagonal() == 0
     h, w = h.clone(), w.clone()
-    fixed = n_groups == 1 or static_groups
-    units = w.unflatten(1, (n_groups, width))
-    scale, zero = grid_parameters(units, quant, clip)  # [out, G]; refreshed below unless fixed
+    fixed = not inside and (width == columns or static_groups)
+    scale, zero = grid_parameters(split(w, quant.grouping), quant, clip)  # [lines, G]; refreshed below unless fixed
     h.diagonal()[dead] = 1
     w[:, dead] = 0
 
     perm = column_order(h.diagonal(), order, width)
     u, _ = inverse_factor(h[perm][:, perm], damping)
     wt = w.T[perm].contiguous()  # [in, out]: a column of W is a contiguous row here
-    scale_t, zero_t = scale.T.contiguous(), None if zero is None else zero.T.contiguous()
-    groups = perm // width  # original group of the i-th visited column
-    regroup = order == "activation" and not fixed
+    regroup = order == "activation" and not fixed and not inside
+    groups = (torch.arange(columns, device=w.device) if regroup or inside else perm) // width
+
+    def by_group(per_group: torch.Tensor | None) -> torch.Tensor | None:
+        if per_group is None:
+            return None
+        return per_group[perm] if inside else per_group.T.contiguous()
+
+    first = by_group(scale)
+    assert first is not None
+    grids = _Grids(quant, first, by_group(zero), groups.tolist(), fixed, None if regroup else by_group(clip))
+    block = max(1, block_size // width) * width if not fixed else block_size
+    codes, loss = _column_loop(wt, u, grids, block)
+    restored = torch.empty_like(codes)
+    restored[perm] = codes
+    index = None
     if regroup:
-        groups = torch.arange(columns, device=w.device) // width
-        clip = None
-    group_of = groups.tolist()
+        index = torch.empty(columns, dtype=torch.int32, device=w.device)
+        index[perm] = groups.to(torch.int32)
+
+    def by_line(per_group: torch.Tensor) -> torch.Tensor:
+        if not inside:
+            return per_group.T.contiguous()
+        lines = torch.empty_like(per_group)
+        lines[perm] = per_group
+        return lines
+
+    zero = None if grids.zero is None else by_line(grids.zero)
+    return Rounded(restored.T.to(torch.uint8).contiguous(), by_line(grids.scale), zero, index, loss)
+
+
+def _column_loop(wt: torch.Tensor, u: torch.Tensor, grids: _Grids, block: int) -> tuple[torch.Tensor, float]:
+    """Algorithm 1 on ``wt [in, out]``, visited from the first row on and used up; codes ``[in, out]`` and the loss."""
+    columns, quant = wt.shape[0], grids.quant
     codes = torch.empty_like(wt)
     loss = torch.zeros((), dtype=torch.float64)
-    block = max(1, block_size // width) * width if not fixed else block_size
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         w1, u1 = wt[start:stop].clone(), u[start:stop, start:stop]
         errors = torch.empty_like(w1)
         inverse_diagonal = (1 / u1.diagonal()).tolist()
         for i in range(stop - start):
-            group = group_of[start + i]
-            if not fixed and (start + i) % width == 0:
-                bound = None if clip is None else clip[:, group]
-                s, z = grid_parameters(w1[i : i + width].T, quant, bound)
-                scale_t[group] = s
-                if zero_t is not None and z is not None:
-                    zero_t[group] = z
-            s, z = scale_t[group], None if zero_t is None else zero_t[group]
+            s, z = grids.column(start + i, w1[i:])
             code = quantize(w1[i], s, z, quant)
             codes[start + i] = code
             shift = 2 ** (quant.bits - 1) if z is None else z
@@ -141,16 +211,4 @@ def gptq_round(
             w1[i + 1 :].addr_(u1[i, i + 1 :], error, alpha=-1)
         wt[stop:].addmm_(u[start:stop, stop:].T, errors, alpha=-1)
         loss += errors.square().sum().double().cpu()
-    restored = torch.empty_like(codes)
-    restored[perm] = codes
-    index = None
-    if regroup:
-        index = torch.empty(columns, dtype=torch.int32, device=w.device)
-        index[perm] = groups.to(torch.int32)
-    return Rounded(
-        restored.T.to(torch.uint8).contiguous().view(out, columns),
-        scale_t.T.contiguous(),
-        None if zero_t is None else zero_t.T.contiguous(),
-        index,
-        float(loss),
-    )
+    return codes, float(loss)

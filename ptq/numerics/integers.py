@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import torch
 
+from ptq.numerics.groups import join, split
 from ptq.scheme import TensorQuant
 
 MINIMUM_RANGE = 1e-5  # floor of the published AWQ and SmoothQuant code, on the range or on the absolute maximum
@@ -105,11 +106,11 @@ def fake_quantize(
     """Quantize and dequantize ``W [out, in]`` (or ``[..., out, in]``) with the grouping of ``quant``.
 
     Args:
-        clip: ``[..., out, G]`` clipping bounds, or None.
+        clip: ``[..., lines, G]`` clipping bounds, or None.
     """
-    width = quant.grouping.width(w.shape[-1])
-    units = w.unflatten(-1, (-1, width))
+    units = split(w, quant.grouping)
     scale, zero = grid_parameters(units, quant, clip, exact_scale)
     s, z = scale.unsqueeze(-1), None if zero is None else zero.unsqueeze(-1)
     shift = 2 ** (quant.bits - 1) if z is None else z
-    return quantize(units, s, z, quant).sub_(shift).mul_(s).flatten(-2)  # in place: searches run this many times
+    rounded = quantize(units, s, z, quant).sub_(shift).mul_(s)  # in place: searches run this many times
+    return join(rounded, quant.grouping)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import torch
 
+from ptq.numerics.groups import rows_per_group
+from ptq.numerics.integers import fake_quantize
+from ptq.scheme import TensorQuant
+
 ROW_BYTES = 16_000_000  # rows are handled in chunks of about this many bytes, which keeps candidates out of main memory
 
 
-def row_chunks(rows: int, columns: int) -> list[slice]:
-    """Slices over rows that hold about `ROW_BYTES` of float32 each."""
+def row_chunks(rows: int, columns: int, *, multiple: int = 1) -> list[slice]:
+    """Slices over rows that hold about `ROW_BYTES` of float32 each, in multiples of so many rows."""
     step = max(16, ROW_BYTES // (4 * columns))
+    step = -(-step // multiple) * multiple
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -22,6 +27,26 @@ def output_energy(d: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
             multiplies it natively) and the sum in float32; relative accuracy is then about 1e-3.
     """
     return ((d.to(gram.dtype) @ gram).to(d.dtype) * d).sum()
+
+
+def rounding_error(
+    w: torch.Tensor, gram: torch.Tensor, quant: TensorQuant, clip: torch.Tensor | None = None
+) -> torch.Tensor:
+    """||(Q(W) - W) X^T||^2 of rounding to nearest, a scalar.
+
+    Args:
+        w: ``[out, in]``, gram ``[in, in]``; see `output_energy`.
+        clip: ``[lines, G]`` clipping bounds, or None.
+    """
+    total = torch.zeros((), dtype=torch.float32, device=w.device)
+    across = quant.grouping.axis == "out"
+    for rows in row_chunks(w.shape[0], w.shape[1], multiple=rows_per_group(quant, w.shape[0])):
+        bound = clip
+        if clip is not None:
+            per_group = rows_per_group(quant, w.shape[0])
+            bound = clip[:, rows.start // per_group : -(-rows.stop // per_group)] if across else clip[rows]
+        total += output_energy(fake_quantize(w[rows], quant, bound).sub_(w[rows]), gram)
+    return total
 
 
 def output_error(w: torch.Tensor, changed: torch.Tensor, gram: torch.Tensor) -> float:

@@ -140,7 +140,10 @@ def scheme_sentence(text: str) -> str:
     if scheme is None:
         return text
     weights = scheme.weights
-    share = "output row" if weights.grouping.size is None else f"{weights.grouping.size} input columns of a row"
+    line, run = ("output row", "input columns of a row")
+    if weights.grouping.axis == "out":
+        line, run = ("input column", "output rows of a column")
+    share = line if weights.grouping.size is None else f"{weights.grouping.size} {run}"
     zero = "" if weights.symmetric else f" and one {weights.bits}-bit zero point"
     return f"{weights.bits}-bit integer weights, one 16-bit scale{zero} per {share}, {_GRIDS[weights.quantizer]}"
 

@@ -48,7 +48,7 @@ class QuantLinear(torch.nn.Module):
         """
         super().__init__()
         device = torch.device(device)
-        self._query = KernelQuery.of(q, dtype, device)
+        self._query = KernelQuery.of(q.scheme, q.shape, dtype, device.type, q.group_index is not None)
         self._kernel = select(self._query, kernel)
         self.out_features, self.in_features = q.shape
         self.kernel = self._kernel.name

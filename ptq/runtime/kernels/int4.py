@@ -37,6 +37,8 @@ def _op_group(group_width: int) -> int | None:
 def _supports(query: KernelQuery) -> str | None:
     if query.device_type not in ("cpu", "cuda"):
         return f"it runs on CPU and CUDA, not on {query.device_type}"
+    if query.axis == "out":
+        return "its groups run along the inputs of a row, not along the outputs of a column"
     if query.bits > 4:
         return f"it holds codes of at most 4 bits, not {query.bits}"
     if query.dtype != torch.bfloat16:

@@ -23,7 +23,8 @@ def _supports(query: KernelQuery) -> str | None:
         name = str(query.dtype).removeprefix("torch.")
         return f"it is fast with bfloat16 activations only; with {name} a dequantized product is faster"
     if not query.channelwise:
-        return f"it takes one scale per output row, not groups of {query.group_width}"
+        along = "" if query.axis == "in" else " along the outputs"
+        return f"it takes one scale per output row, not groups of {query.group_width}{along}"
     if query.in_features % 16:
         return f"{query.in_features} input features are no multiple of 16"
     if query.bits > 6 and not query.symmetric:

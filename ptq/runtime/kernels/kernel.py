@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ptq.quantized import QuantizedTensor
+from ptq.scheme import Axis, QuantScheme
 
 
 @dataclass(frozen=True)
@@ -16,11 +17,12 @@ class KernelQuery:
 
     Attributes:
         bits, symmetric: of the grid.
-        group_width: input columns per scale; ``in_features`` where a whole row shares one.
+        group_width: weights per scale, along ``axis``; ``in_features`` where a whole row shares one.
         out_features, in_features: of W ``[out, in]``.
         device_type: ``"cpu"``, ``"cuda"`` and so on.
         dtype: of the activations.
         group_index: groups follow an activation order instead of the column order.
+        axis: along which groups run: "in" for input columns of a row, "out" for output rows of a column.
     """
 
     bits: int
@@ -31,20 +33,26 @@ class KernelQuery:
     device_type: str
     dtype: torch.dtype
     group_index: bool = False
+    axis: Axis = "in"
 
     @property
     def channelwise(self) -> bool:
         """One scale per output row."""
-        return self.group_width == self.in_features
+        return self.axis == "in" and self.group_width == self.in_features
 
     @staticmethod
-    def of(q: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> KernelQuery:
-        """The query for ``q`` with activations of ``dtype`` on ``device``."""
-        weights = q.scheme.weights
-        out, width = q.shape
-        group = weights.grouping.width(width)
+    def of(scheme: QuantScheme, shape: tuple[int, int], dtype: torch.dtype, device: str, index: bool) -> KernelQuery:
+        """The query for a ``W [out, in]`` of this scheme and shape.
+
+        Args:
+            dtype: of the activations.
+            device: type of the device.
+            index: whether the weight has a ``group_index``.
+        """
+        weights, (out, columns) = scheme.weights, shape
+        width = weights.grouping.width(weights.grouping.length(shape))
         return KernelQuery(
-            weights.bits, group, q.zero is None, out, width, device.type, dtype, q.group_index is not None
+            weights.bits, width, weights.symmetric, out, columns, device, dtype, index, weights.grouping.axis
         )
 
 

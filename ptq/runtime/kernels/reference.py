@@ -21,7 +21,7 @@ def _supports(query: KernelQuery) -> str | None:
 
 
 def _pack(q: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-    """codes uint8 ``[out, in]``, scale float32 ``[out, G]``; where present zero uint8 ``[out, G]`` and group_index.
+    """codes uint8 ``[out, in]``, scale float32 ``[lines, G]``; where present zero uint8 ``[lines, G]``, group_index.
 
     Codes stay one byte each below 8 bits too: unpacking a dense bit stream takes more passes over the weight than
     dequantizing it does.
@@ -30,25 +30,22 @@ def _pack(q: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> dict[
     return {name: tensor.to(device).contiguous() for name, tensor in named.items() if tensor is not None}
 
 
-def dequantize_rows(packed: Packed, rows: slice, bits: int, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_rows(packed: Packed, rows: slice, query: KernelQuery, dtype: torch.dtype) -> torch.Tensor:
     """Rows of ``(code - zero) * scale`` as ``[rows, in]`` in ``dtype``; float32 inside.
 
     The same products in the same order as `QuantizedTensor.dequantize`, so the same bits.
     """
-    codes, scale, zero, index = (
-        packed["codes"][rows],
-        packed["scale"][rows],
-        packed.get("zero"),
-        packed.get("group_index"),
-    )
-    zero = None if zero is None else zero[rows]
-    if index is not None:
-        w, s = codes.float(), scale[:, index]
-        z = None if zero is None else zero[:, index]
+    codes, scale, zero = packed["codes"][rows], packed["scale"], packed.get("zero")
+    index, w = packed.get("group_index"), codes.float()
+    if query.axis == "out":  # line j belongs to column j, and a row takes the group it lies in
+        group = torch.arange(rows.start, rows.start + len(codes), device=codes.device) // query.group_width
+        s, z = scale[:, group].T, None if zero is None else zero[:, group].T
+    elif index is not None:
+        s, z = scale[rows][:, index], None if zero is None else zero[rows][:, index]
     else:
-        w, s = codes.float().view(len(codes), scale.shape[1], -1), scale.unsqueeze(-1)
-        z = None if zero is None else zero.unsqueeze(-1)
-    w = w.sub_(2 ** (bits - 1)) if z is None else w.sub_(z)
+        w, s = w.view(len(codes), scale.shape[1], -1), scale[rows].unsqueeze(-1)
+        z = None if zero is None else zero[rows].unsqueeze(-1)
+    w = w.sub_(2 ** (query.bits - 1)) if z is None else w.sub_(z)
     return w.mul_(s).view(codes.shape).to(dtype)
 
 
@@ -60,7 +57,7 @@ def _run(x: torch.Tensor, packed: Packed, query: KernelQuery) -> torch.Tensor:
     products = []
     for start in range(0, out, height):
         rows = slice(start, start + height)
-        weight = dequantize_rows(packed, rows, query.bits, x.dtype)
+        weight = dequantize_rows(packed, rows, query, x.dtype)
         products.append(torch.nn.functional.linear(x, weight, None if bias is None else bias[rows]))
     return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 

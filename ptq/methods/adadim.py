@@ -1,0 +1,191 @@
+"""AdaDim (Heo et al. 2023, arXiv 2309.15531): groups along the inputs or along the outputs, whichever a linear prefers.
+
+Large activations of one input channel amplify the error of one column of W. Groups along the inputs make that column
+share its step with its neighbours in every row; groups along the outputs give it steps of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from calibration.capture import Call
+from calibration.context import Context
+from calibration.errors import Problem
+from calibration.passes import Phase, Stream
+from calibration.segment import Segment
+from calibration.statistics import Gram, Statistic
+from ptq.numerics.integers import fake_quantize
+from ptq.numerics.objective import rounding_error
+from ptq.scheme import Axis, Grouping, QuantScheme
+
+
+def along(scheme: QuantScheme, axis: Axis) -> QuantScheme:
+    """The scheme with its groups along that axis."""
+    grouping = dataclasses.replace(scheme.weights.grouping, axis=axis)
+    return dataclasses.replace(scheme, weights=dataclasses.replace(scheme.weights, grouping=grouping))
+
+
+def both_axes(scheme: QuantScheme, shape: tuple[int, int]) -> tuple[QuantScheme, ...]:
+    """The scheme as it is, and along the other axis where its groups divide that one too."""
+    other: Axis = "out" if scheme.weights.grouping.axis == "in" else "in"
+    grouping: Grouping = dataclasses.replace(scheme.weights.grouping, axis=other)
+    length = grouping.length(shape)
+    return (scheme, along(scheme, other)) if length % grouping.width(length) == 0 else (scheme,)
+
+
+def choose(segment: Segment, linear: str, options: tuple[QuantScheme, ...], errors: list[float]) -> QuantScheme:
+    """Take the option of the least error, the first of equal ones, and record both errors.
+
+    Clipping ranges of the linear belong to the grouping they were searched for, and go with it.
+    """
+    best = min(range(len(options)), key=errors.__getitem__)
+    named = {f"adadim.{o.weights.grouping.axis}": e for o, e in zip(options, errors, strict=True)}
+    segment.note(linear, **named)
+    if best > 0:
+        segment.schemes[linear] = options[best]
+        segment.ranges.pop(linear, None)
+    return options[best]
+
+
+@dataclass(frozen=True)
+class AdaDim:
+    """The axis of less error of the linear's own output, ||(Q(W) - W) X^T||^2 with Q = round to nearest, from the Gram
+    matrix of its input: no forward pass."""
+
+    name: ClassVar[str] = "adadim"
+    phases: ClassVar[tuple[Phase, ...]] = (Phase.CHOOSE,)
+    stream: ClassVar[Stream] = "either"
+    statistics: ClassVar[tuple[type[Statistic], ...]] = (Gram,)
+    parts: ClassVar[tuple[str, ...]] = ()
+
+    def check(self, view: Any) -> Iterable[Problem]:
+        return ()
+
+    def forwards(self) -> int:
+        return 0
+
+    def alternatives(self, scheme: QuantScheme, shape: tuple[int, int]) -> tuple[QuantScheme, ...]:
+        return both_axes(scheme, shape)
+
+    def apply(self, segment: Segment, context: Context) -> None:
+        for linear, scheme in list(segment.schemes.items()):
+            w = segment.weight(linear)
+            options = both_axes(scheme, (w.shape[0], w.shape[1]))
+            if len(options) > 1 and context.statistic(linear, Gram).tokens:
+                choose(segment, linear, options, gram_errors(segment, context, linear, options))
+
+
+def gram_errors(segment: Segment, context: Context, linear: str, options: tuple[QuantScheme, ...]) -> list[float]:
+    """||(Q(W) - W) X^T||^2 of every option; a clipping range counts for the option it was searched for, the first."""
+    w, gram = segment.weight(linear), context.product_gram(linear)
+    clip = segment.ranges.get(linear)
+    return [float(rounding_error(w, gram, o.weights, clip if i == 0 else None)) for i, o in enumerate(options)]
+
+
+@dataclass(frozen=True)
+class AdaDimPublished:
+    """The axis of less error of the output of the linear's attention or MLP module, as published.
+
+    Linears whose output the module processes further (q, k, v, gate, up) are scored by running the module with each
+    candidate; others (o, down) end the module and are scored by the Gram matrix, which is the same objective. Inputs
+    are those of the quantized stream, where the paper keeps the float one.
+
+    Attributes:
+        batches: calibration batches on which modules are run.
+        moving: compare with the module as it then is, with the earlier linears of the block rounded already (as
+            published); otherwise with the float module.
+    """
+
+    batches: int = 8
+    moving: bool = True
+
+    name: ClassVar[str] = "adadim-published"
+    phases: ClassVar[tuple[Phase, ...]] = (Phase.CHOOSE,)
+    stream: ClassVar[Stream] = "quantized"  # keeps the inputs of the block, which a float stream overwrites
+    statistics: ClassVar[tuple[type[Statistic], ...]] = (Gram,)
+    parts: ClassVar[tuple[str, ...]] = ()
+
+    def check(self, view: Any) -> Iterable[Problem]:
+        if self.batches < 1:
+            yield Problem("adadim-published.batches", f"{self.batches} is not positive", "use 8")
+
+    def forwards(self) -> int:
+        return 1
+
+    def alternatives(self, scheme: QuantScheme, shape: tuple[int, int]) -> tuple[QuantScheme, ...]:
+        return both_axes(scheme, shape)
+
+    def apply(self, segment: Segment, context: Context) -> None:
+        paths = {linear: _enclosing(segment, linear) for linear in segment.schemes}
+        calls = context.calls({path for path in paths.values() if path is not None}, self.batches)
+        rounded: dict[str, torch.Tensor] = {}
+        for linear, scheme in list(segment.schemes.items()):
+            w, path = segment.weight(linear), paths[linear]
+            options = both_axes(scheme, (w.shape[0], w.shape[1]))
+            if len(options) < 2 or not context.statistic(linear, Gram).tokens:
+                continue
+            if path is None or not calls[path]:
+                errors = gram_errors(segment, context, linear, options)
+            else:
+                errors = self._module_errors(segment, linear, path, options, calls[path], rounded)
+            chosen = choose(segment, linear, options, errors)
+            rounded[linear] = fake_quantize(w, chosen.weights, segment.ranges.get(linear))
+
+    def _module_errors(
+        self,
+        segment: Segment,
+        linear: str,
+        path: str,
+        options: tuple[QuantScheme, ...],
+        calls: list[Call],
+        rounded: Mapping[str, torch.Tensor],
+    ) -> list[float]:
+        """Mean squared change of the module's output when ``linear`` is rounded with each option."""
+        module = segment.module.get_submodule(path)
+        w, clip = segment.weight(linear), segment.ranges.get(linear)
+        now = _parameters(segment, path, rounded) if self.moving else {}
+        candidates = [
+            {**now, **_parameters(segment, path, {linear: fake_quantize(w, o.weights, clip if i == 0 else None)})}
+            for i, o in enumerate(options)
+        ]
+        totals, count = [0.0] * len(options), 0
+        for call in calls:
+            reference = _output(module, now, call)
+            count += reference.numel()
+            for i, candidate in enumerate(candidates):
+                totals[i] += float((_output(module, candidate, call) - reference).square().sum())
+        return [total / count for total in totals]
+
+
+def _enclosing(segment: Segment, linear: str) -> str | None:
+    """Path of the module that processes the output of ``linear`` further: the one that also holds a linear of a later
+    stage; None where there is none."""
+    spec, path = segment.spec, segment.architecture.module_name
+    parent, stage = path(linear).rpartition(".")[0], spec.shared_input(linear).stage
+    later = (name for shared in spec.inputs if shared.stage > stage for name in shared.linears)
+    return parent if any(path(name).rpartition(".")[0] == parent for name in later) else None
+
+
+def _parameters(segment: Segment, path: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those weights ``[out, in]`` that lie in the module at ``path``, as its parameters by name."""
+    found: dict[str, torch.Tensor] = {}
+    for linear, w in weights.items():
+        name = segment.architecture.module_name(f"{linear}.weight")
+        if name.startswith(f"{path}." if path else ""):
+            stored = segment.module.get_parameter(name)
+            found[name.removeprefix(f"{path}.")] = (w.T if segment.architecture.conv1d else w).to(stored.dtype)
+    return found
+
+
+def _output(module: nn.Module, parameters: dict[str, torch.Tensor], call: Call) -> torch.Tensor:
+    """float32 output of one recorded call with some parameters replaced."""
+    args, kwargs = call
+    output = torch.func.functional_call(module, parameters, args, kwargs)
+    result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return result.float()

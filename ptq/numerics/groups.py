@@ -1,0 +1,24 @@
+"""Weights that share a step, as the last axis of a tensor: the one place that knows along which axis groups run."""
+
+from __future__ import annotations
+
+import torch
+
+from ptq.scheme import Grouping, TensorQuant
+
+
+def split(w: torch.Tensor, grouping: Grouping) -> torch.Tensor:
+    """``W [..., out, in]`` as units ``[..., lines, G, width]``; a view. Lines are rows, or columns for axis "out"."""
+    lines = w if grouping.axis == "in" else w.transpose(-1, -2)
+    return lines.unflatten(-1, (-1, grouping.width(lines.shape[-1])))
+
+
+def join(units: torch.Tensor, grouping: Grouping) -> torch.Tensor:
+    """The inverse of `split`: ``[..., lines, G, width]`` to ``[..., out, in]`` (a transposed view for axis "out")."""
+    lines = units.flatten(-2)
+    return lines if grouping.axis == "in" else lines.transpose(-1, -2)
+
+
+def rows_per_group(quant: TensorQuant, rows: int) -> int:
+    """Rows that must stay together when W is handled in chunks of rows: a group of them for axis "out", else 1."""
+    return quant.grouping.width(rows) if quant.grouping.axis == "out" else 1
