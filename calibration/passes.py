@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from calibration.context import Context
 from calibration.errors import Problem
@@ -46,9 +46,15 @@ class Pass(Protocol):
 
     name: ClassVar[str]
     phases: ClassVar[tuple[Phase, ...]]
-    stream: ClassVar[Stream]
-    statistics: ClassVar[tuple[type[Statistic], ...]]
-    parts: ClassVar[tuple[str, ...]]
+
+    @property
+    def stream(self) -> Stream: ...
+
+    @property
+    def statistics(self) -> tuple[type[Statistic], ...]: ...
+
+    @property
+    def parts(self) -> tuple[str, ...]: ...
 
     def check(self, view: Any) -> Iterable[Problem]:
         """What can be refused from shapes and schemes alone. ``view`` is the plan under construction."""
@@ -58,6 +64,19 @@ class Pass(Protocol):
 
     def apply(self, segment: Segment, context: Context) -> None:
         """Edit the segment in place; report numbers through ``segment.note``."""
+
+
+@runtime_checkable
+class StoresParts(Protocol):
+    """A pass whose parts are large enough to be counted among the bits of a linear."""
+
+    def part_bits(self, out_features: int, in_features: int) -> int:
+        """Bits stored beside the codes of one linear ``[out, in]``."""
+
+
+def repairs(passes: Sequence[Pass]) -> bool:
+    """Whether some pass compares the rounded weights with those before, which then stay in memory."""
+    return any(Phase.REPAIR in p.phases for p in passes)
 
 
 def check_order(passes: Sequence[Pass]) -> Iterable[Problem]:

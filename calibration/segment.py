@@ -37,6 +37,8 @@ class Segment:
         errors: linear -> ``{"weight": ..., "output": ...}`` relative errors, filled by the rounding pass.
         notes: linear -> numbers worth recording, ``{"awq.alpha": 0.45}``.
         edits: counts changes that are not exact; statistics gathered before such a change are stale.
+        originals: parameters as they were before their first change that was not exact, float32; kept only where
+            ``keep_originals``, for passes that compare what is left with what was.
     """
 
     index: int
@@ -53,6 +55,8 @@ class Segment:
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: dict[str, dict[str, float | str]] = field(default_factory=dict)
     edits: int = 0
+    keep_originals: bool = False
+    originals: dict[str, torch.Tensor] = field(default_factory=dict)
     _stale: set[str] = field(default_factory=set)
 
     def weight(self, linear: str) -> torch.Tensor:
@@ -62,8 +66,21 @@ class Segment:
 
     def set_weight(self, linear: str, w: torch.Tensor, exact: bool = False) -> None:
         """Replace a weight ``[out, in]``. ``exact`` edits leave the block's function, and so statistics, unchanged."""
+        if not exact:
+            self._keep(f"{linear}.weight")
         self.weight(linear).copy_(w)
         self._touch(f"{linear}.weight", exact)
+
+    def original(self, linear: str) -> torch.Tensor:
+        """The weight ``[out, in]`` before it was rounded (a view)."""
+        name = f"{linear}.weight"
+        assert self.keep_originals, "originals are kept for passes that repair"
+        w = self.originals.get(name, self.masters[name])
+        return w.T if self.architecture.conv1d and w.ndim == 2 else w
+
+    def _keep(self, name: str) -> None:
+        if self.keep_originals and name not in self.originals:
+            self.originals[name] = self.masters[name].clone()
 
     def _touch(self, name: str, exact: bool) -> None:
         self._stale.add(name)

@@ -17,7 +17,7 @@ import torch
 from calibration.checkpoint import CheckpointReader, save_tensors, write_atomically
 from calibration.context import Context
 from calibration.memory import return_freed
-from calibration.passes import Pass, forwards_per_block, stream_of
+from calibration.passes import Pass, forwards_per_block, repairs, stream_of
 from calibration.progress import Progress
 from calibration.segment import Segment
 from calibration.skeleton import Skeleton, load_parameters, release
@@ -162,6 +162,7 @@ class Walk:
             masters=masters,
             stored_dtypes={n: t.dtype for n, t in stored.items()},
             schemes=dict(self.schemes(index)),
+            keep_originals=repairs(self.passes),
         )
 
     def _block(self, index: int, states: HiddenStates | None, stream: str, progress: Progress) -> None:

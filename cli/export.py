@@ -13,6 +13,9 @@ def export(
     model: Model,
     out: Out,
     format: Annotated[str, typer.Option(help="compressed-tensors, awq, gptq, gptq_v2 or native.")],
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Write low-rank parts (lorc) as a PEFT LoRA adapter into OUT/adapter.")
+    ] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -23,6 +26,12 @@ def export(
 
     with TerminalProgress() as progress:
         fmt = export_model(
-            model, format=format, out=out, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress
+            model,
+            format=format,
+            out=out,
+            adapter=adapter,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
         )
     print(f"written to {out} as {fmt.name}; every linear read back and compared")

@@ -44,15 +44,14 @@ def print_plan(job: Job) -> None:
         if linear.scheme is None:
             key = (pattern, linear.shape, f"float ({linear.why})", "")
         else:
-            bits = linear.scheme.bits_per_weight(*linear.shape, layout.reordered)
-            key = (pattern, linear.shape, str(linear.scheme), f"{bits:.4f}")
+            key = (pattern, linear.shape, str(linear.scheme), f"{layout.bits_per_weight(linear):.4f}")
         rows[key] = rows.get(key, 0) + 1
     for (pattern, shape, scheme, text), count in rows.items():
         table.add_row(escape(pattern), f"{shape[0]} x {shape[1]}", escape(scheme), text, str(count))
     console.print(table)
     console.print(
         f"size {size(sizes.float_bytes)} -> {size(sizes.output_bytes)}; quantized linears "
-        f"{size(sizes.quantized_bytes)}, {sizes.bits_per_weight:.4f} bits per weight (scales and zeros counted)",
+        f"{size(sizes.quantized_bytes)}, {sizes.bits_per_weight:.4f} bits per weight, everything counted",
         highlight=False,
     )
     data = f"{job.options.samples} x {job.seq_len} tokens of {job.dataset}" if plan.needs_data else "no data"

@@ -11,6 +11,7 @@ from calibration.checkpoint import CheckpointReader
 from calibration.errors import PlanError, ToolkitError, unknown_value
 from calibration.models import fingerprint, locate, open_model
 from calibration.progress import Progress, Silent
+from ptq.export.adapter import FOLDER, adapter_problems, base_of, read_adapter, without_low_rank, write_adapter
 from ptq.export.formats import FORMATS, Format, format_of
 from ptq.export.write import copy_small_files, outside_blocks, verify_checkpoint, write_checkpoint
 from ptq.linears import ModelLayout, PlannedLinear
@@ -25,11 +26,15 @@ def export_model(
     *,
     format: str,
     out: str | Path,
+    adapter: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Format:
     """Write a quantized checkpoint in another format: the same codes, scales and zero points, laid out anew.
+
+    Args:
+        adapter: low-rank parts go into ``out/adapter`` as a PEFT LoRA adapter, and the rest is written without them.
 
     Returns:
         The format as written (GPTQ settles on version 1 or 2).
@@ -49,6 +54,11 @@ def export_model(
         raise ToolkitError(
             f"{folder}: a float checkpoint", "run `ptq quantize` on it; export changes the format of quantized ones"
         )
+    if read_adapter(folder):
+        raise ToolkitError(
+            f"{folder}: has a low-rank adapter beside it, which would be lost",
+            "export from the native checkpoint that it came from",
+        )
     schemes = source_format.schemes(reader.config, reader.infos, reader.tensor)
     linears = []
     reordered, parts = False, dict[str, None]()
@@ -65,6 +75,7 @@ def export_model(
                 q = read_linear(reader, source_format, name, scheme, shape)
                 reordered |= q.group_index is not None
                 parts.update(dict.fromkeys(q.parts))
+                part_bits = 8 * sum(part.nbytes for part in q.parts.values())
                 del q
             linears.append(
                 PlannedLinear(
@@ -76,6 +87,7 @@ def export_model(
                     conv1d=spec.conv1d,
                     expert=experts[name[len(prefix) :]],
                     bias=bias,
+                    part_bits=part_bits if scheme else 0,
                 )
             )
         reader.close()
@@ -84,18 +96,23 @@ def export_model(
     dtype = str(plain.get("dtype") or plain.get("torch_dtype") or str(floats[0])).removeprefix("torch.")
     others = tuple(other_linears(config, spec))
     layout = ModelLayout(plain, tuple(linears), others, spec.blocks, reordered, dtype, tuple(parts))
-    problems = FORMATS[format].check(layout)
+    problems = adapter_problems(layout) if adapter else []
+    whole, layout = layout, base_of(layout) if adapter else layout
+    problems += FORMATS[format].check(layout)
     if problems:
         raise PlanError(problems)
     session.begin({"export": fingerprint(reader), "format": format}, resume=False)
-    blocks = QuantizedBlocks(reader, source_format, layout)
+    everything = QuantizedBlocks(reader, source_format, whole).blocks
+    blocks = without_low_rank(everything) if adapter else everything
     with session.unless_done():
-        progress.stage("export", len(layout.quantized))
+        progress.stage("export", (1 + adapter) * len(layout.quantized))
         outside = outside_blocks(reader, spec.blocks)
-        fmt, _ = write_checkpoint(blocks.blocks, outside, layout, FORMATS[format], session.partial, progress.advance)
+        fmt, _ = write_checkpoint(blocks, outside, layout, FORMATS[format], session.partial, progress.advance)
+        if adapter:
+            write_adapter(everything, session.partial / FOLDER, progress.advance)
         copy_small_files(folder, session.partial)
         progress.stage("verify", len(layout.quantized))
-        verify_checkpoint(blocks.blocks, fmt, session.partial, progress.advance)
+        verify_checkpoint(blocks, fmt, session.partial, progress.advance)
         reader.close()
         session.finish()
     return fmt

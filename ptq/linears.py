@@ -22,6 +22,7 @@ class PlannedLinear:
         conv1d: GPT-2's ``Conv1D``: the float checkpoint stores W transposed, ``[in, out]``.
         expert: index of the expert it belongs to, or None outside mixtures of experts.
         bias: whether the checkpoint has a bias beside it.
+        part_bits: bits of tensors stored beside its codes.
     """
 
     name: str
@@ -32,6 +33,7 @@ class PlannedLinear:
     conv1d: bool = False
     expert: int | None = None
     bias: bool = False
+    part_bits: int = 0
 
     @property
     def numel(self) -> int:
@@ -71,16 +73,17 @@ class ModelLayout:
 
     @property
     def quantized_bits(self) -> float:
-        """Bits of all quantized weights, with scales, zero points and column indices."""
-        return sum(
-            linear.numel * linear.scheme.bits_per_weight(*linear.shape, self.reordered)
-            for linear in self.linears
-            if linear.scheme is not None
-        )
+        """Bits of all quantized weights, with everything stored beside the codes."""
+        return sum(linear.numel * self.bits_per_weight(linear) for linear in self.quantized)
 
     @property
     def quantized(self) -> tuple[PlannedLinear, ...]:
         return tuple(linear for linear in self.linears if linear.scheme is not None)
+
+    def bits_per_weight(self, linear: PlannedLinear) -> float:
+        """Everything stored for a quantized linear, over its number of weights."""
+        assert linear.scheme is not None
+        return linear.scheme.bits_per_weight(*linear.shape, self.reordered) + linear.part_bits / linear.numel
 
     @property
     def left(self) -> tuple[PlannedLinear, ...]:

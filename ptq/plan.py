@@ -14,7 +14,7 @@ import torch
 from calibration.architectures import ArchitectureSpec
 from calibration.checkpoint import CheckpointReader
 from calibration.errors import PlanError, Problem, ToolkitError, unknown_value
-from calibration.passes import check_order, forwards_per_block
+from calibration.passes import StoresParts, check_order, forwards_per_block, repairs
 from calibration.statistics import Gram
 from ptq.export.formats import FORMATS, PREFERRED, Format, choose
 from ptq.linears import ModelLayout, PlannedLinear
@@ -159,6 +159,7 @@ def _resolve_linears(
                     conv1d=spec.conv1d,
                     expert=experts[name],
                     bias=f"{prefix}{name}.bias" in reader.infos,
+                    part_bits=_part_bits(recipe, info.shape) if rule.scheme else 0,
                 )
             )
         missing += [
@@ -191,6 +192,10 @@ def _resolve_linears(
     return linears, problems + list(_size_problems(reader, linears))
 
 
+def _part_bits(recipe: Recipe, shape: tuple[int, ...]) -> int:
+    return sum(p.part_bits(shape[0], shape[1]) for p in recipe.passes if isinstance(p, StoresParts))
+
+
 def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
@@ -204,7 +209,7 @@ def _size_problems(reader: CheckpointReader, linears: list[PlannedLinear]) -> It
         length = linear.scheme.weights.grouping.length(linear.shape)
         if length % linear.scheme.weights.grouping.width(length):
             continue
-        after = linear.scheme.bits_per_weight(*linear.shape)
+        after = linear.scheme.bits_per_weight(*linear.shape) + linear.part_bits / linear.numel
         if after >= before:
             yield Problem(
                 linear.name,
@@ -277,6 +282,7 @@ def _sizes(
         statistics = sum(4 * n * n for n in inputs) + 4 * max(inputs, default=0) ** 2
     states = tokens * hidden * itemsize if forwards else 0
     copies = 4 + (itemsize if itemsize != 4 else 0) + 2  # masters, forward copy, codes and scales being written
+    copies += 4 if repairs(recipe.passes) else 0  # weights before rounding
     peak = block * copies + statistics + states + 6 * ROW_BYTES
     stem = sum(i.nbytes for n, i in reader.infos.items() if not n.startswith(spec.blocks + "."))
     return Sizes(

@@ -8,11 +8,19 @@ from dataclasses import dataclass, field
 import torch
 
 from ptq.numerics.groups import join, split
+from ptq.numerics.lowrank import factor_product
 from ptq.scheme import QuantScheme
 
-PARTS: dict[str, str] = {}
+PARTS: dict[str, str] = {
+    "lora_a": "int8 codes or float16 values [rank, in] of the low-rank part W += (b * scale) a",
+    "lora_b": "int8 codes or float16 values [out, rank]",
+    "lora_scale": "float32 [rank], one factor per component",
+}
 """Tensors that may stand beside the codes of a linear, by name, with shape and meaning. Native files store each as
 ``<linear>.<name>``; a pass that makes one lists it in ``Pass.parts``."""
+
+LORA = ("lora_b", "lora_a", "lora_scale")
+"""The parts of a low-rank correction, in the order of `ptq.numerics.lowrank.factor_product`."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,19 @@ class QuantizedTensor:
         """The zero as a tensor, or the fixed 2^(bits-1)."""
         return 2 ** (self.scheme.weights.bits - 1) if self.zero is None else self.zero
 
+    @property
+    def low_rank(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """b ``[out, rank]``, a ``[rank, in]`` and scale ``[rank]`` of the low-rank part, where there is one."""
+        return (self.parts["lora_b"], self.parts["lora_a"], self.parts["lora_scale"]) if LORA[0] in self.parts else None
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight that runs, ``[out, in]``: codes and, where there is one, the low-rank part. Products in float32,
+        then one cast to ``dtype``."""
+        factors = self.low_rank
+        w = self.dequantize_codes(dtype if factors is None else torch.float32)
+        return w if factors is None else w.add_(factor_product(*factors)).to(dtype)
+
+    def dequantize_codes(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """``(code - zero) * scale`` as ``[out, in]``: products in float32, then one cast to ``dtype``."""
         zero = 2 ** (self.scheme.weights.bits - 1) if self.zero is None else self.zero.float()
         if self.group_index is not None:
@@ -59,5 +79,6 @@ class QuantizedTensor:
         return join(units, grouping).to(dtype).contiguous()
 
     def bits_per_weight(self) -> float:
-        """Stored bits of codes, scales, zeros and index over the number of weights."""
-        return self.scheme.bits_per_weight(*self.shape, reordered=self.group_index is not None)
+        """Stored bits of codes, scales, zeros, index and parts over the number of weights."""
+        parts = 8 * sum(part.nbytes for part in self.parts.values()) / self.codes.numel()
+        return self.scheme.bits_per_weight(*self.shape, reordered=self.group_index is not None) + parts

@@ -80,7 +80,7 @@ def linear_records(walk: Walk, job: Job) -> tuple[LinearRecord, ...]:
                     block=index,
                     shape=linear.shape,
                     scheme=str(linear.scheme),
-                    bits_per_weight=linear.scheme.bits_per_weight(*linear.shape, job.plan.layout.reordered),
+                    bits_per_weight=job.plan.layout.bits_per_weight(linear),
                     weight_error=entry["errors"]["weight"],
                     relative_error=entry["errors"].get("output"),
                     notes=entry["notes"],

@@ -9,6 +9,7 @@ import torch
 
 from calibration.errors import Problem, ToolkitError
 from ptq.linears import ModelLayout, PlannedLinear
+from ptq.quantized import LORA
 from ptq.scheme import GROUP_SIZES
 
 NATIVE = "use --format native"  # holds every layout, so it is a way out of every refusal
@@ -115,7 +116,9 @@ def order_problems(layout: ModelLayout, format_name: str) -> list[Problem]:
 def part_problems(layout: ModelLayout, format_name: str) -> list[Problem]:
     """Tensors beside the codes, in a format without a place for them."""
     reason = f"are tensors beside the codes, and '{format_name}' has no place for them"
-    return [Problem(", ".join(layout.parts), reason, NATIVE)] if layout.parts else []
+    low_rank = set(LORA) <= set(layout.parts) and format_name == "compressed-tensors"
+    fix = NATIVE + "; `ptq export --adapter` then writes a PEFT adapter beside this format" * low_rank
+    return [Problem(", ".join(layout.parts), reason, fix)] if layout.parts else []
 
 
 def stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -6,6 +6,7 @@ from calibration.passes import Pass
 from ptq.methods.adadim import AdaDim, AdaDimPublished
 from ptq.methods.awq import Awq
 from ptq.methods.gptq import Gptq
+from ptq.methods.lorc import Lorc
 from ptq.methods.rtn import Rtn
 
 METHODS: dict[str, type[Pass]] = {
@@ -14,9 +15,10 @@ METHODS: dict[str, type[Pass]] = {
     "awq": Awq,
     "adadim": AdaDim,
     "adadim-published": AdaDimPublished,
+    "lorc": Lorc,
 }
 
 COMBINATIONS: dict[str, tuple[str, ...]] = {"rtn-ada": ("adadim", "rtn"), "gptq-ada": ("adadim", "gptq")}
 """Names in the literature for passes in a row, as ``--method`` takes them."""
 
-__all__ = ["COMBINATIONS", "METHODS", "AdaDim", "AdaDimPublished", "Awq", "Gptq", "Rtn"]
+__all__ = ["COMBINATIONS", "METHODS", "AdaDim", "AdaDimPublished", "Awq", "Gptq", "Lorc", "Rtn"]

@@ -7,13 +7,15 @@ from collections.abc import Callable
 import torch
 
 from calibration.errors import ToolkitError
-from ptq.quantized import QuantizedTensor
+from ptq.quantized import LORA, QuantizedTensor
 from ptq.runtime.kernels.dispatch import refusals, select
 from ptq.runtime.kernels.kernel import KernelQuery
 
 
 class QuantLinear(torch.nn.Module):
     """``x [..., in] -> x Wᵀ + bias [..., out]`` in the dtype of x, from one copy of the integer codes.
+
+    A low-rank part W += (b * scale) a runs beside the kernel, ``y += ((x aᵀ) * scale) bᵀ``, on the same x.
 
     W is ``[out, in]`` whatever the layer it replaces stored, so it stands for ``nn.Linear``, GPT-2's ``Conv1D`` and
     Falcon's ``FalconLinear`` alike. It keeps the codes in the layout of its kernel and never a float weight; the
@@ -58,6 +60,10 @@ class QuantLinear(torch.nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         if bias is not None:
             self.register_buffer("bias", bias.detach().to(device=device, dtype=dtype), persistent=False)
+        self._low_rank = q.low_rank is not None
+        for name, tensor in zip(LORA, q.low_rank or (), strict=False):
+            kept = tensor if name == "lora_scale" else tensor.to(dtype)  # int8 codes are exact in bfloat16
+            self.register_buffer(name, kept.to(device), persistent=False)
 
     @property
     def weight_bytes(self) -> int:
@@ -78,8 +84,17 @@ class QuantLinear(torch.nn.Module):
                 f"load the model with dtype {got}, or with the 'reference' kernel, instead of casting it",
             )
         # the buffers are the kernel's dict as they are: no attribute look-ups on the way of a token
-        y = self._kernel.run(x.reshape(-1, query.in_features).contiguous(), self._buffers, query)  # type: ignore[arg-type]
+        rows = x.reshape(-1, query.in_features).contiguous()
+        y = self._kernel.run(rows, self._buffers, query)  # type: ignore[arg-type]
+        if self._low_rank:
+            y = y + self._correction(rows)
         return y.view(*x.shape[:-1], query.out_features)
+
+    def _correction(self, x: torch.Tensor) -> torch.Tensor:
+        """``((x aᵀ) * scale) bᵀ`` for ``x [tokens, in]``; the scale is applied in float32."""
+        b, a, scale = (self.get_buffer(name) for name in LORA)
+        weights = ((x @ a.to(x.dtype).T).float() * scale).to(x.dtype)
+        return weights @ b.to(x.dtype).T
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
         """Every ``.to``, ``.cuda``, ``.float`` and so on comes through here: follow the device, not the dtype.

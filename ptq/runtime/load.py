@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from calibration.checkpoint import CheckpointReader
 from calibration.errors import ToolkitError
 from calibration.models import locate, open_model
 from calibration.skeleton import build_model, load_parameters, set_submodule
+from ptq.export.adapter import read_adapter
 from ptq.export.formats import Format, format_of
 from ptq.quantized import QuantizedTensor
 from ptq.runtime.linear import QuantLinear
@@ -93,9 +95,12 @@ def load_model(
         kernels: Counter[str] = Counter()
         reasons: Counter[tuple[str, str]] = Counter()
         taken: set[str] = set()
+        adapter = read_adapter(folder)
         for name, (scheme, shape) in schemes.items():
             assert fmt is not None
             q = read_linear(reader, fmt, name, scheme, shape)
+            if name in adapter:
+                q = dataclasses.replace(q, parts={**q.parts, **adapter[name]})
             taken |= {f"{name}.{s}" for s in (*fmt.suffixes, "bias")}
             bias = reader.tensor(f"{name}.bias") if f"{name}.bias" in reader.infos else None
             linear = QuantLinear(q, bias, dtype, device, kernel)
