@@ -1,4 +1,4 @@
-"""ptq and llm-compressor on the same model, samples, bits and dtype: wall time, peak memory, perplexity.
+"""ptq and llm-compressor on the same model, samples, bits and dtype: wall time, peak memory, perplexity, KL.
 
     python3 -m venv OTHER
     OTHER/bin/pip install -c benchmarks/constraints-llmcompressor.txt torch llmcompressor
@@ -6,10 +6,10 @@
 
 llm-compressor needs an environment of its own (its version pins exclude ours). Both tools get the same token ids; each
 run is a process of its own. ``quantize`` is the time between a loaded interpreter and the written checkpoint;
-``process`` has interpreter and imports in it. Perplexity is measured by one reader of the compressed-tensors files on
-both sides, in float32. The floor is what no implementation can beat here: forward passes of the calibration set
-through the decoder blocks (one for AWQ on the float stream; for GPTQ one to gather and one to propagate, which the last
-block does not need) at the measured seconds per pass.
+``process`` has interpreter and imports in it. Perplexity and KL are measured by one reader of the compressed-tensors
+files on both sides, in float32. The floor is what no implementation can beat here: forward passes of the calibration
+set through the decoder blocks (one for AWQ on the float stream; for GPTQ one to gather and one to propagate, which the
+last block does not need) at the measured seconds per pass.
 """
 
 from __future__ import annotations
@@ -71,10 +71,13 @@ def theirs(python: str, model: Path, tokens: Path, method: str, out: Path, extra
     return {"process": seconds, "quantize": data["oneshot_seconds"], "peak_gib": data["peak_rss_gib"]}
 
 
-def perplexity(folder: Path, dataset: str, seq_len: int) -> float:
+def scores(folder: Path, dataset: str, seq_len: int, reference: Path) -> dict[str, float]:
+    """Perplexity, and mean KL divergence from the float model in nats per token."""
     import ptq
 
-    return float(ptq.evaluate(folder, dataset=dataset, seq_len=seq_len).perplexity)
+    result = ptq.evaluate(folder, dataset=dataset, seq_len=seq_len, reference=reference)
+    assert result.divergence is not None
+    return {"perplexity": result.perplexity, "kl": result.divergence.kl_mean}
 
 
 def forward_seconds(model: Path, tokens: Path, shape: tuple[int, int]) -> float:
@@ -115,22 +118,22 @@ def main() -> None:
             runs = [ours(args.model, tokens, method, shape, work / f"ours-{method}") for _ in range(args.repeats)]
             mine = {key: statistics.median(r[key] for r in runs) for key in runs[0]}
             other = theirs(args.other, args.model, tokens, method, work / f"theirs-{method}", args.other_args.split())
-            mine["perplexity"] = perplexity(work / f"ours-{method}", args.eval, args.seq_len)
-            other["perplexity"] = perplexity(work / f"theirs-{method}", args.eval, args.seq_len)
+            mine |= scores(work / f"ours-{method}", args.eval, args.seq_len, args.model)
+            other |= scores(work / f"theirs-{method}", args.eval, args.seq_len, args.model)
             report[method] = {"ptq": mine, "llm-compressor": other, "floor": passes * report["forward_seconds"]}
             print(json.dumps({method: report[method]}), file=sys.stderr)
     print(f"one pass through the blocks: {report['forward_seconds']:.1f} s\n")
-    print("| method | tool | quantize s | process s | peak GiB | perplexity | floor s |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    print("| method | tool | quantize s | process s | peak GiB | perplexity | KL | floor s |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for method in ("awq", "gptq"):
         for tool in ("ptq", "llm-compressor"):
             r = report[method][tool]
             print(
                 f"| {method} | {tool} | {r['quantize']:.1f} | {r['process']:.1f} | {r['peak_gib']:.2f} "
-                f"| {r['perplexity']:.3f} | {report[method]['floor']:.1f} |"
+                f"| {r['perplexity']:.3f} | {r['kl']:.5f} | {report[method]['floor']:.1f} |"
             )
         ratio = {k: report[method]["llm-compressor"][k] / report[method]["ptq"][k] for k in ("quantize", "process")}
-        print(f"| {method} | ratio | {ratio['quantize']:.1f} x | {ratio['process']:.1f} x | | | |")
+        print(f"| {method} | ratio | {ratio['quantize']:.1f} x | {ratio['process']:.1f} x | | | | |")
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 
