@@ -1,18 +1,90 @@
-"""The only file that registers hooks, always inside a ``with``."""
+"""The only file that registers hooks: inside a ``with``, or (`place`) until the caller removes them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from calibration.experts import Expert
 from calibration.statistics import Statistic
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and the keyword arguments of one call of a module."""
+
+
+Look = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
+"""``(x [..., n], positions)`` -> what takes the place of x, or None to leave it. ``positions`` int64, broadcastable to
+``x.shape[:-1]``: the index of each row in its sequence."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Look at what enters a submodule, or at what leaves it (``output``). ``path`` is below the block."""
+
+    path: str
+    look: Look
+    output: bool = False
+
+
+def place(block: nn.Module, watches: Iterable[Watch]) -> list[RemovableHandle]:
+    """Hooks that run until they are removed. Watches of one place run in order, each on what the one before left.
+
+    Args:
+        block: a decoder block, called with hidden states ``[batch, seq_len, hidden]``. Its submodules see tensors of
+            that shape, their flattened rows, or (in an `Expert`) some of the flattened rows.
+    """
+    length = 0
+
+    def entering(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal length
+        length = args[0].shape[1]
+
+    def positions(path: str, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim == 3:
+            return torch.arange(x.shape[1], device=x.device)
+        parent = block.get_submodule(path.rpartition(".")[0])
+        rows = parent.rows if isinstance(parent, Expert) else None
+        return (torch.arange(len(x), device=x.device) if rows is None else rows) % length
+
+    def before(watch: Watch):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+            changed = watch.look(args[0], positions(watch.path, args[0]))
+            return None if changed is None else (changed, *args[1:])
+
+        return hook
+
+    def after(watch: Watch):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, args: Any, result: Any) -> torch.Tensor | None:
+            if isinstance(result, tuple):  # a block, whose output is looked at, never replaced
+                watch.look(result[0], positions(watch.path, result[0]))
+                return None
+            return watch.look(result, positions(watch.path, result))
+
+        return hook
+
+    handles = [block.register_forward_pre_hook(entering)]
+    for watch in watches:
+        module = block.get_submodule(watch.path)
+        add = module.register_forward_hook if watch.output else module.register_forward_pre_hook
+        handles.append(add(after(watch) if watch.output else before(watch)))
+    return handles
+
+
+@contextmanager
+def watching(block: nn.Module, watches: Iterable[Watch]) -> Iterator[None]:
+    """`place` for the length of a ``with``."""
+    handles = place(block, watches)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

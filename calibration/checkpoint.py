@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -130,6 +130,17 @@ def _shards(folder: Path) -> list[str]:
             "on a machine where you trust them",
         )
     raise ToolkitError(f"{folder}: no safetensors files in it", "name a folder that holds a Hugging Face checkpoint")
+
+
+class TensorSource(Protocol):
+    """A checkpoint's tensors by name: `CheckpointReader`, or what makes float weights of a quantized checkpoint."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]: ...
+
+    def tensor(self, name: str) -> torch.Tensor: ...
+
+    def close(self) -> None: ...
 
 
 class CheckpointReader:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from calibration.architectures import SharedInput
-from calibration.capture import Call, accumulate, record_calls
+from calibration.capture import Call, Watch, accumulate, record_calls, watching
 from calibration.errors import ToolkitError
 from calibration.segment import Segment
 from calibration.states import HiddenStates
@@ -92,6 +92,15 @@ class Context:
             self._states.run(self.segment.module, self.segment.index, False, self.advance, batches)
         self.forwards += 1
         return calls
+
+    def watch(self, watches: Iterable[Watch], batches: int | None = None) -> None:
+        """One forward pass of the block as it now is, or only its first batches, with functions that look at what
+        flows between its submodules and may replace it. Only for passes of the quantized stream."""
+        assert self._states is not None and not self._propagate, "this stream does not keep the inputs of the block"
+        self.segment.sync()
+        with watching(self.segment.module, watches):
+            self._states.run(self.segment.module, self.segment.index, False, self.advance, batches)
+        self.forwards += 1
 
     def rescale(self, linears: Sequence[str], s: torch.Tensor) -> None:
         """Follow an exact balance: the inputs of ``linears`` are now divided by ``s [in]``."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from enum import IntEnum
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
+import torch
+from torch import nn
+
+from calibration.architectures import ArchitectureSpec
 from calibration.context import Context
 from calibration.errors import Problem
 from calibration.segment import Segment
@@ -74,6 +79,19 @@ class StoresParts(Protocol):
         """Bits stored beside the codes of one linear ``[out, in]``."""
 
 
+@runtime_checkable
+class Gates(Protocol):
+    """A pass that fills ``segment.gates`` with thresholds of activation sparsity."""
+
+    def check_architecture(self, spec: ArchitectureSpec, tokens: int) -> Iterable[Problem]:
+        """What can be refused from the architecture table, and from the number of calibration tokens."""
+
+    def masked(
+        self, block: nn.Module, spec: ArchitectureSpec, index: int, gates: Mapping[str, torch.Tensor]
+    ) -> AbstractContextManager[Any]:
+        """While open, forward passes of a block are as sparse as the calibration of later blocks wants it."""
+
+
 def repairs(passes: Sequence[Pass]) -> bool:
     """Whether some pass compares the rounded weights with those before, which then stay in memory."""
     return any(Phase.REPAIR in p.phases for p in passes)
@@ -100,9 +118,9 @@ def stream_of(passes: Sequence[Pass]) -> Stream:
 
 
 def forwards_per_block(passes: Sequence[Pass]) -> int:
-    """Forward passes over the calibration set per block: one that gathers (and on a float stream propagates at once),
-    those that passes add, and one that propagates through the quantized block."""
+    """Forward passes over the calibration set per block: one that gathers statistics (and on a float stream propagates
+    at once), those that passes add, and one that propagates through the quantized block."""
     stream = stream_of(passes)
     if stream == "none":
         return 0
-    return 1 + sum(p.forwards() for p in passes) + (stream == "quantized")
+    return any(p.statistics for p in passes) + sum(p.forwards() for p in passes) + (stream == "quantized")

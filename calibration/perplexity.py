@@ -3,6 +3,8 @@
 ``gptq``: disjoint windows, every target but a window's first token (Frantar et al. 2022, arXiv 2210.17323; the number
 most papers print). ``hf-stride``: overlapping windows, only what a window adds is scored (Hugging Face's guide
 "perplexity of fixed-length models"). ``llama.cpp``: disjoint chunks with BOS in front, second half scored.
+``decode``: disjoint windows whose first half is a prompt and whose second half is scored, for models that compute
+prompts and generated tokens in different ways (activation sparsity).
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ class Segment:
         quantized: linear -> result of the rounding pass.
         parts: linear -> tensors that a user's runtime needs beside the codes, by name (low-rank factors, static input
             scales); committed and exported with the linear.
+        gates: tensors of activation thresholds, by the names they have in a file of their own; committed beside the
+            block, not with its weights.
         ranges: linear -> clipping bounds ``[out, groups]`` that rounding must use.
         errors: linear -> ``{"weight": ..., "output": ...}`` relative errors, filled by the rounding pass.
         notes: linear -> numbers worth recording, ``{"awq.alpha": 0.45}``.
@@ -51,6 +53,7 @@ class Segment:
     schemes: dict[str, Any]
     quantized: dict[str, Replacement] = field(default_factory=dict)
     parts: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    gates: dict[str, torch.Tensor] = field(default_factory=dict)
     ranges: dict[str, torch.Tensor] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: dict[str, dict[str, float | str]] = field(default_factory=dict)
@@ -91,6 +94,10 @@ class Segment:
 
     def full_name(self, name: str) -> str:
         return self.prefix + name
+
+    def module_path(self, name: str) -> str:
+        """Where a linear of the block is in the model class, from the root."""
+        return self.prefix + self.architecture.module_name(name)
 
     def absorb(self, group: Balance, s: torch.Tensor) -> torch.Tensor:
         """Divide the producer by ``s`` and multiply the consumers' input columns by it; the function is unchanged.

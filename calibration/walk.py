@@ -7,17 +7,18 @@ are the only truth: ``--resume`` replays finished blocks to get the hidden state
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from calibration.checkpoint import CheckpointReader, save_tensors, write_atomically
+from calibration.checkpoint import CheckpointReader, TensorSource, save_tensors, write_atomically
 from calibration.context import Context
 from calibration.memory import return_freed
-from calibration.passes import Pass, forwards_per_block, repairs, stream_of
+from calibration.passes import Gates, Pass, forwards_per_block, repairs, stream_of
 from calibration.progress import Progress
 from calibration.segment import Segment
 from calibration.skeleton import Skeleton, load_parameters, release
@@ -36,13 +37,13 @@ class Walk:
         schemes: block index -> {linear: scheme} of the linears to quantize, block-relative names.
         encode: a finished segment -> the tensors of its file, full checkpoint names.
         restore: the tensors of a file and the texts of its linears' schemes (passes may have changed those) -> float
-            weights, in the dtype given; all by full checkpoint names.
+            weights, in the dtype given; all by full checkpoint names. What it leaves out is as in the checkpoint.
         folder: where ``block-00007.safetensors`` and ``block-00007.json`` go.
         master_dtype: float32; float64 in exactness tests.
         allow_unseen: experts without calibration tokens are rounded without data instead of stopping the run.
     """
 
-    reader: CheckpointReader
+    reader: TensorSource
     skeleton: Skeleton
     passes: Sequence[Pass]
     schemes: Callable[[int], Mapping[str, Any]]
@@ -58,6 +59,16 @@ class Walk:
 
     def record_path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.json"
+
+    def gates_path(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.gates.safetensors"
+
+    def gates(self, index: int) -> dict[str, torch.Tensor]:
+        """Activation thresholds of a finished block, as its passes left them in ``segment.gates``."""
+        if not self.gates_path(index).exists():
+            return {}
+        with CheckpointReader.of_file(self.gates_path(index)) as file:
+            return {name: file.tensor(name) for name in file.infos}
 
     def committed(self, index: int) -> dict[str, Any]:
         """What is recorded of a finished block's linears, by full name: ``{"scheme", "errors", "notes"}``."""
@@ -116,10 +127,11 @@ class Walk:
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.skeleton.device, self.skeleton.dtype)
 
-    def _float_block(self, index: int) -> dict[str, torch.Tensor]:
-        """Stored tensors of one block, block-relative names, in their stored dtypes."""
+    def _float_block(self, index: int, without: Container[str] = ()) -> dict[str, torch.Tensor]:
+        """Stored tensors of one block but those in ``without``, block-relative names, in their stored dtypes."""
         prefix = self.skeleton.spec.prefix(index)
         names = [n[len(prefix) :] for n in self.reader.infos if n.startswith(prefix)]
+        names = [n for n in names if n not in without]
         tensors = {n: self.reader.tensor(prefix + n) for n in names if self.skeleton.block_has(index, n)}
         self.reader.close()
         return tensors
@@ -130,12 +142,27 @@ class Walk:
 
     def _replay(self, index: int, states: HiddenStates, quantized: bool, progress: Progress) -> None:
         """Propagate through a finished block: the float one or the written one, as the first run did."""
+
+        def advance(_: str) -> None:
+            progress.advance(f"block {index}")
+
         if quantized:
-            self._fill_written(index)
-        else:
-            self._fill(index, {n: self._cast(t) for n, t in self._float_block(index).items()})
+            self._run_written(index, states, advance)
+            return
+        self._fill(index, {n: self._cast(t) for n, t in self._float_block(index).items()})
         block = self.skeleton.block(index)
-        states.run(block, index, keep=True, advance=lambda _: progress.advance(f"block {index}"))
+        states.run(block, index, keep=True, advance=advance)
+        release(block)
+
+    def _run_written(self, index: int, states: HiddenStates, advance: Callable[[str], None]) -> None:
+        """Propagate through a committed block, pruned where its passes want later blocks to see that."""
+        self._fill_written(index)
+        block, gates = self.skeleton.block(index), self.gates(index)
+        with ExitStack() as stack:
+            for step in self.passes:
+                if isinstance(step, Gates):
+                    stack.enter_context(step.masked(block, self.skeleton.spec, index, gates))
+            states.run(block, index, keep=True, advance=advance)
         release(block)
 
     def _fill_written(self, index: int) -> None:
@@ -145,7 +172,9 @@ class Walk:
             stored = {n: file.tensor(n) for n in file.infos}
         schemes = {name: entry["scheme"] for name, entry in self.committed(index).items()}
         restored = self.restore(stored, schemes, self.skeleton.dtype)
-        self._fill(index, {n[len(prefix) :]: self._cast(t) for n, t in restored.items()})
+        tensors = {n[len(prefix) :]: t for n, t in restored.items()}
+        tensors.update(self._float_block(index, without=tensors))
+        self._fill(index, {n: self._cast(t) for n, t in tensors.items()})
 
     def load(self, index: int, with_module: bool = True) -> Segment:
         """One block with float masters; ``with_module`` also fills the module for forward passes."""
@@ -188,9 +217,7 @@ class Walk:
         del context, segment  # masters and statistics go before the next forward pass
         release(module)
         if states is not None and stream == "quantized" and not last:
-            self._fill_written(index)
-            states.run(module, index, keep=True, advance=advance)
-            release(module)
+            self._run_written(index, states, advance)
         return_freed()
 
     def _commit(self, segment: Segment, forwards: int) -> None:
@@ -206,5 +233,7 @@ class Walk:
             },
         }
         tensors = self.encode(segment)
+        if segment.gates:
+            save_tensors(self.gates_path(segment.index), segment.gates)
         write_atomically(self.record_path(segment.index), (json.dumps(record, sort_keys=True) + "\n").encode())
         save_tensors(self.tensors_path(segment.index), tensors)

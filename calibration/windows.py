@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from calibration.errors import ToolkitError, unknown_value
 
-PROTOCOLS = ("gptq", "hf-stride", "llama.cpp")
+PROTOCOLS = ("gptq", "hf-stride", "llama.cpp", "decode")
+
+HALVES = ("llama.cpp", "decode")
+"""Protocols that score the second half of a window."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Scoring:
         assert self.batch_size > 0 and (self.max_windows is None or self.max_windows > 0), self
         if self.protocol not in PROTOCOLS:
             raise unknown_value("--protocol", self.protocol, PROTOCOLS)
-        shortest = 3 if self.protocol == "llama.cpp" else 2
+        shortest = 3 if self.protocol in HALVES else 2
         if self.window < shortest:
             raise ToolkitError(
                 f"window {self.window}: under '{self.protocol}' it has no token to score",
@@ -81,7 +84,7 @@ class Window:
 def cut_windows(scoring: Scoring, n: int) -> list[Window]:
     """The windows of a text of ``n`` tokens. A window's first token is never a target: nothing predicts it.
 
-    ``gptq`` and ``llama.cpp`` drop the tail, ``hf-stride`` scores it.
+    ``gptq``, ``llama.cpp`` and ``decode`` drop the tail, ``hf-stride`` scores it.
     """
     window = scoring.window
     if scoring.protocol == "hf-stride":
@@ -94,7 +97,7 @@ def cut_windows(scoring: Scoring, n: int) -> list[Window]:
                 break
         return [w for w in windows if w.first < w.length]
     # llama.cpp predicts tokens n_ctx/2 + 1 .. n_ctx - 1 of a chunk: 255 of 512.
-    first = window // 2 + 1 if scoring.protocol == "llama.cpp" else 1
+    first = window // 2 + 1 if scoring.protocol in HALVES else 1
     return [Window(i * window, (i + 1) * window, first) for i in range(n // window)]
 
 

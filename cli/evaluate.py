@@ -17,7 +17,13 @@ def evaluate(
         typer.Option(help="wikitext2, c4, ptb, builtin, or FILE. Default: wikitext2; the demo's own for demo."),
     ] = None,
     seq_len: Annotated[int, typer.Option(help="Window in tokens; cut to the model's context.")] = 2048,
-    protocol: Annotated[str, typer.Option(help="gptq (disjoint windows), llama.cpp or hf-stride.")] = "gptq",
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="gptq (disjoint windows), llama.cpp, hf-stride, or decode: the second half of each window is scored, "
+            "and only it is sparse."
+        ),
+    ] = "gptq",
     stride: Annotated[int | None, typer.Option(help="For hf-stride; default half a window.")] = None,
     reference: Annotated[
         str | None, typer.Option(help="Model to measure KL divergence and top-1 agreement against.")
@@ -48,9 +54,11 @@ def evaluate(
     from calibration.checkpoint import write_atomically
     from calibration.record import SCHEMA_VERSION
     from cli.progress import TerminalProgress
+    from cli.sparse import MaskedRuntime, reached_lines
     from ptq.evaluation import evaluate as score
     from ptq.evaluation import evaluate_tasks
 
+    sparse = MaskedRuntime()
     with TerminalProgress() as progress:
         result = score(
             model,
@@ -63,12 +71,18 @@ def evaluate(
             dtype=dtype,
             kernel=kernel,
             trust_remote_code=trust_remote_code,
+            sparse=sparse,
             progress=progress,
         )
     task_run = None
     if tasks:
         task_run = evaluate_tasks(
-            model, tasks.split(","), device=device, dtype=dtype, trust_remote_code=trust_remote_code
+            model,
+            tasks.split(","),
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            sparse=MaskedRuntime(),
         )
     p = result.protocol
     print(
@@ -76,6 +90,8 @@ def evaluate(
     )
     print(f"protocol {p.name}, window {p.window}, stride {p.stride}, {p.tokens_scored} tokens scored, {p.dtype}")
     print(f"linears computed by: {result.path}")
+    for line in reached_lines(sparse, result):
+        print(line)
     if result.divergence is not None:
         d = result.divergence
         print(f"reference perplexity {d.reference_perplexity:.4f}")

@@ -21,9 +21,15 @@ def export(
 ) -> None:
     """Change the format of a quantized checkpoint: the same codes, laid out anew."""
     quiet_libraries()
+    import dataclasses
+
+    from calibration.checkpoint import CheckpointReader
+    from calibration.models import locate, weights_fingerprint
     from cli.progress import TerminalProgress
     from ptq.convert import export_model
+    from sparsity.files import load_sparsity, save_sparsity
 
+    sparsity = load_sparsity(locate(model))
     with TerminalProgress() as progress:
         fmt = export_model(
             model,
@@ -34,4 +40,7 @@ def export(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
+    if sparsity is not None:  # the codes are the same, so the thresholds fit
+        with CheckpointReader(out) as reader:
+            save_sparsity(dataclasses.replace(sparsity, base=weights_fingerprint(reader)), out)
     print(f"written to {out} as {fmt.name}; every linear read back and compared")

@@ -16,6 +16,9 @@ def quantize(
     method: Annotated[
         str | None, typer.Option(help="rtn, gptq, awq, awq+gptq. Without a rounding pass, rtn is appended.")
     ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Share of activations that cats, chess, scap or teal prune: awq+scap, 0.5.")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file with passes and schemes, instead of --method.")] = None,
     scheme: Annotated[
         str | None,
@@ -66,14 +69,23 @@ def quantize(
         raise ToolkitError("--method and --recipe exclude each other", "leave one out")
     if method is None and recipe is None:
         raise ToolkitError("--method or --recipe is missing", "pass e.g. --method awq")
+    if target is not None and recipe is not None:
+        raise ToolkitError("--target and --recipe exclude each other", "write target = 0.5 into the recipe's pass")
     if out is None and not dry_run:
         raise ToolkitError("--out is missing", "pass --out DIR, or --dry-run to see the plan only")
     quiet_libraries()
+    from cli.sparse import MaskedRuntime, all_methods, refuse_sparse
+    from sparsity.methods import METHODS as SPARSIFIERS
     from ptq.pipeline import Options, prepare, run
     from ptq.session import Session
 
     if out is not None and not dry_run:
         Session(out).check(overwrite, resume)
+    refuse_sparse(model)
+    if target is not None and method is not None and not set(method.split("+")) & set(SPARSIFIERS):
+        raise ToolkitError(
+            f"--target {target}: no part of '{method}' prunes activations", "use awq+scap, or leave it out"
+        )
     options = Options(
         dataset=dataset,
         samples=samples,
@@ -86,7 +98,16 @@ def quantize(
         trust_remote_code=trust_remote_code,
         command=command_line(),
     )
-    job = prepare(model, method=method, scheme=scheme, recipe=recipe, format=format, options=options)
+    job = prepare(
+        model,
+        method=method,
+        scheme=scheme,
+        recipe=recipe,
+        format=format,
+        options=options,
+        methods=all_methods(target),
+        sparse=MaskedRuntime(),
+    )
     print_plan(job)
     if dry_run or out is None:
         return

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from calibration.architectures import resolve
 from calibration.corpora import load_corpus
 from calibration.encoding import token_ids, too_short
 from calibration.models import DEMO, DEMO_FOLDER, load_tokenizer, locate
@@ -18,6 +19,7 @@ from calibration.tasks import TaskRun, lm_eval_tasks
 from calibration.text import check_tokenizer
 from calibration.windows import Scoring
 from ptq.devices import parse_dtype, resolve_device
+from ptq.gating import SparseRuntime
 from ptq.runtime.load import Loaded, load_model
 
 TASK_BATCH = 8  # sequences per forward in lm-eval tasks
@@ -86,6 +88,7 @@ def evaluate(
     dtype: str = "auto",
     kernel: str | None = None,
     trust_remote_code: bool = False,
+    sparse: SparseRuntime | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Score a checkpoint; with ``reference`` also its KL divergence and top-1 agreement against another.
@@ -93,6 +96,8 @@ def evaluate(
     Args:
         dataset: a known set or a file; None: wikitext2, or the demo's own text for the demo.
         seq_len: window in tokens, cut to the model's context.
+        sparse: prunes activations of checkpoints with thresholds: at all positions but the first of a window; under
+            the protocol ``decode`` in its second half.
 
     Raises:
         ToolkitError: unknown or broken model, data set, protocol; text shorter than a window.
@@ -112,6 +117,9 @@ def evaluate(
     other = None
     if reference is not None:
         other = load_model(reference, dtype=width, device=where, trust_remote_code=trust_remote_code)
+    path = _attached(loaded, sparse, protocol, seq_len)
+    if other is not None:
+        _attached(other, sparse, protocol, seq_len)
     scoring = Scoring(
         protocol=protocol,
         window=seq_len,
@@ -125,10 +133,19 @@ def evaluate(
         tokenizer,
         scoring,
         model="float" if loaded.format is None else "quantized",
-        path=loaded.path,
+        path=path,
         reference_fn=None if other is None else logits_of(other, where),
         progress=None if progress is None else window_ticks(progress),
     )
+
+
+def _attached(loaded: Loaded, sparse: SparseRuntime | None, protocol: str, window: int) -> str:
+    """How a model's linears are computed, with the masks that were placed on it."""
+    if sparse is None:
+        return loaded.path
+    dense = window // 2 if protocol == "decode" else 1
+    masks = sparse.attach(loaded.model, resolve(loaded.model.config), loaded.folder, dense)
+    return f"{loaded.path}; {masks}" if masks else loaded.path
 
 
 def window_ticks(progress: Progress) -> Callable[[int, int], None]:
@@ -152,6 +169,7 @@ def evaluate_tasks(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    sparse: SparseRuntime | None = None,
 ) -> TaskRun:
     """lm-eval tasks on a float or quantized checkpoint.
 
@@ -160,6 +178,7 @@ def evaluate_tasks(
     """
     where = resolve_device(device)
     loaded = load_model(model, dtype=evaluation_dtype(dtype, where), device=where, trust_remote_code=trust_remote_code)
+    _attached(loaded, sparse, "gptq", 0)
     tokenizer = load_tokenizer(loaded.folder, trust_remote_code)
     longest = context_length(loaded.model.config)
     return lm_eval_tasks(loaded.model, tokenizer, list(tasks), TASK_BATCH, min(2048, longest))

@@ -29,6 +29,7 @@ from calibration.models import (
     locate,
     open_model,
 )
+from calibration.passes import Gates
 from calibration.progress import Progress, Silent
 from calibration.record import RunRecord
 from calibration.skeleton import Skeleton
@@ -38,8 +39,10 @@ from ptq.committed import CommittedBlocks, Restore, encode_segment
 from ptq.devices import parse_dtype, resolve_device
 from ptq.evaluation import check_text, context_length, default_dataset
 from ptq.export.write import copy_small_files, outside_blocks, verify_checkpoint, write_checkpoint
+from ptq.gating import SparseRuntime
+from ptq.methods import METHODS
 from ptq.plan import Plan, make_plan
-from ptq.recipe import Recipe, method_recipe, read_recipe
+from ptq.recipe import Methods, Recipe, method_recipe, read_recipe
 from ptq.reporting import Stopwatch, write_reports
 from ptq.scheme import parse_scheme
 from ptq.session import Session
@@ -78,6 +81,7 @@ class Job:
     """A run that passed its plan: everything open, nothing written.
 
     ``source`` is ``hub``, ``folder`` or ``demo``; ``name`` the hub id or the folder's own name (paths stay private).
+    ``sparse`` saves and applies the thresholds of GATE passes, where ``methods`` had any.
     """
 
     name: str
@@ -92,6 +96,7 @@ class Job:
     dtype: torch.dtype
     batch_size: int
     notes: list[str]
+    sparse: SparseRuntime | None = None
 
 
 def prepare(
@@ -102,8 +107,13 @@ def prepare(
     recipe: str | Path | None = None,
     format: str | None = None,
     options: Options | None = None,
+    methods: Methods = METHODS,
+    sparse: SparseRuntime | None = None,
 ) -> Job:
     """Resolve model, recipe and plan from headers alone.
+
+    Args:
+        methods: passes that recipes may name; those of activation sparsity only with ``sparse``.
 
     Raises:
         ToolkitError, PlanError: whatever can be refused.
@@ -117,9 +127,9 @@ def prepare(
         )
     resolved: Recipe
     if recipe is not None:
-        resolved = read_recipe(Path(recipe), scheme, format)
+        resolved = read_recipe(Path(recipe), scheme, format, methods)
     else:
-        resolved = method_recipe(method or "", scheme, format)
+        resolved = method_recipe(method or "", scheme, format, methods)
     folder = locate(model)
     reader, config, spec = open_model(folder, options.trust_remote_code)
     device = resolve_device(options.device)
@@ -147,7 +157,7 @@ def prepare(
         check_name(name)
     source = "demo" if str(model) == DEMO else "folder" if Path(model).is_dir() else "hub"
     name = folder.name if source == "folder" else str(model)
-    return Job(name, source, reader, config, plan, options, dataset, seq_len, device, dtype, batch_size, notes)
+    return Job(name, source, reader, config, plan, options, dataset, seq_len, device, dtype, batch_size, notes, sparse)
 
 
 def run(
@@ -221,6 +231,11 @@ def run(
     with watch("verify"):
         progress.stage("verify", len(plan.layout.quantized))
         verified = verify_checkpoint(blocks.blocks, fmt, session.partial, progress.advance)
+    gating = [step for step in plan.recipe.passes if isinstance(step, Gates)]
+    if gating:
+        assert job.sparse is not None and tokens is not None, "GATE passes come with their runtime"
+        gates = {name: t for index in range(plan.spec.n_blocks) for name, t in walk.gates(index).items()}
+        job.sparse.write(session.partial, gating, gates, tokens.source)
     record = write_reports(job, walk, fmt, written, verified, tokens, session.partial, watch, resumed, progress)
     session.finish()
     return record

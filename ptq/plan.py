@@ -14,7 +14,7 @@ import torch
 from calibration.architectures import ArchitectureSpec
 from calibration.checkpoint import CheckpointReader
 from calibration.errors import PlanError, Problem, ToolkitError, unknown_value
-from calibration.passes import StoresParts, check_order, forwards_per_block, repairs
+from calibration.passes import Gates, StoresParts, check_order, forwards_per_block, repairs
 from calibration.statistics import Gram
 from ptq.export.formats import FORMATS, PREFERRED, Format, choose
 from ptq.linears import ModelLayout, PlannedLinear
@@ -119,6 +119,8 @@ def make_plan(
     )
     for step in recipe.passes:
         problems += step.check(layout)
+        if isinstance(step, Gates):
+            problems += step.check_architecture(spec, samples * seq_len)
     fmt, reason = _format(recipe, _possible_layouts(layout, recipe), problems)
     if problems:
         raise PlanError(dict.fromkeys(problems))

@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -34,6 +34,9 @@ from calibration.errors import ToolkitError, nearest, unknown_value
 from calibration.passes import Pass, Phase
 from ptq.methods import COMBINATIONS, METHODS
 from ptq.scheme import Quantizer, QuantScheme, parse_scheme
+
+Methods = Mapping[str, Callable[..., Pass]]
+"""Passes by the names that recipes use."""
 
 DEFAULT_SCHEME = "w4a16-g128"
 FLOAT = "float"
@@ -76,7 +79,7 @@ def _settings(instance: Any) -> dict[str, Any]:
     return {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
 
 
-def parse_method(text: str) -> tuple[Pass, ...]:
+def parse_method(text: str, methods: Methods = METHODS) -> tuple[Pass, ...]:
     """``awq+gptq`` to passes with default settings.
 
     Raises:
@@ -84,10 +87,10 @@ def parse_method(text: str) -> tuple[Pass, ...]:
     """
     names: list[str] = []
     for name in (name.strip() for name in text.split("+")):
-        if name not in METHODS and name not in COMBINATIONS:
-            raise unknown_value("--method", name, [*METHODS, *COMBINATIONS])
+        if name not in methods and name not in COMBINATIONS:
+            raise unknown_value("--method", name, [*methods, *COMBINATIONS])
         names += COMBINATIONS.get(name, (name,))
-    return with_rounding([METHODS[name]() for name in names])
+    return with_rounding([methods[name]() for name in names])
 
 
 def with_rounding(passes: Sequence[Pass]) -> tuple[Pass, ...]:
@@ -103,13 +106,15 @@ def default_quantizer(format_name: str | None) -> Quantizer:
     return "asym_zero_in" if format_name == "awq" else "sym_gptq"
 
 
-def method_recipe(method: str, scheme: str | None, format_name: str | None) -> Recipe:
+def method_recipe(method: str, scheme: str | None, format_name: str | None, methods: Methods = METHODS) -> Recipe:
     """The recipe that ``--method`` and ``--scheme`` stand for."""
     parsed = parse_scheme(scheme or DEFAULT_SCHEME, default_quantizer(format_name))
-    return Recipe(parse_method(method), (Rule("*", parsed),), format_name)
+    return Recipe(parse_method(method, methods), (Rule("*", parsed),), format_name)
 
 
-def read_recipe(path: Path, scheme: str | None = None, format_name: str | None = None) -> Recipe:
+def read_recipe(
+    path: Path, scheme: str | None = None, format_name: str | None = None, methods: Methods = METHODS
+) -> Recipe:
     """A recipe file; ``scheme`` and ``format_name`` from the command line take the place of its own.
 
     Raises:
@@ -130,7 +135,9 @@ def read_recipe(path: Path, scheme: str | None = None, format_name: str | None =
     if ("method" in data) == ("pass" in data):
         raise ToolkitError(f"{path}: needs either 'method' or [[pass]] tables", 'write method = "awq+gptq"')
     passes = (
-        with_rounding([_read_pass(path, t) for t in data["pass"]]) if "pass" in data else parse_method(data["method"])
+        with_rounding([_read_pass(path, t, methods) for t in data["pass"]])
+        if "pass" in data
+        else parse_method(data["method"], methods)
     )
     format_name = format_name or data.get("format")
     quantizer = default_quantizer(format_name)
@@ -156,11 +163,11 @@ def _read_rule(path: Path, table: Mapping[str, Any], quantizer: Quantizer) -> Ru
     return Rule(table["match"], None if table["scheme"] == FLOAT else parse_scheme(table["scheme"], quantizer))
 
 
-def _read_pass(path: Path, table: Mapping[str, Any]) -> Pass:
-    name = table.get("name")
-    if name not in METHODS:
-        raise unknown_value(f"{path}: pass.name", str(name), METHODS)
-    method = METHODS[name]
+def _read_pass(path: Path, table: Mapping[str, Any], methods: Methods) -> Pass:
+    name = str(table.get("name"))
+    if name not in methods:
+        raise unknown_value(f"{path}: pass.name", name, methods)
+    method = methods[name]
     types = get_type_hints(method)
     fields = [f.name for f in dataclasses.fields(method)]  # type: ignore[arg-type]
     _only_keys(path, f"{name}.", table, ("name", *fields))

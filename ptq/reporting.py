@@ -116,6 +116,7 @@ def evaluations(job: Job, folder: Any, progress: Progress) -> tuple[Evaluation, 
         reference=job.reader.folder,
         device=job.options.device,
         trust_remote_code=job.options.trust_remote_code,
+        sparse=job.sparse,
         progress=progress,
     )
     assert result.divergence is not None

@@ -54,11 +54,11 @@ def small(x: torch.Tensor, threshold: torch.Tensor, center: torch.Tensor | None 
     """
     wide = x if x.dtype == torch.float64 else x.float()
     if center is not None:
-        wide = wide - center.to(wide.dtype)
-    return wide.abs() <= threshold.to(wide.dtype)
+        wide = wide - center.to(wide)
+    return wide.abs() <= threshold.to(wide)
 
 
 def prune(x: torch.Tensor, threshold: torch.Tensor, center: torch.Tensor | None = None) -> torch.Tensor:
     """``x`` with every small value replaced by the center (or 0), in the dtype of x. Arguments as in `small`."""
-    replacement = torch.zeros(1, dtype=x.dtype, device=x.device) if center is None else center.to(x.dtype)
+    replacement = torch.zeros(1, dtype=x.dtype, device=x.device) if center is None else center.to(x)
     return torch.where(small(x, threshold, center), replacement, x)

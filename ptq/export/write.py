@@ -24,6 +24,7 @@ NOT_COPIED = {  # written anew, or belonging to another run
     "report.json",
     "timings.json",
     "plan.json",
+    "sparsity.json",  # thresholds belong to one set of weights
     "train.txt",
     "test.txt",
 }

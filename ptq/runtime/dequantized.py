@@ -1,0 +1,60 @@
+"""`DequantizedCheckpoint`: the float weights that a quantized checkpoint stands for, one tensor at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+
+from calibration.architectures import ArchitectureSpec
+from calibration.checkpoint import CheckpointReader, TensorInfo, TensorSource
+from ptq.export.adapter import read_adapter
+from ptq.export.formats import format_of
+from ptq.runtime.load import checkpoint_dtype, read_linear
+
+
+class DequantizedCheckpoint:
+    """A quantized checkpoint with the tensor names, shapes and dtype of the float model; see `float_weights`.
+
+    What the runtime does to inputs (static or dynamic activation scales) is not part of a weight and not seen.
+    """
+
+    def __init__(self, reader: CheckpointReader, spec: ArchitectureSpec) -> None:
+        fmt = format_of(reader.config)
+        assert fmt is not None, "a float checkpoint needs no dequantizing"
+        self._reader, self._format = reader, fmt
+        self._schemes = fmt.schemes(reader.config, reader.infos, reader.tensor)
+        self._adapter = read_adapter(reader.folder)
+        self._dtype = checkpoint_dtype(reader, spec)
+        self._transposed = spec.conv1d
+        taken = {f"{name}.{suffix}" for name in self._schemes for suffix in fmt.suffixes}
+        infos = {name: info for name, info in reader.infos.items() if name not in taken}
+        for name, (_, (rows, columns)) in self._schemes.items():
+            shape = (columns, rows) if self._transposed else (rows, columns)
+            infos[f"{name}.weight"] = TensorInfo(self._dtype, shape, "")
+        self._infos = infos
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A stored tensor, or a weight made of its codes and low-rank parts."""
+        linear = name.removesuffix(".weight")
+        if not name.endswith(".weight") or linear not in self._schemes:
+            return self._reader.tensor(name)
+        scheme, shape = self._schemes[linear]
+        q = read_linear(self._reader, self._format, linear, scheme, shape)
+        if linear in self._adapter:
+            q = dataclasses.replace(q, parts={**q.parts, **self._adapter[linear]})
+        weight = q.dequantize(self._dtype)
+        return weight.T.contiguous() if self._transposed else weight
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+def float_weights(reader: CheckpointReader, spec: ArchitectureSpec) -> TensorSource:
+    """The checkpoint itself where it is float, else its dequantized view."""
+    return reader if format_of(reader.config) is None else DequantizedCheckpoint(reader, spec)

@@ -1,0 +1,106 @@
+"""From a checkpoint and a method to sites: plan, walk, and the files beside the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibration.architectures import ArchitectureSpec
+from calibration.checkpoint import CheckpointReader, TensorSource
+from calibration.errors import PlanError
+from calibration.models import weights_fingerprint
+from calibration.passes import Gates, Pass
+from calibration.progress import Progress
+from calibration.skeleton import Skeleton
+from calibration.text import TokenBatches
+from calibration.walk import Walk
+from sparsity.files import Sparsity, save_sparsity, sites_from
+from sparsity.rules import settings_of
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that is made sparse.
+
+    Attributes:
+        source: its tensors as float weights, whatever the checkpoint stores.
+        config: of transformers.
+    """
+
+    source: TensorSource
+    config: Any
+    spec: ArchitectureSpec
+
+
+def check_plan(step: Pass, spec: ArchitectureSpec, tokens: int) -> None:
+    """Refuse what settings, family and the number of calibration tokens rule out.
+
+    Raises:
+        PlanError: every problem at once.
+    """
+    problems = list(step.check(None))
+    if isinstance(step, Gates):
+        problems += step.check_architecture(spec, tokens)
+    if problems:
+        raise PlanError(dict.fromkeys(problems))
+
+
+def calibrate(
+    base: Base,
+    step: Pass,
+    tokens: TokenBatches,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch_size: int,
+    progress: Progress,
+) -> dict[str, torch.Tensor]:
+    """Walk through the blocks with one pass, and return its thresholds by their names in the file.
+
+    Args:
+        folder: where the walk may keep finished blocks.
+        dtype, device: of forward passes.
+    """
+    skeleton = Skeleton(base.config, base.spec, dtype, device)
+    skeleton.check_complete(base.source.infos)
+    walk = Walk(
+        reader=base.source,
+        skeleton=skeleton,
+        passes=(step,),
+        schemes=lambda index: {},
+        encode=lambda segment: {},
+        restore=lambda tensors, schemes, dtype: {},
+        folder=folder,
+        batch_size=batch_size,
+    )
+    walk.run(tokens, progress)
+    return {name: t for index in range(base.spec.n_blocks) for name, t in walk.gates(index).items()}
+
+
+def write(
+    folder: Path, steps: Sequence[Pass], gates: Mapping[str, torch.Tensor], calibration: Mapping[str, Any]
+) -> Sparsity:
+    """Put thresholds beside the weights in ``folder``, which become their base.
+
+    Args:
+        steps: the passes that made them.
+        calibration: of the text, as in a run record.
+    """
+    with CheckpointReader(folder) as reader:
+        base = weights_fingerprint(reader)
+    settings = {step.name: settings_of(step) for step in steps}
+    sparsity = Sparsity(
+        method="+".join(settings),
+        target=max(s["target"] for s in settings.values()),
+        base=base,
+        sites=sites_from(gates),
+        settings=settings,
+        calibration=dict(calibration),
+    )
+    save_sparsity(sparsity, folder)
+    return sparsity

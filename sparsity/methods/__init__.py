@@ -1,0 +1,21 @@
+"""The methods of activation sparsity, by the names that recipes and ``--method`` use."""
+
+from __future__ import annotations
+
+from calibration.passes import Pass
+from sparsity.methods.cats import Cats
+from sparsity.methods.chess import Chess, ChessWithAttention
+from sparsity.methods.fatrelu import FatRelu
+from sparsity.methods.scap import Scap
+from sparsity.methods.teal import Teal
+
+METHODS: dict[str, type[Pass]] = {
+    "cats": Cats,
+    "chess": Chess,
+    "chess-qo": ChessWithAttention,
+    "scap": Scap,
+    "teal": Teal,
+    "fatrelu": FatRelu,
+}
+
+__all__ = ["METHODS", "Cats", "Chess", "ChessWithAttention", "FatRelu", "Scap", "Teal"]

@@ -1,0 +1,72 @@
+"""CATS (Lee et al. 2024, arXiv 2404.08763): one threshold per layer on the gate's activation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from calibration.architectures import ArchitectureSpec
+from calibration.capture import Watch
+from calibration.context import Context
+from calibration.errors import Problem
+from calibration.passes import Phase, Stream
+from calibration.segment import Segment
+from calibration.statistics import Statistic
+from sparsity.pools import Pool, checked, gated
+from sparsity.rules import Rule, gate_problems, put, target_problems, token_problems
+
+
+def gate_pools(segment: Segment, context: Context, watches: Iterable[Watch] = ()) -> dict[str, Pool]:
+    """Pools of ``act(gate(x))`` of every feed-forward network, by gate; other watches may join the forward pass."""
+    networks = gated(segment)
+    pools = {gate: Pool() for gate in networks}
+    looking = [Watch(networks[gate].nonlinearity, pool.look(), output=True) for gate, pool in pools.items()]
+    context.watch([*looking, *watches])
+    return pools
+
+
+def gate_groups(segment: Segment) -> dict[str, int | None]:
+    """For `checked`: the gates of experts belong together."""
+    return {gate: None if network.expert is None else 0 for gate, network in gated(segment).items()}
+
+
+@dataclass(frozen=True)
+class Cats:
+    """Prune the smallest ``target`` of |act(gate(x))| of each layer; rows of up and columns of down are skipped.
+
+    Thresholds are quantiles of one pool of all tokens and channels, where the published code takes the left edge of a
+    histogram bin on [-2, 2].
+    """
+
+    target: float = 0.5
+
+    name: ClassVar[str] = "cats"
+    phases: ClassVar[tuple[Phase, ...]] = (Phase.GATE,)
+    stream: ClassVar[Stream] = "quantized"
+    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
+    parts: ClassVar[tuple[str, ...]] = ()
+
+    def check(self, view: Any) -> Iterable[Problem]:
+        yield from target_problems(self.target)
+
+    def check_architecture(self, spec: ArchitectureSpec, tokens: int) -> Iterable[Problem]:
+        yield from gate_problems(self.name, spec)
+        yield from token_problems(tokens)
+
+    def forwards(self) -> int:
+        return 1
+
+    def apply(self, segment: Segment, context: Context) -> None:
+        pools = checked(segment, gate_pools(segment, context), gate_groups(segment))
+        rules = [Rule(gate, "output", pools[gate].histogram) for gate in gated(segment)]
+        put(segment, rules, dict.fromkeys(pools, self.target))
+
+    def masked(
+        self, block: nn.Module, spec: ArchitectureSpec, index: int, gates: Mapping[str, torch.Tensor]
+    ) -> AbstractContextManager[Any]:
+        return nullcontext()

@@ -1,0 +1,126 @@
+"""CHESS (He et al. 2024, arXiv 2409.01366): a threshold per channel of the gate, and optionally the inputs of q and o.
+
+Pruning G_i costs about |G_i U_i|; U_i is not known before ``up`` runs, so its calibration mean takes its place. The
+layer's threshold T0 is the quantile of all |G_i| a_i, and channel i prunes where |G_i| <= T0 / a_i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from calibration.architectures import ArchitectureSpec
+from calibration.capture import Watch
+from calibration.context import Context
+from calibration.errors import Problem
+from calibration.passes import Phase, Stream
+from calibration.segment import Segment
+from calibration.statistics import Statistic
+from sparsity.methods.cats import gate_groups, gate_pools
+from sparsity.pools import MIN_TOKENS, ChannelMeans, Pool, checked, gated
+from sparsity.rules import Rule, gate_problems, put, target_problems, token_problems
+
+
+@dataclass(frozen=True)
+class Chess:
+    """Prune the ``target`` of the gate's values that matter least.
+
+    Attributes:
+        target: share of the gate's values, and with ``attention`` of the inputs of q and o.
+        up_stat: a_i is the mean of |U_i| (the paper and the current code) or its root mean square (the first code).
+        down_norm: also multiply a_i by the norm of column i of down, which the paper takes to be equal (ours).
+        attention: also prune what the query and the output projection read. Keys and values stay exact.
+    """
+
+    target: float = 0.5
+    up_stat: Literal["mean_abs", "rms"] = "mean_abs"
+    down_norm: bool = False
+    attention: bool = False
+
+    name: ClassVar[str] = "chess"
+    phases: ClassVar[tuple[Phase, ...]] = (Phase.GATE,)
+    stream: ClassVar[Stream] = "quantized"
+    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
+    parts: ClassVar[tuple[str, ...]] = ()
+
+    def check(self, view: Any) -> Iterable[Problem]:
+        yield from target_problems(self.target)
+
+    def check_architecture(self, spec: ArchitectureSpec, tokens: int) -> Iterable[Problem]:
+        yield from gate_problems(self.name, spec)
+        yield from token_problems(tokens)
+        if self.attention and not query_and_output(spec, 0):
+            yield Problem(
+                f"family {spec.family}",
+                "queries are one linear with keys and values, which must stay exact",
+                "use --method chess without the inputs of q and o",
+            )
+
+    def forwards(self) -> int:
+        return 2
+
+    def apply(self, segment: Segment, context: Context) -> None:
+        networks = gated(segment)
+        means = {gate: self._means(segment, network.up) for gate, network in networks.items()}
+        sites = query_and_output(segment.architecture, segment.index) if self.attention else ()
+        inputs = {linear: Pool() for linear in sites}
+        watches = [
+            Watch(segment.architecture.module_name(networks[gate].up), m.look, output=True) for gate, m in means.items()
+        ]
+        watches += [Watch(segment.architecture.module_name(n), pool.look()) for n, pool in inputs.items()]
+        plain = gate_pools(segment, context, watches)
+        fallback = checked(segment, plain, gate_groups(segment))
+        importance = {gate: self._importance(segment, networks[gate].down, m) for gate, m in means.items()}
+        weighted = {gate: Pool() for gate in networks}
+        context.watch(
+            Watch(networks[gate].nonlinearity, pool.look(importance[gate]), output=True)
+            for gate, pool in weighted.items()
+        )
+        rules = [Rule(linear, "input", pool.histogram) for linear, pool in inputs.items()]
+        for gate, network in networks.items():
+            if network.expert is not None and means[gate].tokens < MIN_TOKENS:
+                rules.append(Rule(gate, "output", fallback[gate].histogram))
+            else:
+                rules.append(Rule(gate, "output", weighted[gate].histogram, importance[gate]))
+        put(segment, rules, {rule.linear: self.target for rule in rules})
+
+    def masked(
+        self, block: nn.Module, spec: ArchitectureSpec, index: int, gates: Mapping[str, torch.Tensor]
+    ) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    @staticmethod
+    def _means(segment: Segment, up: str) -> ChannelMeans:
+        zeros = torch.zeros(segment.weight(up).shape[0], dtype=torch.float64, device=segment.weight(up).device)
+        return ChannelMeans(zeros, zeros.clone())
+
+    def _importance(self, segment: Segment, down: str, means: ChannelMeans) -> torch.Tensor:
+        """a_i, float32 ``[n]``."""
+        a = means.mean_abs() if self.up_stat == "mean_abs" else means.rms()
+        if self.down_norm:
+            a = a * segment.weight(down).double().norm(dim=0)
+        return a.float()
+
+
+@dataclass(frozen=True)
+class ChessWithAttention(Chess):
+    """CHESS with the inputs of the query and output projections ("w/" in the paper, "CHESS+" in its code)."""
+
+    attention: bool = True
+
+    name: ClassVar[str] = "chess-qo"
+
+
+def query_and_output(spec: ArchitectureSpec, index: int) -> tuple[str, ...]:
+    """The query projection and what reads the heads' outputs, where queries are a linear of their own."""
+    block = spec.block(index)
+    if len(block.scores) < 2:
+        return ()
+    query = block.scores[0]
+    after = next(shared for shared in block.inputs if shared.stage == block.shared_input(query).stage + 1)
+    return (query, *after.linears)

@@ -1,0 +1,68 @@
+"""FATReLU (Song et al. 2024, arXiv 2402.13516): a ReLU that keeps only x >= T, for models with ReLU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from calibration.architectures import ArchitectureSpec
+from calibration.context import Context
+from calibration.errors import Problem
+from calibration.passes import Phase, Stream
+from calibration.segment import Segment
+from calibration.statistics import Statistic
+from sparsity.methods.cats import gate_groups, gate_pools
+from sparsity.pools import checked, gated, input_pools
+from sparsity.rules import ANY_LINEAR, Rule, put, target_problems, token_problems
+
+
+@dataclass(frozen=True)
+class FatRelu:
+    """Raise the threshold of ReLU until ``target`` of its outputs are zero, or no further than its own zeros reach.
+
+    Behind a ReLU nothing is negative, so that keeping x >= T is pruning |x| < T: without a gate the input of down is
+    pruned, with one (ReGLU) the gate's activation.
+    """
+
+    target: float = 0.5
+
+    name: ClassVar[str] = "fatrelu"
+    phases: ClassVar[tuple[Phase, ...]] = (Phase.GATE,)
+    stream: ClassVar[Stream] = "quantized"
+    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
+    parts: ClassVar[tuple[str, ...]] = ()
+
+    def check(self, view: Any) -> Iterable[Problem]:
+        yield from target_problems(self.target)
+
+    def check_architecture(self, spec: ArchitectureSpec, tokens: int) -> Iterable[Problem]:
+        yield from token_problems(tokens)
+        networks = [network for index in range(spec.n_blocks) for network in spec.block(index).feed_forward]
+        other = next((n.activation for n in networks if n.activation != "relu"), None)
+        if other is not None:
+            fix = f"use --method cats or chess where there is a gate, or {ANY_LINEAR}"
+            yield Problem(f"family {spec.family}", f"its activation is {other}, 'fatrelu' raises a ReLU", fix)
+        elif any(n.gate is not None and n.gate == n.up for n in networks):
+            yield Problem(f"family {spec.family}", "gate and up are one linear", f"use --method {ANY_LINEAR}")
+
+    def forwards(self) -> int:
+        return 1
+
+    def apply(self, segment: Segment, context: Context) -> None:
+        if gated(segment):
+            pools = checked(segment, gate_pools(segment, context), gate_groups(segment))
+            rules = [Rule(gate, "output", pools[gate].histogram) for gate in gated(segment)]
+        else:
+            downs = [network.down for network in segment.spec.feed_forward]
+            rules = [Rule(n, "input", pool.histogram) for n, pool in input_pools(segment, context, downs).items()]
+        put(segment, rules, {rule.linear: self.target for rule in rules})
+
+    def masked(
+        self, block: nn.Module, spec: ArchitectureSpec, index: int, gates: Mapping[str, torch.Tensor]
+    ) -> AbstractContextManager[Any]:
+        return nullcontext()

@@ -1,0 +1,131 @@
+"""CATS (arXiv 2404.08763), TEAL (arXiv 2408.14690) and FATReLU (arXiv 2402.13516) against their own equations."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from sparse_runs import make_sparse
+
+from sparsity.histogram import Histogram
+from sparsity.masking import skipped_weights
+from sparsity.methods import Cats, FatRelu, Teal
+from sparsity.methods.teal import greedy_shares
+from sparsity.sites import prune
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def threshold(x: torch.Tensor, share: float) -> float:
+    histogram = Histogram()
+    histogram.update(x)
+    return histogram.threshold(share)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9])
+def test_cats_reaches_its_share_on_the_calibration_text(share):
+    for name, found in make_sparse(Cats(target=share)).reached().items():
+        assert found == pytest.approx(share, abs=1e-3), name
+
+
+def test_hard_shrink_is_the_mask():
+    a, tau = torch.randn(1000), 0.6
+
+    def one_sided(v: torch.Tensor) -> torch.Tensor:
+        return torch.where(v > tau, v, 0.0)
+
+    assert torch.equal(one_sided(a) - one_sided(-a), prune(a, torch.tensor([tau])))
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
+def test_thresholds_are_those_of_known_distributions(share):
+    normal = torch.randn(400_000, generator=GENERATOR)
+    expected = math.sqrt(2) * torch.erfinv(torch.tensor(share)).item()  # z of 0.5 + s/2
+    assert threshold(normal, share) == pytest.approx(expected, rel=0.01)
+    signs = torch.randint(0, 2, (400_000,), generator=GENERATOR) * 2 - 1
+    laplace = 1.7 * torch.empty(400_000).exponential_(generator=GENERATOR) * signs
+    assert threshold(laplace, share) == pytest.approx(-1.7 * math.log(1 - share), rel=0.01)
+
+
+def test_teal_without_sparsity_is_dense():
+    sparse = make_sparse(Teal(target=0.0))
+    assert sparse.sites == () and torch.equal(sparse.logits(), sparse.logits(sites=()))
+
+
+def test_greedy_removes_as_much_per_step_and_ends_at_the_target():
+    numel = {"q": 100, "k": 25, "down": 350}
+    sensitivity = {"q": 1.0, "k": 9.0, "down": 2.0}
+
+    def error(shares):
+        return sum(sensitivity[n] * numel[n] * s**2 for n, s in shares.items())
+
+    rows = greedy_shares(numel, error, step=0.05, target=0.5)
+    removed = [row[0] for row in rows]
+    steps = [b - a for a, b in pairwise(removed)]
+    assert all(s == pytest.approx(0.05 * 350 / 475) for s in steps[:-1]) and removed[-1] == pytest.approx(0.5)
+    uniform = [error(dict.fromkeys(numel, r)) for r in removed]
+    better = sum(row[1] <= u * (1 + 1e-12) for row, u in zip(rows, uniform, strict=True))
+    assert better >= 0.9 * len(rows) and rows[-1][1] < uniform[-1]
+    assert rows[-1][2]["q"] > rows[-1][2]["down"] > rows[-1][2]["k"]
+
+
+def test_greedy_never_prunes_more_than_everything():
+    rows = greedy_shares({"a": 10, "b": 1000}, lambda s: s["b"], step=0.5, target=0.6)
+    assert rows[-1][2]["a"] == 1.0 and rows[-1][0] == pytest.approx(0.6)
+
+
+def test_teal_spreads_its_budget_by_the_error_of_the_block():
+    target = 0.6
+    greedy = make_sparse(Teal(target=target))
+    uniform = make_sparse(Teal(target=target, allocation="uniform"), folder=greedy.folder)
+    model = greedy.model(sites=())[0]
+    prefix = "model.layers.0."
+    sizes = {prefix + n: model.get_submodule(prefix + n).weight.numel() for n in greedy.spec.block(0).linears}
+    errors = {}
+    for name, sparse in (("greedy", greedy), ("uniform", uniform)):
+        everything = skipped_weights(sparse.spec, sizes, sparse.reached())
+        assert sum(everything.values()) / sum(sizes.values()) == pytest.approx(target, abs=0.02)
+        errors[name] = float((sparse.block_output(sparse.sites) - sparse.block_output(())).norm())
+    assert errors["greedy"] < errors["uniform"]
+
+
+def fatrelu(x: torch.Tensor, t: float) -> torch.Tensor:
+    """As published: keeps x >= T."""
+    return torch.where(x >= t, x, 0.0)
+
+
+def test_fatrelu_is_a_threshold_behind_relu():
+    x = torch.randn(10_000)
+    assert torch.equal(fatrelu(x, 0.0), torch.relu(x))
+    tau = torch.tensor([0.4])
+    above = float(torch.nextafter(tau, torch.tensor(1.0)))  # |x| <= tau is x < T for the next number T
+    pruned = prune(torch.relu(x), tau)
+    assert torch.equal(pruned, fatrelu(x, above))
+    assert not ((pruned > 0) & (pruned < above)).any()
+
+
+def test_fatrelu_raises_relu_to_the_target_and_leaves_its_own_zeros():
+    sparse = make_sparse(FatRelu(target=0.8), "opt")
+    assert {s.linear.rpartition(".")[2] for s in sparse.sites} == {"fc2"}
+    assert all(share == pytest.approx(0.8, abs=1e-3) for share in sparse.reached().values())
+    natural = make_sparse(FatRelu(target=0.1), "opt")
+    assert all(float(s.threshold) == 0.0 for s in natural.sites)
+    assert all(share > 0.1 for share in natural.reached().values())
+    assert torch.equal(natural.logits(), natural.logits(sites=()))
+
+
+def test_fatrelu_prunes_the_gate_where_there_is_one():
+    sparse = make_sparse(FatRelu(target=0.8), "llama", hidden_act="relu")
+    assert {s.mode for s in sparse.sites} == {"output"}
+    assert all(share == pytest.approx(0.8, abs=1e-3) for share in sparse.reached().values())
+
+
+def test_a_prompt_is_bit_identical_to_dense():
+    """Half-sequence mode: the first half is computed densely, in every block."""
+    sparse = make_sparse(Teal(target=0.5, allocation="uniform"))
+    dense, half = sparse.logits(sites=()), sparse.logits(dense=16)
+    assert torch.equal(half[:, :16], dense[:, :16]) and not torch.equal(half[:, 16:], dense[:, 16:])
+    everywhere = sparse.logits()
+    assert torch.equal(everywhere[:, :1], dense[:, :1]) and not torch.equal(everywhere[:, 1:16], dense[:, 1:16])
