@@ -75,9 +75,9 @@ def quantize(
         raise ToolkitError("--out is missing", "pass --out DIR, or --dry-run to see the plan only")
     quiet_libraries()
     from cli.sparse import MaskedRuntime, all_methods, refuse_sparse
-    from sparsity.methods import METHODS as SPARSIFIERS
     from ptq.pipeline import Options, prepare, run
     from ptq.session import Session
+    from sparsity.methods import METHODS as SPARSIFIERS
 
     if out is not None and not dry_run:
         Session(out).check(overwrite, resume)
