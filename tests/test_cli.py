@@ -16,6 +16,7 @@ from ptq.export.formats import FORMATS, format_of
 from ptq.methods import COMBINATIONS, METHODS
 from ptq.quantized import QuantizedTensor
 from ptq.runtime.load import read_linear
+from sparsity.methods import METHODS as SPARSIFIERS
 
 FAST = ("--samples", "3", "--seq-len", "24", "--scheme", "w4a16-g32")
 LAST_LINE = re.compile(r"perplexity \d+\.\d{4}")
@@ -236,7 +237,7 @@ def test_demo_and_the_order_of_bit_widths(tmp_path):
 def test_a_real_process(place, tmp_path):
     bad = process("quantize", place / "llama", "--method", "awk", "--out", tmp_path / "out")
     assert bad.returncode == 2 and bad.stdout == "" and "Traceback" not in bad.stderr
-    known = ", ".join([*METHODS, *COMBINATIONS])
+    known = ", ".join([*METHODS, *SPARSIFIERS, *COMBINATIONS])
     assert bad.stderr == (f"error: --method: unknown value 'awk'\n    fix: did you mean 'awq'? use one of: {known}\n")
     good = process("quantize", place / "llama", "--method", "rtn", *FAST, "--out", tmp_path / "out")
     assert good.returncode == 0 and "written to" in good.stdout and "Traceback" not in good.stderr
