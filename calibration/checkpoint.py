@@ -174,7 +174,16 @@ class CheckpointReader:
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor in its stored dtype, read and not mapped: pages of a mapped shard count as resident memory."""
         info = self.infos[name]
-        data = torch.empty(info.nbytes, dtype=torch.uint8)
+        return self._read(name, info.nbytes).view(info.dtype).view(info.shape)
+
+    def first_bytes(self, name: str, count: int) -> bytes:
+        """The first ``count`` bytes of a tensor, or all where it has fewer."""
+        return self._read(name, min(count, self.infos[name].nbytes)).numpy().tobytes()
+
+    def _read(self, name: str, n_bytes: int) -> torch.Tensor:
+        """uint8 ``[n_bytes]`` from the start of a tensor."""
+        info = self.infos[name]
+        data = torch.empty(n_bytes, dtype=torch.uint8)
         try:
             if info.shard not in self._open:
                 self._open[info.shard] = (self.folder / info.shard).open("rb", buffering=0)
@@ -188,7 +197,7 @@ class CheckpointReader:
                 view = view[count:]
         except OSError as error:
             raise ToolkitError(f"{self.folder / info.shard}: cannot read {name} ({error})", "fetch it again") from None
-        return data.view(info.dtype).view(info.shape)
+        return data
 
     def close(self) -> None:
         """Close all shards. Reading another tensor opens them again."""

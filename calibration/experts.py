@@ -14,10 +14,15 @@ from calibration.architectures.spec import Experts
 
 
 class Expert(nn.Module):
-    """``down(act(gate(x)) * up(x))``; its linears carry the names of the checkpoint."""
+    """``down(act(gate(x)) * up(x))``; its linears carry the names of the checkpoint.
+
+    ``rows`` are the tokens of the call that runs, int64 ``[tokens]`` into the flattened hidden states: what watches an
+    expert's linears learns from it which positions of the text it sees.
+    """
 
     def __init__(self, experts: Experts) -> None:
         super().__init__()
+        self.rows: torch.Tensor | None = None
         self._names = (experts.gate, experts.up, experts.down)
         self.add_module(experts.gate, nn.Linear(experts.hidden, experts.intermediate, bias=False))
         self.add_module(experts.up, nn.Linear(experts.hidden, experts.intermediate, bias=False))
@@ -51,6 +56,7 @@ class ExpertList(nn.ModuleList):
         for index, expert in enumerate(self):
             token, slot = torch.where(top_k_index == index)
             if token.numel():
+                expert.rows = token
                 y = expert(hidden_states[token]) * top_k_weights[token, slot, None]
                 total.index_add_(0, token, y.to(total.dtype))
         return total

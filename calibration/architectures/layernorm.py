@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from calibration.architectures.spec import ArchitectureSpec, Balance, BlockSpec, Heads, SharedInput
+from calibration.architectures.spec import ArchitectureSpec, Balance, BlockSpec, FeedForward, Heads, SharedInput
 
 WRAPPED = "{down}: its input passes {act}, which does not commute with a scale"
 INTERLEAVED = "{dense}: values are interleaved per head inside the fused query_key_value"
@@ -39,6 +40,7 @@ def opt(config: Any) -> ArchitectureSpec:
         balance=tuple(balance),
         scores=qkv[:2],
         unbalanced=tuple(unbalanced),
+        feed_forward=(FeedForward("fc1", "fc2", config.activation_function, "activation_fn"),),
     )
     return ArchitectureSpec("opt", "model.decoder.layers", config.num_hidden_layers, "layer", lambda index: block)
 
@@ -60,11 +62,18 @@ def gpt2(config: Any) -> ArchitectureSpec:
         ),
         scores=("attn.c_attn",),
         unbalanced=(WRAPPED.format(down="mlp.c_proj", act=config.activation_function),),
+        feed_forward=(FeedForward("mlp.c_fc", "mlp.c_proj", config.activation_function, "mlp.act"),),
     )
     return ArchitectureSpec("gpt2", "transformer.h", config.n_layer, "layer", lambda index: block, conv1d=True)
 
 
-def _fused(attention: str, first_norm: str, second_norm: str, act: str, parallel: bool) -> BlockSpec:
+def _plain(act: str, nonlinearity: str = "mlp.act") -> tuple[FeedForward, ...]:
+    return (FeedForward("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", act, nonlinearity),)
+
+
+def _fused(
+    attention: str, first_norm: str, second_norm: str, act: str, parallel: bool, nonlinearity: str = "mlp.act"
+) -> BlockSpec:
     """Fused query_key_value and a plain MLP; each norm feeds one linear."""
     qkv, dense = f"{attention}.query_key_value", f"{attention}.dense"
     return BlockSpec(
@@ -80,6 +89,7 @@ def _fused(attention: str, first_norm: str, second_norm: str, act: str, parallel
         ),
         scores=(qkv,),
         unbalanced=(INTERLEAVED.format(dense=dense), WRAPPED.format(down="mlp.dense_4h_to_h", act=act)),
+        feed_forward=_plain(act, nonlinearity),
     )
 
 
@@ -100,10 +110,10 @@ def gpt_neox(config: Any) -> ArchitectureSpec:
 
 def bloom(config: Any) -> ArchitectureSpec:
     """BLOOM; with ``apply_residual_connection_post_layernorm`` the norms feed the residual and absorb nothing."""
-    block = _fused("self_attention", "input_layernorm", "post_attention_layernorm", "gelu", False)
+    block = _fused("self_attention", "input_layernorm", "post_attention_layernorm", "gelu", False, "mlp.gelu_impl")
     if config.apply_residual_connection_post_layernorm:
         reason = "norms: their output also feeds the residual stream"
-        block = BlockSpec(block.inputs, (), scores=block.scores, unbalanced=(*block.unbalanced, reason))
+        block = replace(block, balance=(), unbalanced=(*block.unbalanced, reason))
     return ArchitectureSpec(
         family="bloom",
         blocks="transformer.h",
@@ -138,6 +148,7 @@ def falcon(config: Any) -> ArchitectureSpec:
                 INTERLEAVED.format(dense="self_attention.dense"),
                 WRAPPED.format(down="mlp.dense_4h_to_h", act=act),
             ),
+            feed_forward=_plain(act),
         )
     return ArchitectureSpec(
         family="falcon",

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from calibration.architectures.spec import ArchitectureSpec, Balance, BlockSpec, Experts, Heads, NormKind, SharedInput
+from calibration.architectures.spec import (
+    ArchitectureSpec,
+    Balance,
+    BlockSpec,
+    Experts,
+    FeedForward,
+    Heads,
+    NormKind,
+    SharedInput,
+)
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 OUT = "self_attn.o_proj"
@@ -15,6 +24,11 @@ DOWN = "mlp.down_proj"
 def _heads(config: Any) -> Heads:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Heads(config.num_attention_heads, config.num_key_value_heads, width)
+
+
+def _activation(config: Any) -> str:
+    """Gemma's configs call it ``hidden_activation``."""
+    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
 
 
 def _attention(config: Any) -> tuple[tuple[SharedInput, ...], tuple[Balance, ...]]:
@@ -33,6 +47,7 @@ def _gated(config: Any, mlp_norm: str) -> BlockSpec:
         inputs=(*inputs, SharedInput(GATE_UP, 2), SharedInput((DOWN,), 3)),
         balance=(*balance, Balance(mlp_norm, GATE_UP, "norm"), Balance("mlp.up_proj", (DOWN,), "linear")),
         scores=QKV[:2],
+        feed_forward=(FeedForward("mlp.up_proj", DOWN, _activation(config), "mlp.act_fn", gate="mlp.gate_proj"),),
     )
 
 
@@ -81,6 +96,7 @@ def phi3(config: Any) -> ArchitectureSpec:
             Balance(gate_up, (DOWN,), "linear", rows=(config.intermediate_size, 2 * config.intermediate_size)),
         ),
         scores=(qkv,),
+        feed_forward=(FeedForward(gate_up, DOWN, config.hidden_act, "mlp.activation_fn", gate=gate_up),),
     )
     return ArchitectureSpec("phi3", "model.layers", config.num_hidden_layers, "rms", lambda index: block)
 
@@ -103,6 +119,10 @@ def _sparse_block(config: Any, prefix: str, router: str, experts: Experts) -> Bl
         ),
         routers=(router,),
         scores=QKV[:2],
+        feed_forward=tuple(
+            FeedForward(up, down, experts.activation, f"{experts.module}.{e}.activation", gate=gate, expert=e)
+            for e, ((gate, up), down) in enumerate(zip(gates, downs, strict=True))
+        ),
     )
 
 

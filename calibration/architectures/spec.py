@@ -62,6 +62,25 @@ class Balance:
 
 
 @dataclass(frozen=True)
+class FeedForward:
+    """A feed-forward network: ``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` where ``gate`` is None.
+
+    Attributes:
+        up, down, gate: linears. Where ``gate`` and ``up`` are one fused linear both name it.
+        activation: transformers' name of the nonlinearity, e.g. ``silu``.
+        nonlinearity: path of its module below the block, in the model class.
+        expert: index of the expert, None in dense blocks.
+    """
+
+    up: str
+    down: str
+    activation: str
+    nonlinearity: str
+    gate: str | None = None
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
 class BlockSpec:
     """One decoder block.
 
@@ -72,6 +91,7 @@ class BlockSpec:
         scores: linears that make queries and keys. Softmax lies behind them, so the error of their own output is a
             poor guide for fine choices such as clipping.
         unbalanced: reasons why a usual pair is absent, for the plan.
+        feed_forward: its feed-forward network, or those of its experts.
     """
 
     inputs: tuple[SharedInput, ...]
@@ -79,6 +99,7 @@ class BlockSpec:
     routers: tuple[str, ...] = ()
     scores: tuple[str, ...] = ()
     unbalanced: tuple[str, ...] = ()
+    feed_forward: tuple[FeedForward, ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
