@@ -36,10 +36,13 @@ def mask_for(values: torch.Tensor, density: float) -> Mask:
     return Mask(torch.tensor([0.0]) if count == 0 else sizes[count - 1 : count].clone())
 
 
-def assert_close(y: torch.Tensor, exact: torch.Tensor, sizes: torch.Tensor) -> None:
-    """1e-5 of the sum of sizes in float32; in bfloat16 the rounding of factors and result as well."""
-    limit = 1e-5 * sizes + (0.0 if y.dtype == FP32 else exact.abs() * 2.0**-8 + sizes * 2.0**-8) + 1e-30
-    assert ((y.double() - exact).abs() <= limit).all()
+def assert_close(
+    y: torch.Tensor, exact: torch.Tensor, sizes: torch.Tensor, rounded: torch.Tensor | None = None
+) -> None:
+    """Within 1e-5 of the summed sizes; in bfloat16 also a rounding of the result, and of what is ``rounded`` (default:
+    every factor)."""
+    rounding = 0.0 if y.dtype == FP32 else 2.0**-8 * (exact.abs() + (sizes if rounded is None else rounded))
+    assert ((y.double() - exact).abs() <= 1e-5 * sizes + rounding + 1e-30).all()
 
 
 def masked(x: torch.Tensor, mask: Mask | None) -> torch.Tensor:

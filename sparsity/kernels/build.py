@@ -20,8 +20,8 @@ import torch
 
 from calibration.errors import ToolkitError
 
-SOURCES = ("gemv.cpp",)
-HEADERS = ("simd.h",)
+SOURCES = ("gemv.cpp", "int4.cpp")
+HEADERS = ("simd.h", "kept.h")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 LEVELS: dict[str, tuple[str, ...]] = {

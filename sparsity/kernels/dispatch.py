@@ -8,7 +8,7 @@ from sparsity.kernels.native import NATIVE
 from sparsity.kernels.reference import REFERENCE
 
 KERNELS: tuple[SparseKernel, ...] = (NATIVE, REFERENCE)
-"""Fastest first."""
+"""Fastest first. The last one supports everything."""
 
 
 def select(query: SparseQuery, prefer: str | None = None) -> SparseKernel:
@@ -18,10 +18,7 @@ def select(query: SparseQuery, prefer: str | None = None) -> SparseKernel:
         ToolkitError: no kernel is called so, or it cannot run this query (with its reason).
     """
     if prefer is None:
-        chosen = next((kernel for kernel in KERNELS if kernel.supports(query) is None), None)
-        if chosen is None:
-            raise ToolkitError(f"no sparse kernel runs {query}: {refusals(query)}", "run it dense")
-        return chosen
+        return next(kernel for kernel in KERNELS if kernel.supports(query) is None)
     chosen = next((kernel for kernel in KERNELS if kernel.name == prefer), None)
     if chosen is None:
         raise unknown_value("sparse kernel", prefer, [kernel.name for kernel in KERNELS])

@@ -1,7 +1,7 @@
 // Products of one to eight tokens with a float32 or bfloat16 weight that read only the rows in use.
 //
-// input_gemv:  y = bias + sum over kept i of (x[i] - center[i]) * wt[i, :]     wt [in, out], row-major
-// output_gemv: h[j] = g[j] * <x, w[j, :]> for kept j, 0 elsewhere               w  [out, in], row-major
+// gemv_input:  y = bias + sum over kept i of (x[i] - center[i]) * wt[i, :]     wt [in, out], row-major
+// gemv_output: h[j] = g[j] * <x, w[j, :]> for kept j, 0 elsewhere               w  [out, in], row-major
 //
 // Both are one pass over contiguous rows. The mask (|v| > threshold, compared in float32) and the list of kept rows
 // are made here; with several tokens a row is read where any of them keeps it. Sums are float32.
@@ -11,45 +11,13 @@
 #include <type_traits>
 #include <vector>
 
-#include "simd.h"
+#include "kept.h"
 
 namespace {
 
 constexpr int ROWS = 8;       // rows added per pass over the sums: eight streams, one load and store of a sum
 constexpr int WIDTH = 2048;   // columns per pass: their sums stay in the first-level cache
 constexpr int LINE = 64;
-
-// Kept entries of `tokens` vectors: row numbers of their union, and values [kept, tokens], 0 where masked. Padded to a
-// multiple of ROWS with the last row times 0, which costs no memory traffic and saves a remainder loop.
-struct Kept {
-    std::vector<int> row;
-    std::vector<float> value;
-    int count = 0;
-
-    template <class T>
-    Kept(const T* x, long n, int tokens, const float* threshold, long thresholds, const float* center, long centers) {
-        row.reserve(n + ROWS);
-        value.reserve((n + ROWS) * tokens);
-        for (long i = 0; i < n; i++) {
-            float t = threshold ? threshold[thresholds == 1 ? 0 : i] : -1.f;
-            float c = center ? center[centers == 1 ? 0 : i] : 0.f;
-            bool any = false;
-            for (int b = 0; b < tokens; b++) {
-                float v = to_float(x[b * n + i]) - c;
-                bool keep = !(std::fabs(v) <= t);  // NaN is kept, so that it shows
-                any |= keep;
-                value.push_back(keep ? v : 0.f);
-            }
-            if (any) row.push_back(int(i));
-            else value.resize(value.size() - tokens);
-        }
-        count = int(row.size());
-        while (count && row.size() % ROWS) {
-            row.push_back(row[count - 1]);
-            value.insert(value.end(), tokens, 0.f);
-        }
-    }
-};
 
 template <class W> inline void prefetch(const W* p) {
     for (size_t byte = 0; byte < PAIR * sizeof(W); byte += LINE)
@@ -58,7 +26,7 @@ template <class W> inline void prefetch(const W* p) {
 
 // sums[b, 0:width] (pair order, `stride` apart) += sum over the kept rows of value * wt[row, 0:width].
 template <class W, int B>
-void add_rows(const W* wt, long out, const Kept& kept, int width, float* sums, long stride) {
+void add_rows(const W* wt, long out, const Kept<B>& kept, int width, float* sums, long stride) {
     constexpr int R = B <= 2 ? ROWS : ROWS / 2;
     const int padded = int(kept.row.size()), whole = width / PAIR * PAIR;
     for (int first = 0; first < padded; first += R) {
@@ -93,7 +61,7 @@ void add_rows(const W* wt, long out, const Kept& kept, int width, float* sums, l
 }
 
 template <class W, int B>
-void input_block(const W* wt, long out, const Kept& kept, const float* bias, W* y, long start, int width) {
+void input_block(const W* wt, long out, const Kept<B>& kept, const float* bias, W* y, long start, int width) {
     const int stride = (width + PAIR - 1) / PAIR * PAIR, whole = width / PAIR * PAIR;
     std::vector<float> sums(size_t(stride) * B, 0.f);
     add_rows<W, B>(wt + start, out, kept, width, sums.data(), stride);
@@ -133,7 +101,7 @@ void dot_rows(const W* const* row, const W* const* next, const float* x, long st
 }
 
 template <class W, int B>
-void output_range(const W* w, long in, long out, const Kept& kept, const float* x, long stride, const float* bias, W* h,
+void output_range(const W* w, long in, long out, const Kept<B>& kept, const float* x, long stride, const float* bias, W* h,
                   int first, int last) {
     constexpr int R = B <= 2 ? 4 : 2;
     const int padded = int(kept.row.size());
@@ -157,7 +125,7 @@ void output_range(const W* w, long in, long out, const Kept& kept, const float* 
 template <class W, int B>
 long input_tokens(const W* x, const W* wt, const float* bias, W* y, long in, long out, const float* threshold,
                   long thresholds, const float* center, long centers, int threads) {
-    Kept kept(x, in, B, threshold, thresholds, center, centers);
+    Kept<B> kept(x, in, in, ROWS, threshold, thresholds, center, centers);
     // equal shares of columns per thread, in whole cache lines, then blocks of WIDTH within a share
     long share = ((out + threads - 1) / threads + 63) / 64 * 64, blocks = (share + WIDTH - 1) / WIDTH;
     long width = (share / blocks + 63) / 64 * 64, pieces = (out + width - 1) / width;
@@ -170,7 +138,7 @@ long input_tokens(const W* x, const W* wt, const float* bias, W* y, long in, lon
 template <class W, int B>
 long output_tokens(const W* x, const W* w, const float* bias, const W* gate, W* h, long in, long out,
                    const float* threshold, long thresholds, int threads) {
-    Kept kept(gate, out, B, threshold, thresholds, nullptr, 0);
+    Kept<B> kept(gate, out, out, ROWS, threshold, thresholds, nullptr, 0);
     const long stride = (in + PAIR - 1) / PAIR * PAIR, whole = in / PAIR * PAIR;
     std::vector<float> ordered(size_t(stride) * B, 0.f);
     for (int b = 0; b < B; b++)
@@ -183,21 +151,6 @@ long output_tokens(const W* x, const W* w, const float* bias, const W* gate, W* 
     for (int c = 0; c < chunks; c++)
         output_range<W, B>(w, in, out, kept, ordered.data(), stride, bias, h, c * CHUNK, std::min(padded, (c + 1) * CHUNK));
     return kept.count;
-}
-
-// Calls f with the number of tokens as a compile-time constant. Returns -1 for more than eight.
-template <class F> long with_tokens(long tokens, F f) {
-    switch (tokens) {
-        case 1: return f(std::integral_constant<int, 1>());
-        case 2: return f(std::integral_constant<int, 2>());
-        case 3: return f(std::integral_constant<int, 3>());
-        case 4: return f(std::integral_constant<int, 4>());
-        case 5: return f(std::integral_constant<int, 5>());
-        case 6: return f(std::integral_constant<int, 6>());
-        case 7: return f(std::integral_constant<int, 7>());
-        case 8: return f(std::integral_constant<int, 8>());
-        default: return -1;
-    }
 }
 
 }  // namespace
@@ -217,7 +170,7 @@ template <class F> long with_tokens(long tokens, F f) {
         });                                                                                                            \
     }
 
-INPUT_GEMV(input_gemv_float32, float)
-INPUT_GEMV(input_gemv_bfloat16, bf16)
-OUTPUT_GEMV(output_gemv_float32, float)
-OUTPUT_GEMV(output_gemv_bfloat16, bf16)
+INPUT_GEMV(gemv_input_float32, float)
+INPUT_GEMV(gemv_input_bfloat16, bf16)
+OUTPUT_GEMV(gemv_output_float32, float)
+OUTPUT_GEMV(gemv_output_bfloat16, bf16)

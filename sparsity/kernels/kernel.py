@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 
+from sparsity.kernels.int4 import Int4Rows
 from sparsity.sites import Mode
 
 Stored = Literal["float", "int4"]
@@ -47,11 +48,17 @@ class SparseQuery:
     device_type: str
 
 
-InputProduct = Callable[[torch.Tensor, torch.Tensor, "Mask | None", "torch.Tensor | None"], torch.Tensor]
-"""``(x [B, in], Wᵀ [in, out], mask, bias [out]) -> y [B, out]``; bias is float32. Without a mask every row is read."""
+Weight = torch.Tensor | Int4Rows
+"""Rows ``[in, out]`` of Wᵀ for an input product, ``[out, in]`` of W for an output product."""
 
-OutputProduct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "Mask | None", "torch.Tensor | None"], torch.Tensor]
-"""``(x [B, in], W [out, in], g [B, out], mask of g, bias [out]) -> h [B, out]``."""
+InputProduct = Callable[[torch.Tensor, Weight, "Mask | None", "torch.Tensor | None"], torch.Tensor]
+"""``(x [B, in], Wᵀ, mask, bias [out]) -> y [B, out]``; bias is float32. Without a mask every row is read."""
+
+OutputProduct = Callable[[torch.Tensor, Weight, torch.Tensor, "Mask | None", "torch.Tensor | None"], torch.Tensor]
+"""``(x [B, in], W, g [B, out], mask of g, bias [out]) -> h [B, out]``."""
+
+Dequantize = Callable[[Int4Rows, torch.dtype], torch.Tensor]
+"""The rows as floats, for the dense product of a prompt: products in float32, then one cast."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class SparseKernel:
     Attributes:
         name: as users ask for it.
         supports: the reason why it cannot run a query, or None where it can.
-        input_product, output_product: see above; operands are contiguous.
+        input_product, output_product, dequantize: see above; operands are contiguous.
         max_tokens: the largest B; callers run more tokens dense.
     """
 
@@ -69,4 +76,5 @@ class SparseKernel:
     supports: Callable[[SparseQuery], str | None]
     input_product: InputProduct
     output_product: OutputProduct
+    dequantize: Dequantize
     max_tokens: int

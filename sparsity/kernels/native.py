@@ -1,4 +1,4 @@
-"""The C++ kernels for CPUs (``gemv.cpp``): one pass over the kept rows, mask and list of rows made inside."""
+"""The C++ kernels for CPUs (``gemv.cpp``, ``int4.cpp``): one pass over the kept rows; mask and row list made inside."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 
 from calibration.errors import ToolkitError
 from sparsity.kernels.build import library
-from sparsity.kernels.kernel import Mask, SparseKernel, SparseQuery
+from sparsity.kernels.int4 import Int4Rows
+from sparsity.kernels.kernel import Mask, SparseKernel, SparseQuery, Weight
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-MAX_TOKENS = 8  # compiled for 1 to 8
+COMPILED_TOKENS = (1, 2, 4, 8)
+MAX_TOKENS = COMPILED_TOKENS[-1]
 
 
 def _supports(query: SparseQuery) -> str | None:
@@ -20,8 +22,6 @@ def _supports(query: SparseQuery) -> str | None:
         return f"it runs on the CPU, not on {query.device_type}"
     if query.dtype not in DTYPES:
         return f"it is compiled for float32 and bfloat16, not {str(query.dtype).removeprefix('torch.')}"
-    if query.stored != "float":
-        return "it has no product with 4-bit codes"
     try:
         library()
     except ToolkitError as error:
@@ -29,16 +29,37 @@ def _supports(query: SparseQuery) -> str | None:
     return None
 
 
-def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+Argument = torch.Tensor | int | None
 
 
-def _count(tensor: torch.Tensor | None) -> ctypes.c_long:
-    return ctypes.c_long(0 if tensor is None else tensor.numel())
+def _call(name: str, dtype: torch.dtype, *arguments: Argument) -> None:
+    """Tensors become pointers, numbers ``long``; the number of threads, torch's, is the last argument of all."""
+    function: Any = getattr(library(), f"{name}_{DTYPES[dtype]}")
+    function.restype = ctypes.c_long
+    plain = [
+        ctypes.c_long(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr())
+        for a in arguments
+    ]
+    rows = function(*plain, ctypes.c_int(torch.get_num_threads()))
+    assert rows >= 0, "check_operands has seen the number of tokens"
 
 
-def check_operands(x: torch.Tensor, weight: torch.Tensor, *float32: torch.Tensor | None) -> None:
+def _with_count(vector: torch.Tensor | None) -> tuple[Argument, Argument]:
+    return vector, 0 if vector is None else vector.numel()
+
+
+def _stored(weight: Weight) -> tuple[str, tuple[Argument, ...]]:
+    """Prefix of the function, and the arguments that describe the weight."""
+    if isinstance(weight, Int4Rows):
+        return "int4", (weight.codes, weight.scale, weight.zero, weight.group)
+    return "gemv", (weight,)
+
+
+def check_operands(x: torch.Tensor, weight: Weight, shape: tuple[int, int], *float32: torch.Tensor | None) -> None:
     """Raw memory is read behind this: refuse what would read something else.
+
+    Args:
+        shape: lines and width that the weight must have.
 
     Raises:
         ToolkitError: more tokens than the kernel takes.
@@ -48,45 +69,55 @@ def check_operands(x: torch.Tensor, weight: torch.Tensor, *float32: torch.Tensor
             f"sparse kernel: {len(x)} tokens at once, it takes 1 to {MAX_TOKENS}",
             "run more tokens with the dense layer",
         )
-    assert x.dtype == weight.dtype and x.is_contiguous() and weight.is_contiguous(), "operands of one dtype, row-major"
+    if isinstance(weight, Int4Rows):
+        found = (weight.lines, weight.width)
+    else:
+        found = (weight.shape[0], weight.shape[1])
+        assert x.dtype == weight.dtype and weight.is_contiguous(), "operands of one dtype, row-major"
+    assert found == shape and x.is_contiguous(), f"{found}, expected {shape}"
     assert all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in float32), "float32 vectors"
 
 
-def _call(name: str, dtype: torch.dtype, *arguments: Any) -> int:
-    """Rows of the weight that were read."""
-    function = getattr(library(), f"{name}_{DTYPES[dtype]}")
-    function.restype = ctypes.c_long
-    rows = int(function(*arguments, ctypes.c_int(torch.get_num_threads())))
-    assert rows >= 0, "check_operands has seen the number of tokens"
-    return rows
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    """Up to a number of tokens that is compiled: copies of the last one, which add no row to the union."""
+    size = next(n for n in COMPILED_TOKENS if n >= len(x))
+    return x if size == len(x) else torch.cat((x, x[-1:].expand(size - len(x), -1)))
 
 
-def _input_product(x: torch.Tensor, weight: torch.Tensor, mask: Mask | None, bias: torch.Tensor | None) -> torch.Tensor:
+def _input_product(x: torch.Tensor, weight: Weight, mask: Mask | None, bias: torch.Tensor | None) -> torch.Tensor:
     threshold, center = (None, None) if mask is None else (mask.threshold, mask.center)
-    check_operands(x, weight, threshold, center, bias)
-    (tokens, n_in), n_out = x.shape, weight.shape[1]
-    assert len(weight) == n_in and all(t is None or t.numel() in (1, n_in) for t in (threshold, center))
-    y = torch.empty(tokens, n_out, dtype=x.dtype)
-    sizes = (ctypes.c_long(tokens), ctypes.c_long(n_in), ctypes.c_long(n_out))
-    operands = (_pointer(x), _pointer(weight), _pointer(bias), _pointer(y))
-    masks = (_pointer(threshold), _count(threshold), _pointer(center), _count(center))
-    _call("input_gemv", x.dtype, *operands, *sizes, *masks)
-    return y
+    (tokens, n_in), n_out = x.shape, weight.width if isinstance(weight, Int4Rows) else weight.shape[1]
+    check_operands(x, weight, (n_in, n_out), threshold, center, bias)
+    x = _padded(x)
+    assert all(t is None or t.numel() in (1, n_in) for t in (threshold, center))
+    y = torch.empty(len(x), n_out, dtype=x.dtype)
+    kind, stored = _stored(weight)
+    masks = (*_with_count(threshold), *_with_count(center))
+    _call(f"{kind}_input", x.dtype, x, *stored, bias, y, len(x), n_in, n_out, *masks)
+    return y[:tokens]
 
 
 def _output_product(
-    x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, mask: Mask | None, bias: torch.Tensor | None
+    x: torch.Tensor, weight: Weight, gate: torch.Tensor, mask: Mask | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
     threshold = None if mask is None else mask.threshold
-    check_operands(x, weight, threshold, bias)
-    (tokens, n_in), n_out = x.shape, len(weight)
-    assert weight.shape[1] == n_in and gate.shape == (tokens, n_out) and gate.is_contiguous()
-    assert gate.dtype == x.dtype and (threshold is None or threshold.numel() in (1, n_out))
-    h = torch.empty(tokens, n_out, dtype=x.dtype)
-    sizes = (ctypes.c_long(tokens), ctypes.c_long(n_in), ctypes.c_long(n_out))
-    operands = (_pointer(x), _pointer(weight), _pointer(bias), _pointer(gate), _pointer(h))
-    _call("output_gemv", x.dtype, *operands, *sizes, _pointer(threshold), _count(threshold))
-    return h
+    (tokens, n_in), n_out = x.shape, gate.shape[1]
+    check_operands(x, weight, (n_out, n_in), threshold, bias)
+    assert gate.shape == (tokens, n_out) and gate.is_contiguous() and gate.dtype == x.dtype
+    assert threshold is None or threshold.numel() in (1, n_out)
+    x, gate = _padded(x), _padded(gate)
+    h = torch.empty(len(x), n_out, dtype=x.dtype)
+    kind, stored = _stored(weight)
+    _call(f"{kind}_output", x.dtype, x, *stored, bias, gate, h, len(x), n_in, n_out, *_with_count(threshold))
+    return h[:tokens]
 
 
-NATIVE = SparseKernel("native", _supports, _input_product, _output_product, MAX_TOKENS)
+def _dequantize(weight: Int4Rows, dtype: torch.dtype) -> torch.Tensor:
+    floats = torch.empty(weight.lines, weight.width, dtype=dtype)
+    per_scale = (weight.group, 1) if weight.mode == "input" else (1, weight.group)
+    stored = (weight.codes, weight.scale, weight.zero)
+    _call("int4_dequantize", dtype, *stored, floats, weight.lines, weight.width, *per_scale)
+    return floats
+
+
+NATIVE = SparseKernel("native", _supports, _input_product, _output_product, _dequantize, MAX_TOKENS)

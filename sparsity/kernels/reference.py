@@ -3,14 +3,15 @@
 The input product is an ``embedding_bag``: a bag of weight rows, each with its own factor, summed in one pass without
 copying them. It runs its bags in parallel, not the rows of a bag, so the kept rows of a token are split into one bag
 per thread and the partial sums added. There is no such op for the output product: it gathers rows, which moves them
-three times, and so it does that only where few are kept.
+three times, and so it does that only where few are kept. Of 4-bit codes, the rows in use are dequantized.
 """
 
 from __future__ import annotations
 
 import torch
 
-from sparsity.kernels.kernel import Mask, SparseKernel, SparseQuery
+from sparsity.kernels.int4 import Int4Rows
+from sparsity.kernels.kernel import Mask, SparseKernel, SparseQuery, Weight
 from sparsity.sites import small
 
 GATHER_BELOW = 0.25
@@ -47,30 +48,37 @@ def bag_sums(values: torch.Tensor, weight: torch.Tensor, bags: int) -> torch.Ten
 
 
 def _supports(query: SparseQuery) -> str | None:
-    return None if query.stored == "float" else "it has no product with 4-bit codes"
+    return None
 
 
-def _input_product(x: torch.Tensor, weight: torch.Tensor, mask: Mask | None, bias: torch.Tensor | None) -> torch.Tensor:
+def _input_product(x: torch.Tensor, weight: Weight, mask: Mask | None, bias: torch.Tensor | None) -> torch.Tensor:
     values = kept_values(x, mask)
-    if bool(values.all()):  # nothing to skip: the dense product, bit for bit
-        y = torch.nn.functional.linear(values.to(x.dtype), weight.T)
-        return y if bias is None else (y + bias).to(x.dtype)
-    sums = torch.stack([bag_sums(row, weight, torch.get_num_threads()) for row in values])
+    if isinstance(weight, Int4Rows):
+        index = values.any(0).nonzero().squeeze(1)
+        sums = values[:, index] @ weight.dequantize(index)
+    elif bool(values.all()):  # nothing to skip: the dense product, bit for bit
+        sums = torch.nn.functional.linear(values.to(x.dtype), weight.T)
+    else:
+        sums = torch.stack([bag_sums(row, weight, torch.get_num_threads()) for row in values])
     return (sums if bias is None else sums + bias).to(x.dtype)
 
 
 def _output_product(
-    x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, mask: Mask | None, bias: torch.Tensor | None
+    x: torch.Tensor, weight: Weight, gate: torch.Tensor, mask: Mask | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
     values = kept_values(gate, mask).to(gate.dtype)
     index = values.any(0).nonzero().squeeze(1)
     cast = None if bias is None else bias.to(x.dtype)
-    if len(index) > GATHER_BELOW * len(weight):
+    if isinstance(weight, torch.Tensor) and len(index) > GATHER_BELOW * len(weight):
         return torch.nn.functional.linear(x, weight, cast) * values
+    rows = weight.dequantize(index).to(x.dtype) if isinstance(weight, Int4Rows) else weight[index]
     h = torch.zeros_like(values)
-    product = torch.nn.functional.linear(x, weight[index], None if cast is None else cast[index])
-    h[:, index] = product * values[:, index]
+    h[:, index] = torch.nn.functional.linear(x, rows, None if cast is None else cast[index]) * values[:, index]
     return h
 
 
-REFERENCE = SparseKernel("reference", _supports, _input_product, _output_product, max_tokens=8)
+def _dequantize(weight: Int4Rows, dtype: torch.dtype) -> torch.Tensor:
+    return weight.dequantize().to(dtype)
+
+
+REFERENCE = SparseKernel("reference", _supports, _input_product, _output_product, _dequantize, max_tokens=8)

@@ -45,6 +45,13 @@ static inline void load_pair(const bf16* p, Vec& even, Vec& odd) {
     even.v = _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
     odd.v = _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(int(0xffff0000u))));
 }
+static inline Vec load_wide(const bf16* p) {
+    __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
+}
+static inline Vec load_wide(const uint8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 #elif defined(__AVX2__)
 struct Vec {
     static constexpr int N = 8;
@@ -67,6 +74,13 @@ static inline void load_pair(const bf16* p, Vec& even, Vec& odd) {
     even.v = _mm256_castsi256_ps(_mm256_slli_epi32(raw, 16));
     odd.v = _mm256_castsi256_ps(_mm256_and_si256(raw, _mm256_set1_epi32(int(0xffff0000u))));
 }
+static inline Vec load_wide(const bf16* p) {
+    __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16))};
+}
+static inline Vec load_wide(const uint8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
 #else
 struct Vec {
     static constexpr int N = 4;
@@ -85,6 +99,10 @@ struct Vec {
 };
 static inline void load_pair(const bf16* p, Vec& even, Vec& odd) {
     for (int i = 0; i < 4; i++) even.v[i] = to_float(p[2 * i]), odd.v[i] = to_float(p[2 * i + 1]);
+}
+template <class T> static inline Vec load_wide(const T* p) {  // N consecutive bfloat16 or unsigned bytes
+    if constexpr (sizeof(T) == 2) return {{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
+    else return {{float(p[0]), float(p[1]), float(p[2]), float(p[3])}};
 }
 #endif
 
