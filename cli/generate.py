@@ -32,14 +32,14 @@ def generate(
     import torch
 
     from calibration.models import load_tokenizer
+    from cli.decoding import load_decoder
     from ptq.devices import parse_dtype, resolve_device
     from ptq.runtime.generate import generate as run
     from ptq.runtime.generate import read_bandwidth
-    from ptq.runtime.load import load_model
 
     where = resolve_device(device)
     width = torch.bfloat16 if dtype == "auto" else parse_dtype(dtype)
-    loaded = load_model(model, dtype=width, device=where, kernel=kernel, trust_remote_code=trust_remote_code)
+    loaded, sparse = load_decoder(model, dtype=width, device=where, kernel=kernel, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(loaded.folder, trust_remote_code)
 
     def show(text: str) -> None:
@@ -52,9 +52,10 @@ def generate(
     )
     speed = result.decode_tokens_per_second
     print()
+    linears = loaded.path if sparse is None else f"{sparse.path} decoding sparsely"
     print(
         f"[{result.new_tokens} tokens, {0 if speed is None else speed:.1f} tokens/s, first after "
-        f"{result.prefill_seconds:.2f} s; linears: {loaded.path}; {result.weight_bytes_read_per_token / 1e6:.1f} MB of "
+        f"{result.prefill_seconds:.2f} s; linears: {linears}; {result.weight_bytes_read_per_token / 1e6:.1f} MB of "
         f"weights per token; peak memory {result.peak_rss_bytes / 1e9:.2f} GB]"
     )
     if bandwidth:

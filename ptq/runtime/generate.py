@@ -17,7 +17,6 @@ import torch
 
 from calibration.errors import ToolkitError
 from ptq.devices import peak_rss_bytes
-from ptq.runtime.linear import QuantLinear
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer shows for bytes of an unfinished character
 
@@ -53,9 +52,9 @@ class Generation:
 def weight_bytes_per_token(model: torch.nn.Module) -> int:
     """Bytes of weights that decoding one token reads.
 
-    Every parameter and every tensor of a `QuantLinear`, each once. Embedding tables count only where another module
-    shares them (a tied head reads the whole table; a look-up reads one row). Parameters under a module called
-    ``experts`` count by the share of experts that a token is sent to.
+    Every parameter, and the ``weight_bytes`` of modules that have such a count (`QuantLinear`), each once. Embedding
+    tables count only where another module shares them (a tied head reads the whole table; a look-up reads one row).
+    Parameters under a module called ``experts`` count by the share of experts that a token is sent to.
     """
     config: Any = getattr(model, "config", None)
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
@@ -66,8 +65,11 @@ def weight_bytes_per_token(model: torch.nn.Module) -> int:
         if isinstance(module, torch.nn.Embedding):
             continue
         part = share if ".experts." in f".{name}." else 1.0
-        tensors = module.buffers(False) if isinstance(module, QuantLinear) else module.parameters(False)
-        for tensor in tensors:
+        counted = getattr(module, "weight_bytes", None)
+        if counted is not None:
+            seen[id(module)] = counted * part
+            continue
+        for tensor in module.parameters(False):
             if tensor.numel():
                 seen[tensor.data_ptr()] = tensor.nbytes * part
     return round(sum(seen.values()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from ptq.export.adapter import read_adapter
 from ptq.export.formats import Format, format_of
 from ptq.quantized import QuantizedTensor
 from ptq.runtime.linear import QuantLinear
+
+LinearFactory = Callable[[str, QuantizedTensor, torch.Tensor | None], torch.nn.Module | None]
+"""(path in the model class, weight, bias) -> the layer that runs it; None leaves it to `QuantLinear`."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +79,14 @@ def load_model(
     device: torch.device | str = "cpu",
     kernel: str | None = None,
     trust_remote_code: bool = False,
+    build: LinearFactory | None = None,
 ) -> Loaded:
     """Load a checkpoint folder, ``demo`` or a hub id. Quantized linears keep their codes; nothing is dequantized.
 
     Args:
         dtype: of activations and of what is not quantized; None takes the checkpoint's.
         kernel: name of the kernel for all quantized linears; None takes the fastest that can run each.
+        build: makes other layers than `QuantLinear` where it wants to.
 
     Raises:
         ToolkitError: broken or unknown checkpoint, a foreign quantization, tensors that are missing or do not fit.
@@ -103,11 +109,13 @@ def load_model(
                 q = dataclasses.replace(q, parts={**q.parts, **adapter[name]})
             taken |= {f"{name}.{s}" for s in (*fmt.suffixes, "bias")}
             bias = reader.tensor(f"{name}.bias") if f"{name}.bias" in reader.infos else None
-            linear = QuantLinear(q, bias, dtype, device, kernel)
             path = spec.root_module_name(name + ".").removesuffix(".")
-            _replace(network, path, linear, name)
-            kernels[linear.kernel] += 1
-            reasons.update((k, r) for k, r in linear.reasons.items())
+            layer = None if build is None else build(path, q, bias)
+            if layer is None:
+                layer = linear = QuantLinear(q, bias, dtype, device, kernel)
+                kernels[linear.kernel] += 1
+                reasons.update((k, r) for k, r in linear.reasons.items())
+            _replace(network, path, layer, name)
         parameters = dict(network.named_parameters(remove_duplicate=False))  # a tied head has its name too
         plain = {}
         for name in reader.infos:
@@ -128,7 +136,7 @@ def load_model(
     return Loaded(network, folder, fmt.name if fmt else None, dict(kernels), dict(reasons))
 
 
-def _replace(network: Any, path: str, linear: QuantLinear, name: str) -> None:
+def _replace(network: Any, path: str, linear: torch.nn.Module, name: str) -> None:
     try:
         network.get_submodule(path)
     except AttributeError:

@@ -1,0 +1,94 @@
+"""Compile the C++ kernels on first use and keep the library in the user's cache.
+
+One source, one library per instruction set: the name of the cached file is a hash of sources, flags and compiler, so a
+home directory shared between machines never runs another machine's code, and an edited source is compiled again.
+OpenMP comes from torch's own libgomp, which is in the process already: one pool of threads for both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from calibration.errors import ToolkitError
+
+SOURCES = ("gemv.cpp", "int4.cpp")
+HEADERS = ("simd.h", "kept.h")
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
+LEVELS: dict[str, tuple[str, ...]] = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma"),
+    "DEFAULT": (),
+}
+"""torch's name of an instruction set -> flags."""
+
+
+def cpu_level() -> str:
+    """The best of `LEVELS` that this machine runs, as torch found out; plain C++ on other processors."""
+    found = torch.backends.cpu.get_cpu_capability()
+    return found if found in LEVELS else "DEFAULT"
+
+
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/ptq/kernels``, by default in ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptq" / "kernels"
+
+
+def find_compiler() -> str:
+    """Path of the C++ compiler: ``$CXX`` or the first of `COMPILERS`.
+
+    Raises:
+        ToolkitError: there is none.
+    """
+    names = [name for name in (os.environ.get("CXX"), *COMPILERS) if name]
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        raise ToolkitError(
+            f"C++ kernels: no compiler ({', '.join(names)}) on the PATH",
+            "install g++ or clang++ (Debian: `apt install g++`), or run with the 'reference' kernel",
+        )
+    return found
+
+
+@functools.cache
+def library(level: str | None = None) -> ctypes.CDLL:
+    """The compiled kernels for one of `LEVELS`; None takes `cpu_level`. Compiles for seconds if not in the cache.
+
+    Raises:
+        ToolkitError: no compiler, or it failed.
+    """
+    folder = Path(__file__).parent
+    compiler = find_compiler()
+    flags = (*FLAGS, *LEVELS[level or cpu_level()])
+    content = b"".join((folder / name).read_bytes() for name in (*SOURCES, *HEADERS))
+    key = hashlib.sha256(content + repr((compiler, flags)).encode()).hexdigest()[:16]
+    target = cache_folder() / f"sparse-{key}.so"
+    if not target.exists():
+        _compile(compiler, flags, [folder / name for name in SOURCES], target)
+    return ctypes.CDLL(str(target))
+
+
+def _compile(compiler: str, flags: tuple[str, ...], sources: list[Path], target: Path) -> None:
+    """Under a name of its own, then renamed: two processes may compile at once, and neither sees half a file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".partial")
+    os.close(handle)
+    command = [compiler, *flags, *map(str, sources), "-o", temporary]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        Path(temporary).unlink()
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise ToolkitError(
+            f"C++ kernels: {compiler} failed: {errors[0] if errors else f'exit status {done.returncode}'}",
+            "install a compiler with C++17 and OpenMP, or run with the 'reference' kernel",
+        )
+    Path(temporary).replace(target)
