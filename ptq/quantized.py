@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ptq.numerics.grids import levels_of, step_of
 from ptq.numerics.groups import join, split
 from ptq.numerics.lowrank import factor_product
 from ptq.scheme import QuantScheme
@@ -29,13 +30,14 @@ class QuantizedTensor:
 
     Attributes:
         codes: uint8 ``[out, in]``, unsigned codes in ``[0, 2^bits - 1]``, one byte each whatever the bits.
-        scale: float32 ``[lines, G]``, values exact in bfloat16 and in float16. Lines are the ``out`` rows, or the
+        scale: float32 ``[lines, G]``, exact in the scheme's ``scale_format``. Lines are the ``out`` rows, or the
             ``in`` columns where the grouping's axis is "out".
         zero: uint8 ``[lines, G]``, or None for symmetric grids (then 2^(bits-1)).
         scheme: bits, grid and grouping.
         group_index: int32 ``[in]``, the group of each column; None where it is ``column // group size``
             (it is present only where groups follow an activation order).
         parts: tensors beside the codes, by a name of `PARTS`.
+        global_scale: float32 ``[1]`` by which the scales of a two-level format (NVFP4) are divided, else None.
     """
 
     codes: torch.Tensor
@@ -44,6 +46,7 @@ class QuantizedTensor:
     scheme: QuantScheme
     group_index: torch.Tensor | None = None
     parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    global_scale: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,6 +56,11 @@ class QuantizedTensor:
     def zero_point(self) -> torch.Tensor | int:
         """The zero as a tensor, or the fixed 2^(bits-1)."""
         return 2 ** (self.scheme.weights.bits - 1) if self.zero is None else self.zero
+
+    @property
+    def step(self) -> torch.Tensor:
+        """What one level is worth, float32 ``[lines, G]``."""
+        return step_of(self.scale, self.global_scale)
 
     @property
     def low_rank(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
@@ -67,16 +75,16 @@ class QuantizedTensor:
         return w if factors is None else w.add_(factor_product(*factors)).to(dtype)
 
     def dequantize_codes(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """``(code - zero) * scale`` as ``[out, in]``: products in float32, then one cast to ``dtype``."""
-        zero = 2 ** (self.scheme.weights.bits - 1) if self.zero is None else self.zero.float()
+        """Level times step as ``[out, in]``: products in float32, then one cast to ``dtype``. The level of a code is
+        ``code - zero``, or the float that the code stands for."""
+        quant, zero, step = self.scheme.weights, self.zero, self.step
         if self.group_index is not None:
             index = self.group_index.long()
-            z = zero if isinstance(zero, int) else zero[:, index]
-            return ((self.codes.float() - z) * self.scale[:, index]).to(dtype)
-        grouping = self.scheme.weights.grouping
-        z = zero if isinstance(zero, int) else zero.unsqueeze(-1)
-        units = (split(self.codes.float(), grouping) - z) * self.scale.unsqueeze(-1)
-        return join(units, grouping).to(dtype).contiguous()
+            zero = None if zero is None else zero[:, index]
+            return (levels_of(self.codes, zero, quant) * step[:, index]).to(dtype)
+        zero = None if zero is None else zero.unsqueeze(-1)
+        units = levels_of(split(self.codes, quant.grouping), zero, quant) * step.unsqueeze(-1)
+        return join(units, quant.grouping).to(dtype).contiguous()
 
     def bits_per_weight(self) -> float:
         """Stored bits of codes, scales, zeros, index and parts over the number of weights."""

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from calibration.errors import ToolkitError, nearest
 
-Quantizer = Literal["asym_minmax", "asym_zero_in", "sym_full", "sym_restricted", "sym_gptq"]
+IntegerQuantizer = Literal["asym_minmax", "asym_zero_in", "sym_full", "sym_restricted", "sym_gptq"]
 """The five integer grids in common use (A to E of the literature's vocabulary; see `ptq.numerics.integers`)."""
 
+Quantizer = IntegerQuantizer | Literal["float"]
+ScaleFormat = Literal["half", "bf16", "e8m0", "e4m3"]
+"""How scales are stored: exact in bf16 and in fp16; in bf16; a power of two (MX formats); E4M3 beside one float32 for
+the whole tensor (NVFP4)."""
+
 Axis = Literal["in", "out"]
-QUANTIZERS: tuple[str, ...] = get_args(Quantizer)
+QUANTIZERS: tuple[str, ...] = get_args(IntegerQuantizer)
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-SCALE_BITS = 16  # scales are exact in bf16 and in fp16, and stored in one of them
+SCALE_BITS: dict[ScaleFormat, int] = {"half": 16, "bf16": 16, "e8m0": 8, "e4m3": 8}
+NARROW_SCALES: tuple[ScaleFormat, ...] = ("e8m0", "e4m3")
+"""Scales of one byte, of formats that hardware defines: their group sizes and axis are fixed."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +61,61 @@ class Grouping:
 
 
 @dataclass(frozen=True)
+class FloatFormat:
+    """ExMy: one sign, E exponent and M mantissa bits, all codes finite (no infinities, no NaN).
+
+    A code with exponent field p > 0 and mantissa m stands for 2^(p - bias) (1 + m / 2^M), with p = 0 for
+    2^(1 - bias) m / 2^M. The scale of a group makes any bias out of this one.
+    """
+
+    exponent_bits: int
+    mantissa_bits: int
+
+    @property
+    def bits(self) -> int:
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def bias(self) -> int:
+        """2^(E-1) - 1 as in IEEE and OCP formats, but at least 1, so that E1My are the multiples of 2^-M below 2."""
+        return max(1, 2 ** (self.exponent_bits - 1) - 1)
+
+    @property
+    def largest(self) -> float:
+        """(2 - 2^-M) 2^(2^E - 1 - bias)"""
+        return (2 - 2.0**-self.mantissa_bits) * 2.0 ** (2**self.exponent_bits - 1 - self.bias)
+
+    def __str__(self) -> str:
+        return f"e{self.exponent_bits}m{self.mantissa_bits}"
+
+
+E2M1 = FloatFormat(2, 1)
+
+
+def float_formats(bits: int) -> tuple[FloatFormat, ...]:
+    """Every ExMy of so many bits with 1 <= E <= 5 (more exponent bits than that overflow)."""
+    return tuple(FloatFormat(e, bits - 1 - e) for e in range(min(5, bits - 1), 0, -1))
+
+
+@dataclass(frozen=True)
 class TensorQuant:
-    """An integer grid for one tensor."""
+    """A grid for one tensor: integer, or the values of a small float format (``quantizer`` is then "float")."""
 
     bits: int
     grouping: Grouping
     quantizer: Quantizer = "sym_gptq"
+    float_format: FloatFormat | None = None
+    scale_format: ScaleFormat = "half"
+
+    @staticmethod
+    def of_floats(number: FloatFormat, grouping: Grouping, scale_format: ScaleFormat = "bf16") -> TensorQuant:
+        """A grid of floats."""
+        return TensorQuant(number.bits, grouping, "float", number, scale_format)
 
     @property
     def symmetric(self) -> bool:
-        """Symmetric grids have the fixed zero point 2^(bits-1), which no file stores."""
-        return self.quantizer.startswith("sym")
+        """Symmetric integer grids have the fixed zero point 2^(bits-1), which no file stores; floats have none."""
+        return self.quantizer.startswith("sym") or self.quantizer == "float"
 
     @property
     def levels(self) -> int:
@@ -79,34 +131,54 @@ class QuantScheme:
 
     def __str__(self) -> str:
         w = self.weights
+        preset = next((name for name, quant in FLOAT_PRESETS.items() if quant == w), None)
+        if preset is not None:
+            return preset
+        if w.float_format is not None:
+            return f"fp{w.bits}-{w.float_format}-{w.grouping}"
         suffix = {"sym_gptq": "sym", "asym_zero_in": "asym"}.get(w.quantizer, w.quantizer)
         return f"w{w.bits}a16-{w.grouping}-{suffix}"
 
     def bits_per_weight(self, out_features: int, in_features: int, reordered: bool = False) -> float:
-        """Stored bits over weights: codes, 16-bit scales, ``bits``-wide zero points, and an int32 group index per
-        input column where groups follow an activation order (``reordered``)."""
+        """Stored bits over weights: codes, scales, ``bits``-wide zero points, the scale of the whole tensor where there
+        is one, and an int32 group index per input column where groups follow an activation order (``reordered``)."""
         w = self.weights
-        per_group = SCALE_BITS + (0 if w.symmetric else w.bits)
+        per_group = SCALE_BITS[w.scale_format] + (0 if w.symmetric else w.bits)
         index = 32.0 / out_features if reordered else 0.0
+        index += 32.0 / (out_features * in_features) if w.scale_format == "e4m3" else 0.0
         return w.bits + per_group / w.grouping.width(w.grouping.length((out_features, in_features))) + index
 
     def to_json(self) -> dict[str, Any]:
         w = self.weights
-        return {"bits": w.bits, "group_size": w.grouping.size, "axis": w.grouping.axis, "quantizer": w.quantizer}
+        return {"bits": w.bits, "group_size": w.grouping.size, "axis": w.grouping.axis, "quantizer": w.quantizer} | (
+            {}
+            if w.float_format is None
+            else {"float_format": dataclasses.asdict(w.float_format), "scale_format": w.scale_format}
+        )
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> QuantScheme:
         size, axis = data["group_size"], data.get("axis", "in")
         grouping = Grouping("channel", None, axis) if size is None else Grouping("group", int(size), axis)
+        if data["quantizer"] == "float":
+            number = FloatFormat(**data["float_format"])
+            return QuantScheme(TensorQuant.of_floats(number, grouping, data["scale_format"]))
         return QuantScheme(TensorQuant(int(data["bits"]), grouping, data["quantizer"]))
 
 
+FLOAT_PRESETS: dict[str, TensorQuant] = {
+    "mxfp4": TensorQuant.of_floats(E2M1, Grouping("group", 32), "e8m0"),
+    "nvfp4": TensorQuant.of_floats(E2M1, Grouping("group", 16), "e4m3"),
+}
+FLOAT_BITS = (4, 5, 6, 7, 8)
+
 _KINDS = ("", "-sym", "-asym")
+_FLOAT_SCHEME = re.compile(r"fp(\d)-e(\d)m(\d)(?:-((?:g|ic)\w+))?")
 _SCHEME = re.compile(r"w(\d+)a16(?:-((?:g|ic)\w+?))?(?:-(sym|asym|" + "|".join(QUANTIZERS) + r"))?")
 
 
 def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantScheme:
-    """``w4a16-g128-sym`` and its relatives to a scheme.
+    """``w4a16-g128-sym`` and its relatives, ``mxfp4``, ``nvfp4`` and ``fp4-e2m1-g128`` and its relatives to a scheme.
 
     The group part defaults to ``g128``; without ``-sym`` or ``-asym`` the grid is ``default_quantizer``. The full
     quantizer names are accepted in place of the suffix (recipes use them).
@@ -115,24 +187,46 @@ def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantS
         ToolkitError: the text is no scheme, or the bits or the group size are not on offer.
     """
     choices = f"w{{{','.join(map(str, BITS))}}}a16-{{{','.join(f'g{g}' for g in GROUP_SIZES)},gchannel}}[-sym|-asym]"
-    choices += "; ic instead of g groups along the outputs"
-    match = _SCHEME.fullmatch(text.strip().lower())
+    choices += f", {', '.join(FLOAT_PRESETS)} or fp4-e2m1-g128; ic instead of g groups along the outputs"
+    plain = text.strip().lower()
+    if plain in FLOAT_PRESETS:
+        return QuantScheme(FLOAT_PRESETS[plain])
+    if plain.startswith("fp"):
+        return _parse_floats(text, plain, choices)
+    match = _SCHEME.fullmatch(plain)
     if match is None:
         known = [f"w{b}a16-{g}{k}" for b in BITS for g in (*(f"g{n}" for n in GROUP_SIZES), "gchannel") for k in _KINDS]
-        closest = nearest(text.strip().lower(), known) or "for example w4a16-g128-sym: "
+        closest = nearest(plain, [*known, *FLOAT_PRESETS]) or "for example w4a16-g128-sym: "
         raise ToolkitError(f"scheme: '{text}' is not a weight scheme", f"{closest}write it as {choices}")
-    bits, group, kind = int(match[1]), match[2] or "g128", match[3]
+    bits, kind = int(match[1]), match[3]
     if bits not in BITS:
         raise ToolkitError(f"scheme: '{text}' asks for {bits}-bit weights", f"use one of {choices}")
+    grouping = _parse_grouping(text, match[2], choices)
+    aliases: dict[str, Quantizer] = {"sym": "sym_gptq", "asym": "asym_zero_in"}
+    aliases |= {name: name for name in get_args(IntegerQuantizer)}
+    quantizer = default_quantizer if kind is None else aliases[kind]
+    return QuantScheme(TensorQuant(bits, grouping, quantizer))
+
+
+def _parse_grouping(text: str, group: str | None, choices: str) -> Grouping:
+    """``g128``, ``gchannel``, ``ic64`` and so on; None is ``g128``."""
+    group = group or "g128"
     axis: Axis = "out" if group.startswith("ic") else "in"
     size = group.removeprefix("ic" if axis == "out" else "g")
     if size == "channel":
-        grouping = Grouping("channel", None, axis)
-    elif size.isdigit() and int(size) in GROUP_SIZES:
-        grouping = Grouping("group", int(size), axis)
-    else:
-        raise ToolkitError(f"scheme: '{text}' asks for group '{group}'", f"use one of {choices}")
-    aliases: dict[str, Quantizer] = {"sym": "sym_gptq", "asym": "asym_zero_in"}
-    aliases |= {name: name for name in get_args(Quantizer)}
-    quantizer = default_quantizer if kind is None else aliases[kind]
-    return QuantScheme(TensorQuant(bits, grouping, quantizer))
+        return Grouping("channel", None, axis)
+    if size.isdigit() and int(size) in GROUP_SIZES:
+        return Grouping("group", int(size), axis)
+    raise ToolkitError(f"scheme: '{text}' asks for group '{group}'", f"use one of {choices}")
+
+
+def _parse_floats(text: str, plain: str, choices: str) -> QuantScheme:
+    """``fp4-e2m1-g128`` and its relatives, with bf16 scales."""
+    known = [f"fp{bits}-{number}" for bits in FLOAT_BITS for number in float_formats(bits)]
+    match = _FLOAT_SCHEME.fullmatch(plain)
+    if match is None or f"fp{match[1]}-e{match[2]}m{match[3]}" not in known:
+        closest = nearest(plain, known)
+        reason = "is not a float scheme (1 + E + M bits, E from 1 to 5)"
+        raise ToolkitError(f"scheme: '{text}' {reason}", f"{closest}use one of {', '.join(known)}")
+    grouping = _parse_grouping(text, match[4], choices)
+    return QuantScheme(TensorQuant.of_floats(FloatFormat(int(match[2]), int(match[3])), grouping))

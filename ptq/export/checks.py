@@ -10,7 +10,7 @@ import torch
 from calibration.errors import Problem, ToolkitError
 from ptq.linears import ModelLayout, PlannedLinear
 from ptq.quantized import LORA
-from ptq.scheme import GROUP_SIZES
+from ptq.scheme import GROUP_SIZES, NARROW_SCALES
 
 NATIVE = "use --format native"  # holds every layout, so it is a way out of every refusal
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -58,6 +58,12 @@ def group_problems(layout: ModelLayout) -> list[Problem]:
         same = [entry for entry in problems if entry[1] == reason]
         sizes = [str(size) for size in GROUP_SIZES if same[0][2] % size == 0]
         whole = "gchannel (one step per row)" if "columns" in reason else "icchannel (one step per input column)"
+        if any(
+            linear.scheme is not None and linear.scheme.weights.scale_format in NARROW_SCALES for linear, _, _ in same
+        ):
+            choice = "the format fixes its groups: give these linears another scheme, fp4-e2m1-gchannel for one"
+            found += refuse((linear for linear, _, _ in same), reason, choice)
+            continue
         choice = f"use group size {' or '.join(sizes)}, or {whole}" if sizes else f"use {whole}"
         found += refuse((linear for linear, _, _ in same), reason, choice)
     return found
@@ -68,6 +74,14 @@ def axis_problems(layout: ModelLayout, format_name: str) -> list[Problem]:
     across = matching(layout, lambda linear: linear.scheme.weights.grouping.axis == "out")  # type: ignore[union-attr]
     reason = f"has groups along its outputs, and '{format_name}' knows only groups along the inputs"
     return refuse(across, reason, f"use g instead of ic in the scheme, or {NATIVE}")
+
+
+def float_problems(layout: ModelLayout, format_name: str) -> list[Problem]:
+    """Codes that stand for floats, in a format of integers."""
+    floats = matching(layout, lambda linear: linear.scheme.weights.float_format is not None)  # type: ignore[union-attr]
+    schemes = ", ".join(dict.fromkeys(str(linear.scheme) for linear in floats))
+    reason = f"'{format_name}' holds integers, and the codes of {schemes} are floats"
+    return refuse(floats, reason, f"use a scheme like w4a16-g128, or {NATIVE}")
 
 
 def divisor_problems(layout: ModelLayout, rows: int, columns: int, format_name: str) -> list[Problem]:

@@ -66,6 +66,7 @@ class CompressedTensors:
         return [
             *checks.bits_problems(layout, BITS, self.name),
             *checks.group_problems(layout),
+            *checks.float_problems(layout, self.name),
             *checks.axis_problems(layout, self.name),
             *checks.order_problems(layout, self.name),
             *checks.part_problems(layout, self.name),

@@ -52,6 +52,7 @@ class Gptq:
             *checks.bits_problems(layout, BITS, self.name),
             *checks.mixed_problems(layout, self.name),
             *checks.group_problems(layout),
+            *checks.float_problems(layout, self.name),
             *checks.axis_problems(layout, self.name),
             *checks.divisor_problems(layout, 32, 32, self.name),
             *checks.part_problems(layout, self.name),

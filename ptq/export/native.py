@@ -8,6 +8,9 @@ suffix           dtype      shape                       content
 ===============  =========  ==========================  ====================================================
 ``codes``        int32      ``[out, ceil(in*b/32)]``    dense stream along each row; b = 8: uint8 ``[out, in]``
 ``scale``        bfloat16   ``[lines, G]``              the step (float16 where only that is exact)
+                 uint8                                  powers of two (MX formats): exponent + 127
+                 float8     (E4M3)                      two-level formats (NVFP4): step times global scale
+``global_scale`` float32    ``[1]``                     only in two-level formats
 ``zero``         int32      ``[ceil(lines*G*b/32)]``    one dense stream, line after line; b = 8: uint8
                                                         ``[lines, G]``; absent for symmetric grids
 ``group_index``  int32      ``[in]``                    only where groups follow an activation order
@@ -15,7 +18,7 @@ names of PARTS   their own  see `ptq.quantized.PARTS`   only where a pass made o
 ===============  =========  ==========================  ====================================================
 
 ``config.json``: ``{"quant_method": "ptq", "version": 1, "layers": {name: {bits, group_size, axis, quantizer,
-shape}}}``.
+shape}}}``, and ``float_format`` and ``scale_format`` where codes stand for floats.
 """
 
 from __future__ import annotations
@@ -29,10 +32,11 @@ import torch
 from calibration.checkpoint import TensorInfo
 from calibration.errors import Problem, ToolkitError
 from ptq.export.checks import group_problems, stored_scale
+from ptq.export.narrow_scales import decode_scale, encode_scale
 from ptq.linears import ModelLayout
 from ptq.numerics.bitstream import pack, unpack, words_per_row
 from ptq.quantized import PARTS, QuantizedTensor
-from ptq.scheme import QuantScheme
+from ptq.scheme import NARROW_SCALES, QuantScheme
 
 VERSION = 1
 
@@ -42,7 +46,7 @@ class Native:
     """Format-free checkpoint, read by this toolkit only."""
 
     name: ClassVar[str] = "native"
-    suffixes: ClassVar[frozenset[str]] = frozenset({"codes", "scale", "zero", "group_index", *PARTS})
+    suffixes: ClassVar[frozenset[str]] = frozenset({"codes", "scale", "global_scale", "zero", "group_index", *PARTS})
 
     def check(self, layout: ModelLayout) -> list[Problem]:
         """Only groups that do not divide a row; no file can hold those."""
@@ -54,12 +58,15 @@ class Native:
 
     def encode(self, q: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Tensors of one linear. ``dtype`` is not used: bfloat16 holds our scales exactly."""
-        bits = q.scheme.weights.bits
-        exact = torch.equal(q.scale.to(torch.bfloat16).float(), q.scale)
-        tensors = {
-            "codes": q.codes.clone() if bits == 8 else pack(q.codes, bits),
-            "scale": stored_scale(q.scale, torch.bfloat16 if exact else torch.float16),
-        }
+        bits, kind = q.scheme.weights.bits, q.scheme.weights.scale_format
+        tensors = {"codes": q.codes.clone() if bits == 8 else pack(q.codes, bits)}
+        if kind in NARROW_SCALES:
+            tensors["scale"] = encode_scale(q.scale, kind)
+        else:
+            exact = torch.equal(q.scale.to(torch.bfloat16).float(), q.scale)
+            tensors["scale"] = stored_scale(q.scale, torch.bfloat16 if exact else torch.float16)
+        if q.global_scale is not None:
+            tensors["global_scale"] = q.global_scale.clone()  # linears of one input share it
         if q.zero is not None:
             # one stream for the whole tensor: rows of few groups would leave most of their last word empty
             tensors["zero"] = q.zero.clone() if bits == 8 else pack(q.zero.reshape(1, -1), bits)[0]
@@ -71,13 +78,15 @@ class Native:
         self, tensors: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int]
     ) -> QuantizedTensor:
         """The inverse of `encode`, bit for bit."""
-        bits, scale = scheme.weights.bits, tensors["scale"].float()
+        bits, scale = scheme.weights.bits, decode_scale(tensors["scale"])
         codes, zero = tensors["codes"], tensors.get("zero")
         if bits < 8:
             codes = unpack(codes, bits, shape[1])
             zero = None if zero is None else unpack(zero[None], bits, scale.numel()).view_as(scale)
         parts = {name: tensor for name, tensor in tensors.items() if name in PARTS}
-        return QuantizedTensor(codes, scale, zero, scheme, tensors.get("group_index"), parts)
+        return QuantizedTensor(
+            codes, scale, zero, scheme, tensors.get("group_index"), parts, tensors.get("global_scale")
+        )
 
     def config(self, layout: ModelLayout) -> dict[str, Any]:
         """``quantization_config`` of config.json."""

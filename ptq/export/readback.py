@@ -28,7 +28,18 @@ def _fields(words: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 
 def _float(tensor: torch.Tensor) -> np.ndarray:
-    """float32 values of a stored scale; numpy has no bfloat16, whose bits are the upper half of a float32."""
+    """float32 values of a stored scale.
+
+    numpy has no bfloat16, whose bits are the upper half of a float32, and no floats of 8 bits. A byte is an exponent
+    of two above -127.
+    """
+    if tensor.dtype == torch.uint8:
+        return np.ldexp(np.float32(1), tensor.numpy().astype(np.int32) - 127)
+    if tensor.dtype == torch.float8_e4m3fn:
+        byte = tensor.view(torch.uint8).numpy().astype(np.int32)
+        field, mantissa = byte >> 3 & 15, byte & 7
+        value = np.where(field == 0, np.ldexp(mantissa, -9), np.ldexp(8 + mantissa, field - 10))
+        return (value * np.where(byte >= 128, -1, 1)).astype(np.float32)
     if tensor.dtype == torch.bfloat16:
         return (tensor.view(torch.int16).numpy().astype(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return tensor.numpy().astype(np.float32)
@@ -106,6 +117,9 @@ def compare(name: str, q: QuantizedTensor, format_name: str, tensors: Mapping[st
     codes, scale, zero = read_codes(format_name, tensors, q.scheme, q.shape)
     _first_difference("code", name, codes, q.codes.cpu().numpy())
     _first_difference("scale", name, scale, q.scale.cpu().numpy())
+    if q.global_scale is not None:
+        kept = tensors.get("global_scale", torch.zeros(0))
+        _first_difference("global scale", name, kept.numpy(), q.global_scale.cpu().numpy())
     if q.zero is not None:
         stored = np.zeros(0, dtype=np.uint8) if zero is None else zero
         _first_difference("zero point", name, stored, q.zero.cpu().numpy())

@@ -20,9 +20,9 @@ from calibration.errors import Problem
 from calibration.passes import Phase, Stream
 from calibration.segment import Segment
 from calibration.statistics import Gram, Statistic
-from ptq.numerics.integers import fake_quantize
+from ptq.numerics.grids import fake_quantize
 from ptq.numerics.objective import rounding_error
-from ptq.scheme import Axis, Grouping, QuantScheme
+from ptq.scheme import NARROW_SCALES, Axis, Grouping, QuantScheme
 
 
 def along(scheme: QuantScheme, axis: Axis) -> QuantScheme:
@@ -32,7 +32,10 @@ def along(scheme: QuantScheme, axis: Axis) -> QuantScheme:
 
 
 def both_axes(scheme: QuantScheme, shape: tuple[int, int]) -> tuple[QuantScheme, ...]:
-    """The scheme as it is, and along the other axis where its groups divide that one too."""
+    """The scheme as it is, and along the other axis where its groups divide that one too. (Hardware formats, whose
+    scales are narrower than 16 bits, have rows of groups only.)"""
+    if scheme.weights.scale_format in NARROW_SCALES:
+        return (scheme,)
     other: Axis = "out" if scheme.weights.grouping.axis == "in" else "in"
     grouping: Grouping = dataclasses.replace(scheme.weights.grouping, axis=other)
     length = grouping.length(shape)

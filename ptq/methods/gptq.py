@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from calibration.errors import Problem
 from calibration.passes import Phase, Stream
 from calibration.segment import Segment
 from calibration.statistics import Gram, Statistic
-from ptq.methods.rounding import put
+from ptq.methods.rounding import global_scales, put
 from ptq.methods.rtn import round_to_nearest
 from ptq.numerics.gptq import Order, gptq_round
 from ptq.quantized import QuantizedTensor
@@ -60,6 +60,7 @@ class Gptq:
         return self.order == "activation" and not self.static_groups
 
     def apply(self, segment: Segment, context: Context) -> None:
+        shared_scales = global_scales(segment)
         stages = sorted({shared.stage for shared in segment.spec.inputs})
         for stage in stages:
             if self.true_sequential and stage > 0:
@@ -67,19 +68,22 @@ class Gptq:
             for shared in segment.spec.inputs:
                 linears = [name for name in shared.linears if name in segment.schemes]
                 if shared.stage == stage and linears:
-                    self._round(segment, context, linears)
+                    self._round(segment, context, linears, shared_scales)
 
-    def _round(self, segment: Segment, context: Context, linears: Sequence[str]) -> None:
+    def _round(
+        self, segment: Segment, context: Context, linears: Sequence[str], shared_scales: Mapping[str, torch.Tensor]
+    ) -> None:
         """Linears that share an input are stacked, one run of the column loop per scheme among them."""
         gram = context.statistic(linears[0], Gram)
         if gram.tokens == 0:  # an expert without data, which the user allowed
             for name in linears:
-                scheme = segment.schemes[name]
-                put(segment, name, round_to_nearest(segment.weight(name), scheme, segment.ranges.get(name)), None)
+                w, scheme, clip = segment.weight(name), segment.schemes[name], segment.ranges.get(name)
+                put(segment, name, round_to_nearest(w, scheme, clip, shared_scales.get(name)), None)
                 segment.note(name, gptq="no calibration tokens: rounded to nearest")
             return
         for members in _stacks(segment, linears):
             scheme, weights = segment.schemes[members[0]], [segment.weight(name) for name in members]
+            global_scale = shared_scales.get(members[0])
             result = gptq_round(
                 torch.cat(weights),
                 gram.matrix,
@@ -89,13 +93,15 @@ class Gptq:
                 order=self.order,
                 static_groups=self.static_groups,
                 clip=_stacked_bounds(segment, members),
+                global_scale=global_scale,
             )
             first = 0
             for name, w in zip(members, weights, strict=True):
                 codes, scale, zero = result.rows(first, first + w.shape[0], scheme.weights)
                 first += w.shape[0]
                 index = None if result.group_index is None else result.group_index.clone()
-                put(segment, name, QuantizedTensor(codes, scale.float(), zero, scheme, index), gram.matrix)
+                q = QuantizedTensor(codes, scale.float(), zero, scheme, index, global_scale=global_scale)
+                put(segment, name, q, gram.matrix)
                 context.advance(name)
 
 

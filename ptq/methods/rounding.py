@@ -5,8 +5,27 @@ from __future__ import annotations
 import torch
 
 from calibration.segment import Segment
+from ptq.numerics.grids import global_scale_of
 from ptq.numerics.objective import output_error
 from ptq.quantized import QuantizedTensor
+
+
+def global_scales(segment: Segment) -> dict[str, torch.Tensor]:
+    """The scale of the whole tensor ``[1]`` for every linear whose scheme has two levels (NVFP4).
+
+    Linears of one scheme that read the same input share one, from their joint largest weight: engines run them as one
+    matrix. To be asked for before any of them is rounded.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for shared in segment.spec.inputs:
+        linears = [name for name in shared.linears if name in segment.schemes]
+        for scheme in dict.fromkeys(segment.schemes[name] for name in linears):
+            members = [name for name in linears if segment.schemes[name] == scheme]
+            largest = torch.stack([segment.weight(name).abs().amax() for name in members]).amax()
+            scale = global_scale_of(largest, scheme.weights)
+            if scale is not None:
+                found |= dict.fromkeys(members, scale)
+    return found
 
 
 def record_errors(

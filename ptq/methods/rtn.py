@@ -13,21 +13,33 @@ from calibration.errors import Problem
 from calibration.passes import Phase, Stream
 from calibration.segment import Segment
 from calibration.statistics import Gram, Statistic
-from ptq.methods.rounding import put
+from ptq.methods.rounding import global_scales, put
+from ptq.numerics.grids import codes_of, grid_parameters, levels, own_global_scale, step_of
 from ptq.numerics.groups import join, split
-from ptq.numerics.integers import grid_parameters, quantize
 from ptq.quantized import QuantizedTensor
 from ptq.scheme import QuantScheme
 
 
-def round_to_nearest(w: torch.Tensor, scheme: QuantScheme, clip: torch.Tensor | None = None) -> QuantizedTensor:
-    """Round ``W [out, in]`` (float32) with the scheme's grid; ``clip [lines, G]`` bounds the ranges."""
-    quant = scheme.weights
+def round_to_nearest(
+    w: torch.Tensor,
+    scheme: QuantScheme,
+    clip: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+) -> QuantizedTensor:
+    """Round ``W [out, in]`` (float32) with the scheme's grid.
+
+    Args:
+        clip: ``[lines, G]`` bounds of the ranges.
+        global_scale: ``[1]``, for two-level formats; None takes that of W alone.
+    """
+    quant, global_scale = scheme.weights, own_global_scale(w, scheme.weights, global_scale)
     units = split(w, quant.grouping)
-    scale, zero = grid_parameters(units, quant, clip)
-    codes = quantize(units, scale.unsqueeze(-1), None if zero is None else zero.unsqueeze(-1), quant)
-    codes = join(codes.to(torch.uint8), quant.grouping).contiguous()
-    return QuantizedTensor(codes, scale.float(), None if zero is None else zero.to(torch.uint8), scheme)
+    scale, zero = grid_parameters(units, quant, clip, global_scale)
+    z = None if zero is None else zero.unsqueeze(-1)
+    level = levels(units, step_of(scale, global_scale).unsqueeze(-1), z, quant)
+    codes = join(codes_of(level, z, quant), quant.grouping).contiguous()
+    zero = None if zero is None else zero.to(torch.uint8)
+    return QuantizedTensor(codes, scale.float(), zero, scheme, global_scale=global_scale)
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,9 @@ class Rtn:
         return 0
 
     def apply(self, segment: Segment, context: Context) -> None:
+        shared = global_scales(segment)
         for linear, scheme in segment.schemes.items():
             gram = context.statistic(linear, Gram).matrix if context.has(Gram) else None
-            put(segment, linear, round_to_nearest(segment.weight(linear), scheme, segment.ranges.get(linear)), gram)
+            w, clip = segment.weight(linear), segment.ranges.get(linear)
+            put(segment, linear, round_to_nearest(w, scheme, clip, shared.get(linear)), gram)
             context.advance(linear)

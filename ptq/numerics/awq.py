@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ptq.numerics.grids import fake_quantize
 from ptq.numerics.groups import join, rows_per_group, split
-from ptq.numerics.integers import fake_quantize
 from ptq.numerics.objective import output_energy, row_chunks
 from ptq.scheme import TensorQuant
 

@@ -12,8 +12,8 @@ from typing import Literal
 
 import torch
 
+from ptq.numerics.grids import codes_of, grid_parameters, levels, own_global_scale, step_of
 from ptq.numerics.groups import split
-from ptq.numerics.integers import grid_parameters, quantize
 from ptq.scheme import TensorQuant
 
 Order = Literal["natural", "activation", "group"]
@@ -87,6 +87,7 @@ class _Grids:
 
     Attributes:
         scale, zero: ``[groups, out]`` by group of columns; for axis "out" ``[in, groups of rows]`` by visited column.
+            The scale is divided by ``global_scale``, where there is one.
         group_of: the group of every visited column.
         fixed: grids come from the original weights; otherwise from updated ones when the loop reaches a group.
         clip: bounds of the same shape as ``scale``, or None.
@@ -98,9 +99,10 @@ class _Grids:
     group_of: list[int]
     fixed: bool
     clip: torch.Tensor | None
+    global_scale: torch.Tensor | None
 
     def column(self, visited: int, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scale ``[out]`` and zero of the visited column; ``rest [columns, out]`` starts with it, fully updated."""
+        """Step ``[out]`` and zero of the visited column; ``rest [columns, out]`` starts with it, fully updated."""
         grouping, group = self.quant.grouping, self.group_of[visited]
         if grouping.axis == "out":
             width = grouping.width(rest.shape[1])
@@ -110,11 +112,13 @@ class _Grids:
         width = grouping.width(len(self.group_of))
         if not self.fixed and visited % width == 0:
             self._take(group, rest[:width].T)
-        return self.scale[group], None if self.zero is None else self.zero[group]
+        step = step_of(self.scale[group], self.global_scale)
+        return step, None if self.zero is None else self.zero[group]
 
     def _take(self, group: int, units: torch.Tensor) -> None:
         """Take the grid of these ``units [..., width]``."""
-        scale, zero = grid_parameters(units, self.quant, None if self.clip is None else self.clip[group])
+        clip = None if self.clip is None else self.clip[group]
+        scale, zero = grid_parameters(units, self.quant, clip, self.global_scale)
         self.scale[group] = scale
         if self.zero is not None and zero is not None:
             self.zero[group] = zero
@@ -130,6 +134,7 @@ def gptq_round(
     order: Order = "natural",
     static_groups: bool = False,
     clip: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
 ) -> Rounded:
     """Round ``w`` against the inputs whose Gram matrix is ``h``.
 
@@ -141,6 +146,7 @@ def gptq_round(
             when the loop reaches the group, from the updated columns; with ``order="activation"`` groups are then runs
             of reordered columns, and ``group_index`` says which.
         clip: ``[lines, G]`` clipping bounds of original groups, or None.
+        global_scale: ``[1]``, for two-level formats; None takes that of ``w``.
 
     Groups along the outputs (axis "out") lie inside one column, so their grids are always those of the updated column
     and any order is free: ``static_groups`` says nothing there and no ``group_index`` is needed.
@@ -153,7 +159,8 @@ def gptq_round(
     dead = h.diagonal() == 0
     h, w = h.clone(), w.clone()
     fixed = not inside and (width == columns or static_groups)
-    scale, zero = grid_parameters(split(w, quant.grouping), quant, clip)  # [lines, G]; refreshed below unless fixed
+    global_scale = own_global_scale(w, quant, global_scale)
+    scale, zero = grid_parameters(split(w, quant.grouping), quant, clip, global_scale)  # [lines, G]
     h.diagonal()[dead] = 1
     w[:, dead] = 0
 
@@ -170,7 +177,8 @@ def gptq_round(
 
     first = by_group(scale)
     assert first is not None
-    grids = _Grids(quant, first, by_group(zero), groups.tolist(), fixed, None if regroup else by_group(clip))
+    clip = None if regroup else by_group(clip)
+    grids = _Grids(quant, first, by_group(zero), groups.tolist(), fixed, clip, global_scale)
     block = max(1, block_size // width) * width if not fixed else block_size
     codes, loss = _column_loop(wt, u, grids, block)
     restored = torch.empty_like(codes)
@@ -188,13 +196,13 @@ def gptq_round(
         return lines
 
     zero = None if grids.zero is None else by_line(grids.zero)
-    return Rounded(restored.T.to(torch.uint8).contiguous(), by_line(grids.scale), zero, index, loss)
+    return Rounded(restored.T.contiguous(), by_line(grids.scale), zero, index, loss)
 
 
 def _column_loop(wt: torch.Tensor, u: torch.Tensor, grids: _Grids, block: int) -> tuple[torch.Tensor, float]:
     """Algorithm 1 on ``wt [in, out]``, visited from the first row on and used up; codes ``[in, out]`` and the loss."""
     columns, quant = wt.shape[0], grids.quant
-    codes = torch.empty_like(wt)
+    codes = torch.empty_like(wt, dtype=torch.uint8)
     loss = torch.zeros((), dtype=torch.float64)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
@@ -203,10 +211,9 @@ def _column_loop(wt: torch.Tensor, u: torch.Tensor, grids: _Grids, block: int) -
         inverse_diagonal = (1 / u1.diagonal()).tolist()
         for i in range(stop - start):
             s, z = grids.column(start + i, w1[i:])
-            code = quantize(w1[i], s, z, quant)
-            codes[start + i] = code
-            shift = 2 ** (quant.bits - 1) if z is None else z
-            error = (w1[i] - (code - shift) * s).mul_(inverse_diagonal[i])
+            level = levels(w1[i], s, z, quant)
+            codes[start + i] = codes_of(level, z, quant)
+            error = (w1[i] - level * s).mul_(inverse_diagonal[i])
             errors[i] = error
             w1[i + 1 :].addr_(u1[i, i + 1 :], error, alpha=-1)
         wt[stop:].addmm_(u[start:stop, stop:].T, errors, alpha=-1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ptq.numerics.grids import fake_quantize
 from ptq.numerics.groups import rows_per_group
-from ptq.numerics.integers import fake_quantize
 from ptq.scheme import TensorQuant
 
 ROW_BYTES = 16_000_000  # rows are handled in chunks of about this many bytes, which keeps candidates out of main memory

@@ -145,7 +145,13 @@ def scheme_sentence(text: str) -> str:
         line, run = ("input column", "output rows of a column")
     share = line if weights.grouping.size is None else f"{weights.grouping.size} {run}"
     zero = "" if weights.symmetric else f" and one {weights.bits}-bit zero point"
+    if weights.float_format is not None:
+        kind = _SCALES.get(weights.scale_format, "one 16-bit scale")
+        return f"{weights.bits}-bit {str(weights.float_format).upper()} float weights, {kind} per {share}"
     return f"{weights.bits}-bit integer weights, one 16-bit scale{zero} per {share}, {_GRIDS[weights.quantizer]}"
+
+
+_SCALES = {"e8m0": "one power of two (E8M0)", "e4m3": "one scale for the whole matrix and one E4M3 scale"}
 
 
 def schemes(record: RunRecord) -> list[tuple[str, int, int]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ptq.quantized import QuantizedTensor
-from ptq.scheme import Axis, QuantScheme
+from ptq.scheme import Axis, FloatFormat, QuantScheme
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class KernelQuery:
         dtype: of the activations.
         group_index: groups follow an activation order instead of the column order.
         axis: along which groups run: "in" for input columns of a row, "out" for output rows of a column.
+        float_format: what codes stand for where they are no integers, else None.
     """
 
     bits: int
@@ -34,6 +35,7 @@ class KernelQuery:
     dtype: torch.dtype
     group_index: bool = False
     axis: Axis = "in"
+    float_format: FloatFormat | None = None
 
     @property
     def channelwise(self) -> bool:
@@ -52,7 +54,16 @@ class KernelQuery:
         weights, (out, columns) = scheme.weights, shape
         width = weights.grouping.width(weights.grouping.length(shape))
         return KernelQuery(
-            weights.bits, width, weights.symmetric, out, columns, device, dtype, index, weights.grouping.axis
+            bits=weights.bits,
+            group_width=width,
+            symmetric=weights.symmetric,
+            out_features=out,
+            in_features=columns,
+            device_type=device,
+            dtype=dtype,
+            group_index=index,
+            axis=weights.grouping.axis,
+            float_format=weights.float_format,
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ptq.numerics.floats import levels_of
 from ptq.quantized import QuantizedTensor
 from ptq.runtime.kernels.kernel import Kernel, KernelQuery, Packed
 
@@ -21,31 +22,33 @@ def _supports(query: KernelQuery) -> str | None:
 
 
 def _pack(q: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-    """codes uint8 ``[out, in]``, scale float32 ``[lines, G]``; where present zero uint8 ``[lines, G]``, group_index.
+    """codes uint8 ``[out, in]``, step float32 ``[lines, G]``; where present zero uint8 ``[lines, G]``, group_index.
 
     Codes stay one byte each below 8 bits too: unpacking a dense bit stream takes more passes over the weight than
     dequantizing it does.
     """
-    named = {"codes": q.codes, "scale": q.scale, "zero": q.zero, "group_index": q.group_index}
+    named = {"codes": q.codes, "step": q.step, "zero": q.zero, "group_index": q.group_index}
     return {name: tensor.to(device).contiguous() for name, tensor in named.items() if tensor is not None}
 
 
 def dequantize_rows(packed: Packed, rows: slice, query: KernelQuery, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of ``(code - zero) * scale`` as ``[rows, in]`` in ``dtype``; float32 inside.
+    """Rows of level times step as ``[rows, in]`` in ``dtype``; float32 inside.
 
     The same products in the same order as `QuantizedTensor.dequantize`, so the same bits.
     """
-    codes, scale, zero = packed["codes"][rows], packed["scale"], packed.get("zero")
-    index, w = packed.get("group_index"), codes.float()
+    codes, step, zero = packed["codes"][rows], packed["step"], packed.get("zero")
+    index = packed.get("group_index")
+    w = codes.float() if query.float_format is None else levels_of(codes, query.float_format)
     if query.axis == "out":  # line j belongs to column j, and a row takes the group it lies in
         group = torch.arange(rows.start, rows.start + len(codes), device=codes.device) // query.group_width
-        s, z = scale[:, group].T, None if zero is None else zero[:, group].T
+        s, z = step[:, group].T, None if zero is None else zero[:, group].T
     elif index is not None:
-        s, z = scale[rows][:, index], None if zero is None else zero[rows][:, index]
+        s, z = step[rows][:, index], None if zero is None else zero[rows][:, index]
     else:
-        w, s = w.view(len(codes), scale.shape[1], -1), scale[rows].unsqueeze(-1)
+        w, s = w.view(len(codes), step.shape[1], -1), step[rows].unsqueeze(-1)
         z = None if zero is None else zero[rows].unsqueeze(-1)
-    w = w.sub_(2 ** (query.bits - 1)) if z is None else w.sub_(z)
+    if query.float_format is None:
+        w = w.sub_(2 ** (query.bits - 1)) if z is None else w.sub_(z)
     return w.mul_(s).view(codes.shape).to(dtype)
 
 

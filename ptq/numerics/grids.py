@@ -1,0 +1,80 @@
+"""Integer and float grids behind the same verbs, for everything that rounds without caring which it is.
+
+A *step* is what one level is worth: the stored scale, divided by the tensor's global scale where there is one. A
+weight is a level times its step. Integer levels are ``code - zero``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ptq.numerics import floats, integers
+from ptq.scheme import TensorQuant
+
+
+def global_scale_of(largest_weight: torch.Tensor, quant: TensorQuant) -> torch.Tensor | None:
+    """float32 ``[1]`` for a tensor (or tensors that share it) of this largest magnitude; None for one-level formats."""
+    if quant.scale_format != "e4m3":
+        return None
+    assert quant.float_format is not None
+    return floats.tensor_scale(largest_weight, quant.float_format)
+
+
+def own_global_scale(w: torch.Tensor, quant: TensorQuant, shared: torch.Tensor | None = None) -> torch.Tensor | None:
+    """``shared``, or the global scale of W alone where a two-level format was given none."""
+    return global_scale_of(w.abs().amax(), quant) if shared is None else shared
+
+
+def grid_parameters(
+    units: torch.Tensor,
+    quant: TensorQuant,
+    clip: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Stored scale and zero point ``[...]`` of units ``[..., g]``; see `integers.grid_parameters`, `floats.scales`."""
+    if quant.float_format is None:
+        return integers.grid_parameters(units, quant, clip)
+    return floats.scales(units, quant, clip, global_scale), None
+
+
+def step_of(scale: torch.Tensor, global_scale: torch.Tensor | None) -> torch.Tensor:
+    """The step ``[...]`` of stored scales."""
+    return scale if global_scale is None else scale / global_scale.to(scale.dtype)
+
+
+def levels(w: torch.Tensor, step: torch.Tensor, zero: torch.Tensor | None, quant: TensorQuant) -> torch.Tensor:
+    """The level nearest to every weight, in the dtype of w; ``step`` and ``zero`` must broadcast against it."""
+    if quant.float_format is not None:
+        return floats.nearest(w / step, quant.float_format)
+    shift = 2 ** (quant.bits - 1) if zero is None else zero
+    return integers.quantize(w, step, zero, quant).sub_(shift)
+
+
+def codes_of(level: torch.Tensor, zero: torch.Tensor | None, quant: TensorQuant) -> torch.Tensor:
+    """uint8 codes of levels."""
+    if quant.float_format is not None:
+        return floats.codes(level, quant.float_format)
+    return (level + (2 ** (quant.bits - 1) if zero is None else zero)).to(torch.uint8)
+
+
+def levels_of(code: torch.Tensor, zero: torch.Tensor | None, quant: TensorQuant) -> torch.Tensor:
+    """float32 levels of uint8 codes; ``zero`` must broadcast against them."""
+    if quant.float_format is not None:
+        return floats.levels_of(code, quant.float_format)
+    return code.float().sub_(2 ** (quant.bits - 1) if zero is None else zero)
+
+
+def fake_quantize(
+    w: torch.Tensor,
+    quant: TensorQuant,
+    clip: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Quantize and dequantize ``W [..., out, in]`` with the grouping of ``quant``.
+
+    Args:
+        clip: ``[..., lines, G]`` clipping bounds, or None.
+    """
+    if quant.float_format is None:
+        return integers.fake_quantize(w, quant, clip)
+    return floats.fake_quantize(w, quant, clip, global_scale)
