@@ -16,13 +16,15 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from calibration.corpora import load_corpus
+from calibration.encoding import EncodedText
 from calibration.models import load_tokenizer, locate
 from calibration.perplexity import LogitsModel, encode_for, score
-from calibration.record import read_record, read_timings
+from calibration.record import Evaluation, read_record, read_timings
 from calibration.windows import Scoring
 from ptq.evaluation import default_dataset, logits_of
 from ptq.runtime.load import load_model
@@ -43,68 +45,99 @@ def remembered(logits: LogitsModel) -> LogitsModel:
     return lookup
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """One model and one text: quantizes in processes of their own, scores in this one."""
+
+    model: str
+    calibration: tuple[str, ...]
+    text: EncodedText
+    scoring: Scoring
+    reference: LogitsModel
+    base: Evaluation
+
+    @staticmethod
+    def of(args: argparse.Namespace) -> Bench:
+        """From the arguments of `add_arguments`."""
+        folder = locate(args.model)
+        corpus = load_corpus(args.eval or default_dataset(folder), "score")
+        text = encode_for("gptq", corpus, load_tokenizer(folder))
+        scoring = Scoring("gptq", args.seq_len, batch_size=4, max_windows=args.max_windows, dtype="float32")
+        reference = remembered(logits_of(load_model(folder, dtype=torch.float32), CPU))
+        base = score(reference, text, scoring)
+        print(f"float perplexity {base.perplexity:.4f}, {base.protocol.tokens_scored} tokens", file=sys.stderr)
+        calibration = ("--samples", str(args.samples), "--seq-len", str(args.seq_len))
+        calibration += ("--dataset", args.dataset) if args.dataset else ()
+        return Bench(args.model, calibration, text, scoring, reference, base)
+
+    def row(self, method: str, scheme: str, *more: str) -> dict[str, Any]:
+        """One line of the table: ``ptq quantize --method M --scheme S MORE``, or ``--recipe`` for a method "*.toml"."""
+        with tempfile.TemporaryDirectory() as temporary:
+            out = Path(temporary) / "out"
+            how = ["--recipe", method] if method.endswith(".toml") else ["--method", method, "--scheme", scheme]
+            command = [sys.executable, "-m", "cli.main", "quantize", self.model, *how, *self.calibration, *more]
+            subprocess.run([*command, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
+            record, timings = read_record(out), read_timings(out)
+            assert timings is not None
+            logits = logits_of(load_model(out, dtype=torch.float32), CPU)
+            e = score(logits, self.text, self.scoring, model="quantized", reference_fn=self.reference)
+        assert e.divergence is not None
+        row = {
+            "method": method,
+            "scheme": scheme,
+            "bits_per_weight": record.result["bits_per_weight"],
+            "perplexity": e.perplexity,
+            "kl": e.divergence.kl_mean,
+            "top1": e.divergence.top1_agreement,
+            "file_mb": record.result["bytes"] / 1e6,
+            "seconds": timings.seconds,
+            "peak_gb": timings.peak_rss_bytes / 1e9,
+            "peak_above_start_gb": (timings.peak_rss_bytes - timings.base_rss_bytes) / 1e9,
+        }
+        print(json.dumps(row), file=sys.stderr)
+        return row
+
+    def report(self, rows: list[dict[str, Any]], to: Path | None) -> None:
+        """Print the table, and write it as JSON where a path is given."""
+        print(f"float: perplexity {self.base.perplexity:.3f}, {self.text.ids.numel()} tokens of {self.text.dataset}\n")
+        print("| method | scheme | bits/weight | perplexity | KL | top-1 | file MB | seconds | peak GB |")
+        print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+        for r in rows:
+            print(
+                f"| {r['method']} | {r['scheme']} | {r['bits_per_weight']:.3f} | {r['perplexity']:.3f} | {r['kl']:.5f} "
+                f"| {r['top1']:.2%} | {r['file_mb']:.2f} | {r['seconds']:.1f} | {r['peak_gb']:.2f} |"
+            )
+        if to:
+            to.write_text(json.dumps({"float": dataclasses.asdict(self.base), "rows": rows}, indent=1) + "\n")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, the texts and the output of every table."""
     parser.add_argument("model")
     parser.add_argument("--dataset", help="calibration text")
     parser.add_argument("--eval", help="text to score")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--max-windows", type=int, help="score only the first so many windows")
+    parser.add_argument("--json", type=Path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
     parser.add_argument("--bits", default="4,3,2")
     parser.add_argument("--groups", default="g128,g64")
     parser.add_argument("--methods", default="rtn,gptq,awq,awq+gptq")
     parser.add_argument("--suffix", default="sym", help="sym or asym")
-    parser.add_argument("--max-windows", type=int, help="score only the first so many windows")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-
-    folder = locate(args.model)
-    corpus = load_corpus(args.eval or default_dataset(folder), "score")
-    text = encode_for("gptq", corpus, load_tokenizer(folder))
-    scoring = Scoring("gptq", args.seq_len, batch_size=4, max_windows=args.max_windows, dtype="float32")
-    reference = remembered(logits_of(load_model(folder, dtype=torch.float32), CPU))
-    base = score(reference, text, scoring)
-    print(f"float perplexity {base.perplexity:.4f}, {base.protocol.tokens_scored} tokens", file=sys.stderr)
-    rows = []
-    with tempfile.TemporaryDirectory() as temporary:
-        for bits in args.bits.split(","):
-            for group in args.groups.split(","):
-                for method in args.methods.split(","):
-                    out = Path(temporary) / f"{method}-w{bits}-{group}"
-                    scheme = f"w{bits}a16-{group}-{args.suffix}"
-                    command = [sys.executable, "-m", "cli.main", "quantize", args.model, "--method", method]
-                    command += ["--scheme", scheme, "--samples", str(args.samples), "--seq-len", str(args.seq_len)]
-                    command += ["--out", str(out)] + (["--dataset", args.dataset] if args.dataset else [])
-                    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                    record, timings = read_record(out), read_timings(out)
-                    assert timings is not None
-                    logits = logits_of(load_model(out, dtype=torch.float32), CPU)
-                    e = score(logits, text, scoring, model="quantized", reference_fn=reference)
-                    assert e.divergence is not None
-                    row = {
-                        "method": method,
-                        "scheme": scheme,
-                        "bits_per_weight": record.result["bits_per_weight"],
-                        "perplexity": e.perplexity,
-                        "kl": e.divergence.kl_mean,
-                        "top1": e.divergence.top1_agreement,
-                        "file_mb": record.result["bytes"] / 1e6,
-                        "seconds": timings.seconds,
-                        "peak_gb": timings.peak_rss_bytes / 1e9,
-                        "peak_above_start_gb": (timings.peak_rss_bytes - timings.base_rss_bytes) / 1e9,
-                    }
-                    rows.append(row)
-                    print(json.dumps(row), file=sys.stderr)
-    print(f"float: perplexity {base.perplexity:.3f}, {sum(i.numel() for i in [text.ids])} tokens of {text.dataset}\n")
-    print("| method | scheme | bits/weight | perplexity | KL | top-1 | file MB | seconds | peak GB |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for r in rows:
-        print(
-            f"| {r['method']} | {r['scheme']} | {r['bits_per_weight']:.3f} | {r['perplexity']:.3f} | {r['kl']:.5f} "
-            f"| {r['top1']:.2%} | {r['file_mb']:.2f} | {r['seconds']:.1f} | {r['peak_gb']:.2f} |"
-        )
-    if args.json:
-        args.json.write_text(json.dumps({"float": dataclasses.asdict(base), "rows": rows}, indent=1) + "\n")
+    bench = Bench.of(args)
+    rows = [
+        bench.row(method, f"w{bits}a16-{group}-{args.suffix}")
+        for bits in args.bits.split(",")
+        for group in args.groups.split(",")
+        for method in args.methods.split(",")
+    ]
+    bench.report(rows, args.json)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from calibration.errors import ToolkitError, nearest, unknown_value
 from calibration.passes import Pass, Phase
-from ptq.methods import COMBINATIONS, METHODS
+from ptq.methods import COMBINATIONS, DEFAULT_SCHEMES, METHODS
 from ptq.scheme import Quantizer, QuantScheme, parse_scheme
 
 Methods = Mapping[str, Callable[..., Pass]]
@@ -108,8 +108,13 @@ def default_quantizer(format_name: str | None) -> Quantizer:
 
 def method_recipe(method: str, scheme: str | None, format_name: str | None, methods: Methods = METHODS) -> Recipe:
     """The recipe that ``--method`` and ``--scheme`` stand for."""
-    parsed = parse_scheme(scheme or DEFAULT_SCHEME, default_quantizer(format_name))
-    return Recipe(parse_method(method, methods), (Rule("*", parsed),), format_name)
+    passes = parse_method(method, methods)
+    parsed = parse_scheme(scheme or _default_scheme(passes), default_quantizer(format_name))
+    return Recipe(passes, (Rule("*", parsed),), format_name)
+
+
+def _default_scheme(passes: Sequence[Pass]) -> str:
+    return next((DEFAULT_SCHEMES[p.name] for p in passes if p.name in DEFAULT_SCHEMES), DEFAULT_SCHEME)
 
 
 def read_recipe(
@@ -142,7 +147,7 @@ def read_recipe(
     format_name = format_name or data.get("format")
     quantizer = default_quantizer(format_name)
     rules = [_read_rule(path, table, quantizer) for table in data.get("rule", [])]
-    rules.append(Rule("*", parse_scheme(scheme or data.get("scheme", DEFAULT_SCHEME), quantizer)))
+    rules.append(Rule("*", parse_scheme(scheme or data.get("scheme", _default_scheme(passes)), quantizer)))
     return Recipe(passes, tuple(rules), format_name)
 
 

@@ -16,31 +16,27 @@ from calibration.checkpoint import CheckpointReader, save_tensors
 from ptq.export.formats import FORMATS, format_of
 from ptq.export.readback import compare
 from ptq.linears import ModelLayout, PlannedLinear
-from ptq.numerics.integers import grid_parameters, quantize
-from ptq.quantized import QuantizedTensor
-from ptq.scheme import QuantScheme, parse_scheme
+from ptq.methods.rtn import round_to_nearest
+from ptq.scheme import parse_scheme
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 128, "head_dim": 32}
 
 
-def rounded(w: torch.Tensor, scheme: QuantScheme) -> QuantizedTensor:
-    """Round to nearest."""
-    units = w.float().unflatten(1, (-1, scheme.weights.grouping.width(w.shape[1])))
-    scale, zero = grid_parameters(units, scheme.weights)
-    z = None if zero is None else zero[..., None]
-    codes = quantize(units, scale[..., None], z, scheme.weights).flatten(1).to(torch.uint8)
-    return QuantizedTensor(codes, scale, None if zero is None else zero.to(torch.uint8), scheme)
-
-
-def logits(folder: Path, **options: Any) -> torch.Tensor:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+def logits(folder: Path, dtype: torch.dtype, **options: Any) -> torch.Tensor:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     with torch.no_grad():
         return model.eval()(torch.arange(24).view(2, 12)).logits
 
 
-def check(tmp_path: Path, family: str, rule: Callable[[str], str | None], **options: Any) -> None:
-    """Write a tiny model whose linears have the schemes of ``rule`` and load it with transformers."""
+def check(
+    tmp_path: Path,
+    family: str,
+    rule: Callable[[str], str | None],
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> None:
+    """Write a tiny model whose linears have the schemes of ``rule`` and load it with transformers in ``dtype``."""
     fmt = FORMATS["compressed-tensors"]
     sizes = SIZES if family == "llama" else {}
     linears, tensors, dense, written = [], {}, {}, {}
@@ -56,9 +52,9 @@ def check(tmp_path: Path, family: str, rule: Callable[[str], str | None], **opti
             expert = int(parts[parts.index("experts") + 1]) if "experts" in parts else None
             linears.append(PlannedLinear(name, int(parts[2]), (info.shape[0], info.shape[1]), scheme, expert=expert))
             if scheme is not None:
-                written[name] = q = rounded(tensor, scheme)
+                written[name] = q = round_to_nearest(tensor.float(), scheme)
                 del tensors[key]
-                dense[key] = q.dequantize()
+                dense[key] = q.dequantize(dtype)
                 tensors |= {f"{name}.{suffix}": t for suffix, t in fmt.encode(q, torch.float32).items()}
         others = ["lm_head", *(key.removesuffix(".weight") for key in reader.infos if key.endswith(".gate.weight"))]
         layout = ModelLayout(reader.config, tuple(linears), tuple(others), "model.layers", False, "float32")
@@ -71,7 +67,7 @@ def check(tmp_path: Path, family: str, rule: Callable[[str], str | None], **opti
         (tmp_path / kind).mkdir()
         save_tensors(tmp_path / kind / "model.safetensors", content)
         (tmp_path / kind / "config.json").write_text(json.dumps({**config, **extra}))
-    expected, found = logits(tmp_path / "dense"), logits(tmp_path / "packed", **options)
+    expected, found = logits(tmp_path / "dense", dtype), logits(tmp_path / "packed", dtype, **options)
     assert (expected - found).abs().max() <= 1e-5 * expected.abs().max()
     with CheckpointReader(tmp_path / "packed") as reader:  # and by our own readers, from the files alone
         ours = format_of(reader.config)
@@ -88,6 +84,15 @@ def check(tmp_path: Path, family: str, rule: Callable[[str], str | None], **opti
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_llama_symmetric(tmp_path, bits):
     check(tmp_path, "llama", lambda name: f"w{bits}a16-{'gchannel' if bits == 8 else 'g64'}-sym")
+
+
+FP4 = [lambda name: "nvfp4", lambda name: "mxfp4", lambda name: "mxfp4" if "mlp" in name else "w8a16-g32-sym"]
+
+
+@pytest.mark.parametrize("rule", FP4, ids=["nvfp4", "mxfp4", "mixed"])
+def test_llama_fp4(tmp_path, rule):
+    """transformers decompresses FP4 to bfloat16 and multiplies by nothing else."""
+    check(tmp_path, "llama", rule, torch.bfloat16)
 
 
 def test_llama_two_schemes_and_float_linears(tmp_path):

@@ -84,9 +84,9 @@ def dense(folder: Path, to: Path, scheme_text: str = "w4a16-g32-sym", transposed
     return to
 
 
-def plain_model(folder: Path, **options: Any) -> PreTrainedModel:
-    """Plain transformers in float32, every tensor of the file used and none missing."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+def plain_model(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
+    """Plain transformers, every tensor of the file used and none missing."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     assert not any(info.values()), info
     return model.eval()
 

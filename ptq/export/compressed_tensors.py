@@ -21,25 +21,26 @@ import torch
 
 from calibration.checkpoint import TensorInfo
 from calibration.errors import Problem, ToolkitError
-from ptq.export import checks
+from ptq.export import checks, packed_floats
 from ptq.linears import ModelLayout, PlannedLinear
 from ptq.numerics.bitstream import pack, unpack, words_per_row
 from ptq.quantized import QuantizedTensor
 from ptq.scheme import BITS, Grouping, QuantScheme, TensorQuant
 
 PACKED = "pack-quantized"
+MIXED = "mixed-precision"  # each group names its own
 LIBRARY_VERSION = "0.20.0"  # of the layout that is written, whatever is installed
 EXPERTS = r"re:.*\.experts\.\d+\..*"  # transformers finds the experts' scheme by this word in a pattern
 
 OWN_LINEAR = ("falcon",)  # families whose class of linears reads `weight` itself, which a packed one does not have
 
-Kind = tuple[int, int | None, bool]  # bits, group size, symmetric: all that the file tells of a scheme
+Kind = tuple[int, int | None, bool, str | None]  # bits, group size, symmetric, preset of floats: all a file tells
 
 
 def _kind(linear: PlannedLinear) -> Kind:
     assert linear.scheme is not None
     w = linear.scheme.weights
-    return w.bits, w.grouping.size, w.symmetric
+    return w.bits, w.grouping.size, w.symmetric, packed_floats.preset_of(w)
 
 
 def _unpack(words: torch.Tensor, bits: int, n: int, padded: bool) -> torch.Tensor:
@@ -58,7 +59,7 @@ class CompressedTensors:
 
     name: ClassVar[str] = "compressed-tensors"
     suffixes: ClassVar[frozenset[str]] = frozenset(
-        {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"}
+        {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", *packed_floats.SUFFIXES}
     )
 
     def check(self, layout: ModelLayout) -> list[Problem]:
@@ -66,7 +67,7 @@ class CompressedTensors:
         return [
             *checks.bits_problems(layout, BITS, self.name),
             *checks.group_problems(layout),
-            *checks.float_problems(layout, self.name),
+            *packed_floats.problems(layout, self.name),
             *checks.axis_problems(layout, self.name),
             *checks.order_problems(layout, self.name),
             *checks.part_problems(layout, self.name),
@@ -96,6 +97,8 @@ class CompressedTensors:
     def encode(self, q: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Tensors of one linear; the scale has the model's ``dtype``."""
         bits = q.scheme.weights.bits
+        if packed_floats.preset_of(q.scheme.weights) is not None:
+            return packed_floats.encode(q)
         assert q.group_index is None, "a linear with a group index was not refused"
         tensors = {
             "weight_packed": pack(q.codes, bits),
@@ -114,6 +117,8 @@ class CompressedTensors:
         Raises:
             ToolkitError: ``weight_packed`` has the width of neither packing.
         """
+        if packed_floats.preset_of(scheme.weights) is not None:
+            return packed_floats.decode(tensors, scheme, shape)
         (out, columns), bits = shape, scheme.weights.bits
         words = tensors["weight_packed"]
         per_word = 32 // bits
@@ -144,24 +149,29 @@ class CompressedTensors:
         for linear in layout.quantized:
             kinds.setdefault(_kind(linear), []).append(linear)
         groups = {}
-        for i, ((bits, size, symmetric), linears) in enumerate(kinds.items()):
+        for i, ((bits, size, symmetric, preset), linears) in enumerate(kinds.items()):
             targets = ["Linear"]
             if len(kinds) > 1:
                 targets = [linear.name for linear in linears if linear.expert is None]
                 targets += [EXPERTS] if any(linear.expert is not None for linear in linears) else []
             weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False}
             weights |= {"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size}
+            if preset is not None:
+                weights = packed_floats.weight_arguments(preset)
             groups[f"group_{i}"] = {
                 "targets": targets,
                 "weights": weights,
                 "input_activations": None,
                 "output_activations": None,
-                "format": PACKED,  # without it readers guess, and guess 8 bits per row wrong
+                "format": packed_floats.FORMATS.get(
+                    preset or "", PACKED
+                ),  # without it readers guess, and guess 8 bits per row wrong
             }
+        labels = {str(group["format"]) for group in groups.values()} or {PACKED}
         config = {
             "quant_method": "compressed-tensors",
             "version": LIBRARY_VERSION,
-            "format": PACKED,
+            "format": labels.pop() if len(labels) == 1 else MIXED,
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": [linear.name for linear in layout.left] + list(layout.other_linears),
@@ -216,13 +226,18 @@ class CompressedTensors:
             raise ToolkitError(f"{name}: packed, but no group of config.json targets it", "fetch config.json again")
         w = chosen["weights"]
         kind, size = chosen.get("format") or data.get("format"), w.get("group_size")
+        floats = packed_floats.scheme_of(kind, w)
+        if floats is not None and not chosen.get("input_activations"):
+            return floats
         strategy = w.get("strategy") or ("group" if size and size > 0 else "channel" if size == -1 else "tensor")
         wrong = w.get("type", "int") != "int" or kind not in (PACKED, None) or w["num_bits"] not in BITS
         if wrong or strategy not in ("group", "channel") or chosen.get("input_activations"):
             raise ToolkitError(
                 f"{name}: '{kind}' with {w['num_bits']}-bit {w.get('type', 'int')} weights per {strategy}"
                 + (" and quantized activations" if chosen.get("input_activations") else ""),
-                f"only '{PACKED}' integer weights of {', '.join(map(str, BITS))} bits per group or channel are read",
+                f"only '{PACKED}' integer weights of {', '.join(map(str, BITS))} bits per group or channel, "
+                + " and ".join(f"'{label}'" for label in packed_floats.FORMATS.values())
+                + ", are read",
             )
         grouping = Grouping("group", int(size)) if strategy == "group" else Grouping("channel")
         return QuantScheme(
@@ -232,10 +247,10 @@ class CompressedTensors:
     def loads_in(self, layout: ModelLayout) -> dict[str, str]:
         """Who opens the checkpoint."""
         kinds = {_kind(linear) for linear in layout.quantized}
-        asymmetric, mixed = any(not symmetric for _, _, symmetric in kinds), len(kinds) > 1
+        asymmetric, mixed = any(not symmetric for _, _, symmetric, _ in kinds), len(kinds) > 1
         family = layout.config.get("model_type")
         transformers = "yes, with the package compressed-tensors"
-        if any(bits in (3, 5, 6) for bits, _, _ in kinds):
+        if any(bits in (3, 5, 6) for bits, _, _, _ in kinds):
             transformers += " >= 0.20 (older ones pack 3, 5 and 6 bits in another way)"
         needing = [f"{family}'s own class of linears"] * (family in OWN_LINEAR) + ["asymmetric weights"] * asymmetric
         reason = " and ".join(needing) + (" need" if needing else "")
@@ -245,7 +260,9 @@ class CompressedTensors:
             transformers += f"; {reason} quantization_config=CompressedTensorsConfig(dequantize=True)"
         elif mixed:
             transformers += "; not with dequantize=True, which takes one scheme for all linears"
-        marlin = all(bits in (4, 8) for bits, _, _ in kinds)
+        if any(preset is not None for *_, preset in kinds):
+            transformers += "; FP4 weights decompress to bfloat16: load with dtype bfloat16"
+        marlin = all(bits in (4, 8) for bits, _, _, _ in kinds)
         return {
             "transformers": transformers,
             "vLLM": "expected (its kernels take 4 and 8 bits), not run here"

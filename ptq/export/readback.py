@@ -68,7 +68,10 @@ def read_codes(
     bits, (out, columns) = scheme.weights.bits, shape
     array = {suffix: t.numpy() for suffix, t in tensors.items() if not t.dtype.is_floating_point}
     zero: np.ndarray | None = None
-    if format_name == "compressed-tensors":
+    if format_name == "compressed-tensors" and "weight_shape" not in tensors:  # FP4, two codes per byte
+        nibbles = array["weight_packed"][:, :, None] >> np.array([0, 4], dtype=np.uint8) & 15
+        codes, scale = nibbles.reshape(out, columns), _float(tensors["weight_scale"])
+    elif format_name == "compressed-tensors":
         codes, scale = _fields(array["weight_packed"], bits, columns), _float(tensors["weight_scale"])
         if "weight_zero_point" in array:
             zero = _fields(array["weight_zero_point"].T, bits, out).T
@@ -118,7 +121,7 @@ def compare(name: str, q: QuantizedTensor, format_name: str, tensors: Mapping[st
     _first_difference("code", name, codes, q.codes.cpu().numpy())
     _first_difference("scale", name, scale, q.scale.cpu().numpy())
     if q.global_scale is not None:
-        kept = tensors.get("global_scale", torch.zeros(0))
+        kept = tensors.get("global_scale", tensors.get("weight_global_scale", torch.zeros(0)))
         _first_difference("global scale", name, kept.numpy(), q.global_scale.cpu().numpy())
     if q.zero is not None:
         stored = np.zeros(0, dtype=np.uint8) if zero is None else zero

@@ -5,6 +5,7 @@ from __future__ import annotations
 from calibration.passes import Pass
 from ptq.methods.adadim import AdaDim, AdaDimPublished
 from ptq.methods.awq import Awq
+from ptq.methods.fp4 import Fp4
 from ptq.methods.gptq import Gptq
 from ptq.methods.lorc import Lorc
 from ptq.methods.norm_tweak import NormTweak
@@ -16,6 +17,7 @@ METHODS: dict[str, type[Pass]] = {
     "awq": Awq,
     "adadim": AdaDim,
     "adadim-published": AdaDimPublished,
+    "fp4": Fp4,
     "lorc": Lorc,
     "norm-tweak": NormTweak,
 }
@@ -23,4 +25,19 @@ METHODS: dict[str, type[Pass]] = {
 COMBINATIONS: dict[str, tuple[str, ...]] = {"rtn-ada": ("adadim", "rtn"), "gptq-ada": ("adadim", "gptq")}
 """Names in the literature for passes in a row, as ``--method`` takes them."""
 
-__all__ = ["COMBINATIONS", "METHODS", "AdaDim", "AdaDimPublished", "Awq", "Gptq", "Lorc", "NormTweak", "Rtn"]
+DEFAULT_SCHEMES: dict[str, str] = {"fp4": "fp4-e2m1-g128"}
+"""What ``--method`` alone means, for methods that do not work on integers."""
+
+__all__ = [
+    "COMBINATIONS",
+    "DEFAULT_SCHEMES",
+    "METHODS",
+    "AdaDim",
+    "AdaDimPublished",
+    "Awq",
+    "Fp4",
+    "Gptq",
+    "Lorc",
+    "NormTweak",
+    "Rtn",
+]

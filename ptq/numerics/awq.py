@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from ptq.numerics.grids import fake_quantize
-from ptq.numerics.groups import join, rows_per_group, split
+from ptq.numerics.groups import diagonal_blocks, join, rows_per_group, split
 from ptq.numerics.objective import output_energy, row_chunks
 from ptq.scheme import TensorQuant
 
@@ -90,7 +90,7 @@ def clip_bounds(
         input, and the error is that of the weights.
     """
     grouping = quant.grouping
-    blocks = _diagonal_blocks(gram, grouping.width(w.shape[1])) if grouping.axis == "in" else None
+    blocks = diagonal_blocks(gram, grouping.width(w.shape[1])) if grouping.axis == "in" else None
     chosen = []
     for rows in row_chunks(w.shape[0], w.shape[1], multiple=rows_per_group(quant, w.shape[0])):
         part = w[rows]
@@ -110,10 +110,3 @@ def clip_bounds(
             lowest = torch.where(better, error, lowest)
         chosen.append(best)
     return torch.cat(chosen, dim=0 if grouping.axis == "in" else 1)
-
-
-def _diagonal_blocks(gram: torch.Tensor, width: int) -> torch.Tensor:
-    """The blocks ``[G, width, width]`` on the diagonal of ``gram [in, in]``."""
-    n_groups = gram.shape[0] // width
-    blocks = gram.view(n_groups, width, n_groups, width).diagonal(dim1=0, dim2=2)
-    return blocks.permute(2, 0, 1).contiguous()

@@ -22,3 +22,10 @@ def join(units: torch.Tensor, grouping: Grouping) -> torch.Tensor:
 def rows_per_group(quant: TensorQuant, rows: int) -> int:
     """Rows that must stay together when W is handled in chunks of rows: a group of them for axis "out", else 1."""
     return quant.grouping.width(rows) if quant.grouping.axis == "out" else 1
+
+
+def diagonal_blocks(gram: torch.Tensor, width: int) -> torch.Tensor:
+    """The blocks ``[G, width, width]`` on the diagonal of ``gram [in, in]``."""
+    n_groups = gram.shape[0] // width
+    blocks = gram.view(n_groups, width, n_groups, width).diagonal(dim1=0, dim2=2)
+    return blocks.permute(2, 0, 1).contiguous()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ptq.numerics.grids import fake_quantize
+from ptq.numerics.grids import fake_quantize, own_global_scale
 from ptq.numerics.groups import rows_per_group
 from ptq.scheme import TensorQuant
 
@@ -30,22 +30,28 @@ def output_energy(d: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
 
 
 def rounding_error(
-    w: torch.Tensor, gram: torch.Tensor, quant: TensorQuant, clip: torch.Tensor | None = None
+    w: torch.Tensor,
+    gram: torch.Tensor,
+    quant: TensorQuant,
+    clip: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """||(Q(W) - W) X^T||^2 of rounding to nearest, a scalar.
 
     Args:
         w: ``[out, in]``, gram ``[in, in]``; see `output_energy`.
         clip: ``[lines, G]`` clipping bounds, or None.
+        global_scale: ``[1]``, for two-level formats; None takes that of W alone.
     """
     total = torch.zeros((), dtype=torch.float32, device=w.device)
     across = quant.grouping.axis == "out"
+    global_scale = own_global_scale(w, quant, global_scale)
     for rows in row_chunks(w.shape[0], w.shape[1], multiple=rows_per_group(quant, w.shape[0])):
         bound = clip
         if clip is not None:
             per_group = rows_per_group(quant, w.shape[0])
             bound = clip[:, rows.start // per_group : -(-rows.stop // per_group)] if across else clip[rows]
-        total += output_energy(fake_quantize(w[rows], quant, bound).sub_(w[rows]), gram)
+        total += output_energy(fake_quantize(w[rows], quant, bound, global_scale).sub_(w[rows]), gram)
     return total
 
 

@@ -1,0 +1,89 @@
+"""LLM-FP4 for weights (Liu et al. 2023, arXiv 2310.16836): which float format, and which exponent bias per group.
+
+It chooses, and leaves the rounding to the pass behind it: ``fp4`` alone rounds to nearest, ``fp4+gptq`` with error
+feedback on the chosen grids. For MXFP4 and NVFP4 it chooses the scale of every block. The search is in
+`ptq.numerics.float_search`; unlike in the paper, formats are chosen on a Gram matrix instead of stored outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from calibration.context import Context
+from calibration.errors import Problem
+from calibration.passes import Phase, Stream
+from calibration.segment import Segment
+from calibration.statistics import Gram, Statistic
+from ptq.export.checks import matching, refuse
+from ptq.methods.rounding import global_scales
+from ptq.numerics.float_search import COARSE, SHORTLIST, search_bounds
+from ptq.numerics.objective import rounding_error
+from ptq.scheme import QuantScheme, float_formats
+
+
+@dataclass(frozen=True)
+class Fp4:
+    """Grids of floats chosen by output error.
+
+    Attributes:
+        formats: try every ExMy with as many bits as the planned one; otherwise keep it. (Hardware formats are kept.)
+        shortlist: candidate scales per group that are scored with the Gram matrix itself, after its diagonal.
+    """
+
+    formats: bool = True
+    shortlist: int = SHORTLIST
+
+    name: ClassVar[str] = "fp4"
+    phases: ClassVar[tuple[Phase, ...]] = (Phase.CHOOSE,)
+    stream: ClassVar[Stream] = "either"
+    statistics: ClassVar[tuple[type[Statistic], ...]] = (Gram,)
+    parts: ClassVar[tuple[str, ...]] = ()
+
+    def check(self, view: Any) -> Iterable[Problem]:
+        if not 1 <= self.shortlist <= 64:
+            yield Problem("fp4.shortlist", f"{self.shortlist} is outside 1 to 64", f"use {SHORTLIST}")
+        integers = matching(view, lambda linear: linear.scheme.weights.float_format is None)  # type: ignore[union-attr]
+        named = ", ".join(dict.fromkeys(str(linear.scheme) for linear in integers))
+        yield from refuse(integers, f"{named}: fp4 chooses among floats", "use --scheme fp4-e2m1-g128, mxfp4 or nvfp4")
+
+    def forwards(self) -> int:
+        return 0
+
+    def alternatives(self, scheme: QuantScheme, shape: tuple[int, int]) -> tuple[QuantScheme, ...]:
+        """The scheme with every format of as many bits, itself first."""
+        w = scheme.weights
+        if not self.formats or w.float_format is None or w.scale_format != "bf16":
+            return (scheme,)
+        others = (number for number in float_formats(w.bits) if number != w.float_format)
+        return (
+            scheme,
+            *(dataclasses.replace(scheme, weights=dataclasses.replace(w, float_format=number)) for number in others),
+        )
+
+    def apply(self, segment: Segment, context: Context) -> None:
+        shared = global_scales(segment)
+        for linear, scheme in list(segment.schemes.items()):
+            if context.statistic(linear, Gram).tokens == 0:
+                continue
+            w, gram = segment.weight(linear), context.product_gram(linear)
+            options = self.alternatives(scheme, (w.shape[0], w.shape[1]))
+            best = options[0]
+            if len(options) > 1:
+                errors = [_coarse_error(w, gram, option) for option in options]
+                best = options[min(range(len(options)), key=errors.__getitem__)]
+                names = (str(option.weights.float_format) for option in options)
+                segment.note(linear, **{f"fp4.{name}": e for name, e in zip(names, errors, strict=True)})
+            bounds = search_bounds(w, gram, best.weights, shared.get(linear), shortlist=self.shortlist)
+            segment.schemes[linear], segment.ranges[linear] = best, bounds
+            context.advance(linear)
+
+
+def _coarse_error(w: torch.Tensor, gram: torch.Tensor, scheme: QuantScheme) -> float:
+    """||(Q(W) - W) X^T||^2 with scales of a coarse search, to compare formats."""
+    bounds = search_bounds(w, gram, scheme.weights, offsets=COARSE, shortlist=2)
+    return float(rounding_error(w, gram, scheme.weights, bounds))
