@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from calibration.architectures import SharedInput
 from calibration.capture import Call, Watch, accumulate, record_calls, watching
 from calibration.errors import ToolkitError
 from calibration.segment import Segment
-from calibration.states import HiddenStates
+from calibration.states import HiddenStates, Reference
 from calibration.statistics import Gram, Statistic
 
 S = TypeVar("S", bound=Statistic)
@@ -31,6 +31,7 @@ class Context:
         propagate: also replace the states by the block's outputs while gathering: on a float stream one forward does
             both, because nothing edited the block yet.
         allow_unseen: an expert without calibration tokens gets a zero Gram instead of an error.
+        references: outputs of the float block, a tensor per batch, of every kind that a pass trains towards.
         advance: called after every batch and every linear with what was done, for the progress display.
     """
 
@@ -42,6 +43,7 @@ class Context:
         propagate: bool,
         allow_unseen: bool,
         advance: Callable[[str], None],
+        references: Mapping[Reference, Sequence[torch.Tensor]] | None = None,
     ) -> None:
         self.segment = segment
         self.forwards = 0
@@ -50,6 +52,7 @@ class Context:
         self._kinds = tuple(kinds)
         self._propagate = propagate
         self._allow_unseen = allow_unseen
+        self._references = references or {}
         self._store: dict[tuple[SharedInput, type[Any]], Statistic] = {}
         self._products: dict[SharedInput, torch.Tensor] = {}
         self._product_dtype = next(segment.module.parameters()).dtype
@@ -101,6 +104,28 @@ class Context:
         with watching(self.segment.module, watches):
             self._states.run(self.segment.module, self.segment.index, False, self.advance, batches)
         self.forwards += 1
+
+    @property
+    def batches(self) -> range:
+        """Numbers of the calibration batches, for `output` and `reference`."""
+        assert self._states is not None, "this run has no calibration samples"
+        return range(len(self._states.batches))
+
+    def reference(self, kind: Reference, batch: int) -> torch.Tensor:
+        """The float block's output on one batch, ``[batch, seq_len, hidden]``, as it was before the first edit."""
+        return self._references[kind][batch]
+
+    def output(self, batch: int, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The block as it now is on one batch of the quantized stream, ``[batch, seq_len, hidden]``, with these
+        block-relative parameters, as the file stores them, in place of its own; differentiable in them."""
+        assert self._states is not None and not self._propagate, "this stream does not keep the inputs of the block"
+        segment = self.segment
+        segment.sync()
+        rename = segment.architecture.module_name
+        cast = {rename(name): tensor.to(self._product_dtype) for name, tensor in parameters.items()}
+        result = self._states.output(segment.module, segment.index, batch, cast)
+        self.advance("train")
+        return result
 
     def rescale(self, linears: Sequence[str], s: torch.Tensor) -> None:
         """Follow an exact balance: the inputs of ``linears`` are now divided by ``s [in]``."""

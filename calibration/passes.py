@@ -15,6 +15,7 @@ from calibration.architectures import ArchitectureSpec
 from calibration.context import Context
 from calibration.errors import Problem
 from calibration.segment import Segment
+from calibration.states import Reference
 from calibration.statistics import Statistic
 
 Stream = Literal["none", "either", "quantized"]
@@ -92,6 +93,19 @@ class Gates(Protocol):
         """While open, forward passes of a block are as sparse as the calibration of later blocks wants it."""
 
 
+@runtime_checkable
+class Trains(Protocol):
+    """A pass that fits parameters of the block to outputs of the float block, which the walk then computes."""
+
+    @property
+    def references(self) -> tuple[Reference, ...]: ...
+
+
+def references_of(passes: Sequence[Pass]) -> tuple[Reference, ...]:
+    """The outputs of the float block that some pass trains towards, each once."""
+    return tuple(dict.fromkeys(kind for p in passes if isinstance(p, Trains) for kind in p.references))
+
+
 def repairs(passes: Sequence[Pass]) -> bool:
     """Whether some pass compares the rounded weights with those before, which then stay in memory."""
     return any(Phase.REPAIR in p.phases for p in passes)
@@ -118,9 +132,11 @@ def stream_of(passes: Sequence[Pass]) -> Stream:
 
 
 def forwards_per_block(passes: Sequence[Pass]) -> int:
-    """Forward passes over the calibration set per block: one that gathers statistics (and on a float stream propagates
-    at once), those that passes add, and one that propagates through the quantized block."""
+    """Forward passes over the calibration set per block: one that gathers (and on a float stream propagates at once),
+    one of the float block per reference, those that passes add, and one that propagates through the quantized block.
+    (A training step counts as one; its backward pass comes on top.)"""
     stream = stream_of(passes)
     if stream == "none":
         return 0
-    return any(p.statistics for p in passes) + sum(p.forwards() for p in passes) + (stream == "quantized")
+    gathers = any(p.statistics for p in passes)
+    return gathers + len(references_of(passes)) + sum(p.forwards() for p in passes) + (stream == "quantized")

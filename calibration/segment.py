@@ -81,6 +81,20 @@ class Segment:
         w = self.originals.get(name, self.masters[name])
         return w.T if self.architecture.conv1d and w.ndim == 2 else w
 
+    def norms(self) -> list[str]:
+        """Parameters of the norms on the residual stream: gains, and biases of LayerNorm. Their modules hang directly
+        in the block; norms of queries and keys lie inside the attention."""
+        linears = {*self.spec.linears, *self.spec.routers}
+        leaves = [name.rpartition(".") for name, master in self.masters.items() if master.ndim == 1]
+        return [f"{m}.{leaf}" for m, _, leaf in leaves if "." not in m and m not in linears]
+
+    def set_norm(self, name: str, value: torch.Tensor) -> None:
+        """Replace a gain or bias of a norm. It is stored in float32 from then on: small steps would be lost in less."""
+        self._keep(name)
+        self.masters[name].copy_(value)
+        self.stored_dtypes[name] = torch.float32
+        self._touch(name, exact=False)
+
     def _keep(self, name: str) -> None:
         if self.keep_originals and name not in self.originals:
             self.originals[name] = self.masters[name].clone()

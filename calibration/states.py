@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from calibration.capture import Call
 from calibration.skeleton import Skeleton
 from calibration.text import TokenBatches
+
+Reference = Literal["inputs", "model"]
+"""Outputs of the float block that a pass may train towards: on the inputs of this run (what the blocks before it, as
+written, produce), or on the inputs that the float model has there."""
 
 
 class HiddenStates:
@@ -62,12 +67,28 @@ class HiddenStates:
         self, block: nn.Module, index: int, keep: bool, advance: Callable[[str], None], limit: int | None = None
     ) -> None:
         """Run every batch, or the first ``limit``, through ``block``; with ``keep`` its outputs replace the states."""
-        for i, hidden in enumerate(self.batches[:limit]):
-            args, kwargs = self._calls[hidden.shape[0]][index]
-            output = block(hidden, *args, **kwargs)
+        for i in range(len(self.batches[:limit])):
+            output = self.output(block, index, i)
             if keep:
-                self.batches[i] = output[0] if self._tuple_output else output
+                self.batches[i] = output
             advance("forward")
+
+    def output(
+        self, block: nn.Module, index: int, batch: int, parameters: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """``block`` on one batch, ``[batch, seq_len, hidden]``. ``parameters``, by their names in the block's class,
+        stand in for its own; gradients reach them where autograd is on."""
+        hidden = self.batches[batch]
+        args, kwargs = self._calls[hidden.shape[0]][index]
+        output = functional_call(block, dict(parameters or {}), (hidden, *args), kwargs)
+        result: torch.Tensor = output[0] if self._tuple_output else output
+        return result
+
+    def copy(self) -> HiddenStates:
+        """A stream of its own that starts from the same states. Tensors are shared until a block replaces them."""
+        other = HiddenStates(self._tuple_output, self._device)
+        other.batches, other._calls = list(self.batches), self._calls
+        return other
 
     @property
     def nbytes(self) -> int:

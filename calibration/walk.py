@@ -18,11 +18,11 @@ import torch
 from calibration.checkpoint import CheckpointReader, TensorSource, save_tensors, write_atomically
 from calibration.context import Context
 from calibration.memory import return_freed
-from calibration.passes import Gates, Pass, forwards_per_block, repairs, stream_of
+from calibration.passes import Gates, Pass, forwards_per_block, references_of, repairs, stream_of
 from calibration.progress import Progress
 from calibration.segment import Segment
 from calibration.skeleton import Skeleton, load_parameters, release
-from calibration.states import HiddenStates
+from calibration.states import HiddenStates, Reference
 from calibration.statistics import Statistic
 from calibration.text import TokenBatches
 
@@ -95,19 +95,23 @@ class Walk:
         """
         stream, n_blocks, done = stream_of(self.passes), self.skeleton.spec.n_blocks, self.finished()
         self.folder.mkdir(parents=True, exist_ok=True)
-        states = None
+        states = model_states = None
         if stream != "none" and done < n_blocks:
             assert tokens is not None, "these passes need calibration samples"
             states = self._enter(tokens, progress)
-            progress.stage("replay", done * len(states.batches)) if done else None
+            model_states = states.copy() if "model" in references_of(self.passes) else None
+            streams = 2 if model_states else 1
+            progress.stage("replay", done * streams * len(states.batches)) if done else None
             for index in range(done):
                 self._replay(index, states, stream == "quantized", progress)
+                if model_states is not None:
+                    self._replay(index, model_states, False, progress)
         linears = sum(len(self.schemes(i)) for i in range(done, n_blocks))
         batches = len(states.batches) if states else 0
         per_block = batches * forwards_per_block(self.passes)
         progress.stage("blocks", (n_blocks - done) * per_block + linears)
         for index in range(done, n_blocks):
-            self._block(index, states, stream, progress)
+            self._block(index, states, model_states, stream, progress)
 
     def _enter(self, tokens: TokenBatches, progress: Progress) -> HiddenStates:
         """Load what comes before the blocks, run it on every batch, and drop it again."""
@@ -194,7 +198,30 @@ class Walk:
             keep_originals=repairs(self.passes),
         )
 
-    def _block(self, index: int, states: HiddenStates | None, stream: str, progress: Progress) -> None:
+    def _references(
+        self,
+        segment: Segment,
+        states: HiddenStates | None,
+        model_states: HiddenStates | None,
+        advance: Callable[[str], None],
+    ) -> dict[Reference, list[torch.Tensor]]:
+        """Outputs of the float block, before any pass; those of the float model replace ``model_states``."""
+        found: dict[Reference, list[torch.Tensor]] = {}
+        for kind in references_of(self.passes):
+            source = model_states if kind == "model" else states.copy() if states else None
+            assert source is not None, "a pass that trains needs calibration samples"
+            source.run(segment.module, segment.index, keep=True, advance=advance)
+            found[kind] = source.batches
+        return found
+
+    def _block(
+        self,
+        index: int,
+        states: HiddenStates | None,
+        model_states: HiddenStates | None,
+        stream: str,
+        progress: Progress,
+    ) -> None:
         segment = self.load(index, with_module=states is not None)
         where = f"block {index + 1}/{self.skeleton.spec.n_blocks}"
 
@@ -209,6 +236,7 @@ class Walk:
             propagate=stream == "either" and not last,
             allow_unseen=self.allow_unseen,
             advance=advance,
+            references=self._references(segment, states, model_states, advance),
         )
         for step in self.passes:
             step.apply(segment, context)

@@ -14,7 +14,7 @@ import torch
 from calibration.architectures import ArchitectureSpec
 from calibration.checkpoint import CheckpointReader
 from calibration.errors import PlanError, Problem, ToolkitError, unknown_value
-from calibration.passes import Gates, StoresParts, check_order, forwards_per_block, repairs
+from calibration.passes import Gates, StoresParts, check_order, forwards_per_block, references_of, repairs
 from calibration.statistics import Gram
 from ptq.export.formats import FORMATS, PREFERRED, Format, choose
 from ptq.linears import ModelLayout, PlannedLinear
@@ -125,7 +125,8 @@ def make_plan(
     if problems:
         raise PlanError(dict.fromkeys(problems))
     forwards = forwards_per_block(recipe.passes)
-    sizes = _sizes(reader, config, spec, layout, recipe, forwards, samples * seq_len, batch_size, forward_itemsize)
+    tokens = samples * seq_len, batch_size * seq_len
+    sizes = _sizes(reader, config, spec, layout, recipe, forwards, tokens, forward_itemsize)
     remarks = tuple(dict.fromkeys(r for i in range(spec.n_blocks) for r in spec.block(i).unbalanced))
     return Plan(recipe, spec, layout, fmt, reason, sizes, forwards > 0, remarks)
 
@@ -267,10 +268,11 @@ def _sizes(
     layout: ModelLayout,
     recipe: Recipe,
     forwards: int,
-    tokens: int,
-    batch_size: int,
+    calibration: tuple[int, int],
     itemsize: int,
 ) -> Sizes:
+    """``calibration``: tokens of the whole set and of one batch."""
+    tokens, batch_tokens = calibration
     weights = sum(linear.numel for linear in layout.quantized)
     replaced = sum(reader.infos[f"{linear.name}.weight"].nbytes for linear in layout.quantized)
     quantized_bytes = round(layout.quantized_bits / 8)
@@ -282,10 +284,13 @@ def _sizes(
         shapes = {linear.name: linear.shape for linear in layout.linears if linear.block == 0}
         inputs = [shapes.get(spec.prefix(0) + s.linears[0], (0, 0))[1] for s in spec.block(0).inputs]
         statistics = sum(4 * n * n for n in inputs) + 4 * max(inputs, default=0) ** 2
-    states = tokens * hidden * itemsize if forwards else 0
+    references = len(references_of(recipe.passes))
+    states = (1 + references) * tokens * hidden * itemsize if forwards else 0
     copies = 4 + (itemsize if itemsize != 4 else 0) + 2  # masters, forward copy, codes and scales being written
     copies += 4 if repairs(recipe.passes) else 0  # weights before rounding
-    peak = block * copies + statistics + states + 6 * ROW_BYTES
+    widths = sum(sum(linear.shape) for linear in layout.linears if linear.block == 0)
+    graph = 2 * batch_tokens * widths * itemsize if references else 0  # one batch, what its backward pass needs
+    peak = block * copies + statistics + states + graph + 6 * ROW_BYTES
     stem = sum(i.nbytes for n, i in reader.infos.items() if not n.startswith(spec.blocks + "."))
     return Sizes(
         float_bytes=reader.total_bytes,

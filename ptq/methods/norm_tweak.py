@@ -1,0 +1,84 @@
+"""Norm tweaking (Li et al. 2024, arXiv 2309.02784): after a block is rounded, its norms follow the float output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from calibration.context import Context
+from calibration.errors import Problem
+from calibration.passes import Phase, Stream
+from calibration.segment import Segment
+from calibration.states import Reference
+from calibration.statistics import Statistic
+from ptq.numerics.distribution import channel_distance, learning_rate
+
+
+@dataclass(frozen=True)
+class NormTweak:
+    """A few small Adam steps on gains (and LayerNorm biases) of the block's norms; integer codes stay as they are.
+
+    One step per calibration batch. The targets are the outputs of the float block.
+
+    Attributes:
+        rate: of Adam, for the first block.
+        depth_scale: the rate of block l of L is ``rate * (1 + depth_scale * l / L)``.
+        epochs: passes over the calibration set. 0 leaves the model as it is.
+        target: ``inputs``: the float block on the inputs that the quantized model has there, as published; ``model``:
+            on those of the float model, so that the error of earlier blocks is seen too.
+    """
+
+    rate: float = 1e-5
+    depth_scale: float = 5.0
+    epochs: int = 1
+    target: Reference = "inputs"
+
+    name: ClassVar[str] = "norm-tweak"
+    phases: ClassVar[tuple[Phase, ...]] = (Phase.REPAIR,)
+    stream: ClassVar[Stream] = "quantized"
+    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
+    parts: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def references(self) -> tuple[Reference, ...]:
+        return (self.target,)
+
+    def check(self, view: Any) -> Iterable[Problem]:
+        if not 0 <= self.rate < 1:
+            yield Problem("norm-tweak.rate", f"{self.rate} is outside [0, 1)", "use 1e-5")
+        if self.depth_scale < 0:
+            yield Problem("norm-tweak.depth_scale", f"{self.depth_scale} is negative", "use 5")
+        if self.epochs < 0:
+            yield Problem("norm-tweak.epochs", f"{self.epochs} is negative", "use 1")
+
+    def forwards(self) -> int:
+        return self.epochs
+
+    def apply(self, segment: Segment, context: Context) -> None:
+        if self.epochs == 0 or self.rate == 0:
+            return
+        gains = {name: segment.masters[name].clone().requires_grad_() for name in segment.norms()}
+        rate = learning_rate(self.rate, self.depth_scale, segment.index, segment.architecture.n_blocks)
+        optimizer = torch.optim.Adam(gains.values(), lr=rate)
+        distances = []
+        for _ in range(self.epochs):
+            for batch in context.batches:
+                with torch.enable_grad():
+                    y = context.output(batch, gains)
+                    distance = channel_distance(context.reference(self.target, batch), y)
+                    distance.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                distances.append(float(distance.detach()))
+        for name, gain in gains.items():
+            segment.set_norm(name, gain.detach())
+        last = next(reversed(segment.schemes), None)
+        if last is not None:
+            moved = max(float((gains[n].detach() / segment.originals[n] - 1).abs().median()) for n in gains)
+            quarter = -(-len(distances) // 4)
+            first, rest = sum(distances[:quarter]) / quarter, sum(distances[-quarter:]) / quarter
+            notes = {"first_distance": first, "last_distance": rest, "moved": moved}
+            segment.note(last, **{f"norm-tweak.{key}": value for key, value in notes.items()})
