@@ -138,5 +138,5 @@ def forwards_per_block(passes: Sequence[Pass]) -> int:
     stream = stream_of(passes)
     if stream == "none":
         return 0
-    gathers = stream == "either" or any(p.statistics for p in passes)
+    gathers = any(p.statistics for p in passes)
     return gathers + len(references_of(passes)) + sum(p.forwards() for p in passes) + (stream == "quantized")
