@@ -9,6 +9,7 @@ from ptq.methods.gptq import Gptq
 from ptq.methods.lorc import Lorc
 from ptq.methods.norm_tweak import NormTweak
 from ptq.methods.rtn import Rtn
+from ptq.methods.smoothquant import SmoothQuant
 
 METHODS: dict[str, type[Pass]] = {
     "rtn": Rtn,
@@ -18,9 +19,10 @@ METHODS: dict[str, type[Pass]] = {
     "adadim-published": AdaDimPublished,
     "lorc": Lorc,
     "norm-tweak": NormTweak,
+    "smoothquant": SmoothQuant,
 }
 
 COMBINATIONS: dict[str, tuple[str, ...]] = {"rtn-ada": ("adadim", "rtn"), "gptq-ada": ("adadim", "gptq")}
 """Names in the literature for passes in a row, as ``--method`` takes them."""
 
-__all__ = ["COMBINATIONS", "METHODS", "AdaDim", "AdaDimPublished", "Awq", "Gptq", "Lorc", "NormTweak", "Rtn"]
+__all__ = ["COMBINATIONS", "METHODS", "AdaDim", "AdaDimPublished", "Awq", "Gptq", "Lorc", "NormTweak", "Rtn", "SmoothQuant"]
