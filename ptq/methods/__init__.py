@@ -8,6 +8,7 @@ from ptq.methods.awq import Awq
 from ptq.methods.gptq import Gptq
 from ptq.methods.lorc import Lorc
 from ptq.methods.norm_tweak import NormTweak
+from ptq.methods.rotate import Rotate
 from ptq.methods.rtn import Rtn
 from ptq.methods.smoothquant import SmoothQuant
 
@@ -20,9 +21,22 @@ METHODS: dict[str, type[Pass]] = {
     "lorc": Lorc,
     "norm-tweak": NormTweak,
     "smoothquant": SmoothQuant,
+    "rotate": Rotate,
 }
 
 COMBINATIONS: dict[str, tuple[str, ...]] = {"rtn-ada": ("adadim", "rtn"), "gptq-ada": ("adadim", "gptq")}
 """Names in the literature for passes in a row, as ``--method`` takes them."""
 
-__all__ = ["COMBINATIONS", "METHODS", "AdaDim", "AdaDimPublished", "Awq", "Gptq", "Lorc", "NormTweak", "Rtn", "SmoothQuant"]
+__all__ = [
+    "COMBINATIONS",
+    "METHODS",
+    "AdaDim",
+    "AdaDimPublished",
+    "Awq",
+    "Gptq",
+    "Lorc",
+    "NormTweak",
+    "Rotate",
+    "Rtn",
+    "SmoothQuant",
+]
