@@ -182,11 +182,7 @@ class Walk:
         if quantized:
             self._run_written(index, states, advance)
             return
-        segment = self.load(index)
-        for step in self.passes:
-            if step.phases == (Phase.REBASE,):  # the hidden states have a basis that the file's weights have not
-                step.apply(segment, Context(segment, None, (), False, False, lambda _: None))
-        segment.sync()
+        self._load_rebased(index)
         block = self.skeleton.block(index)
         states.run(block, index, keep=True, advance=advance)
         release(block)
@@ -231,6 +227,16 @@ class Walk:
             keep_originals=repairs(self.passes),
         )
 
+    def _load_rebased(self, index: int, with_module: bool = True) -> Segment:
+        """`load`, and the passes that change the basis: hidden states have the new one, the file's weights do not."""
+        segment = self.load(index, with_module)
+        for step in self.passes:
+            if step.phases == (Phase.REBASE,):
+                step.apply(segment, Context(segment, None, (), False, False, lambda _: None))
+        if with_module:
+            segment.sync()
+        return segment
+
     def _references(
         self,
         segment: Segment,
@@ -255,7 +261,7 @@ class Walk:
         stream: str,
         progress: Progress,
     ) -> None:
-        segment = self.load(index, with_module=states is not None)
+        segment = self._load_rebased(index, with_module=states is not None)
         where = f"block {index + 1}/{self.skeleton.spec.n_blocks}"
 
         def advance(detail: str) -> None:
@@ -272,7 +278,8 @@ class Walk:
             references=self._references(segment, states, model_states, advance),
         )
         for step in self.passes:
-            step.apply(segment, context)
+            if step.phases != (Phase.REBASE,):
+                step.apply(segment, context)
         self._commit(segment, context.forwards)
         module = segment.module
         del context, segment  # masters and statistics go before the next forward pass

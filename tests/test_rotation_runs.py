@@ -75,7 +75,7 @@ def test_offline_rotations_fit_every_format(family, place, tmp_path):
         assert near(logits(plain_model(tmp_path / "out")), expected)
 
 
-@pytest.mark.parametrize("method", ["rotate+awq", "rotate+smoothquant", "rotate+gptq"])
+@pytest.mark.parametrize("method", ["rotate+awq", "rotate+smoothquant", "rotate+gptq+norm-tweak"])
 def test_a_killed_run_resumes_to_the_same_bytes(method, place, tmp_path, monkeypatch):
     """On the float stream, replayed blocks are turned again before the hidden states go through them."""
     words = ["quantize", place / "llama", "--method", method, "--dataset", place / "text.txt", *SMALL]
@@ -103,6 +103,8 @@ def test_export_to_another_format_is_refused(place, tmp_path):
     done("quantize", place / "llama", "--method", "rotate", *SMALL, "--out", tmp_path / "out")
     message = refused("export", tmp_path / "out", "--format", "compressed-tensors", "--out", tmp_path / "no")
     assert "runs before down_proj" in message
+    words = ["--method", "cats", "--dataset", place / "text.txt", "--out", tmp_path / "no"]
+    assert "input while it runs" in refused("sparsify", tmp_path / "out", *words)
     done("export", tmp_path / "out", "--format", "native", "--out", tmp_path / "again")
     first, second = (logits(load_model(tmp_path / f).model) for f in ("out", "again"))
     assert torch.equal(first, second) and IDS.shape[0] == len(first)

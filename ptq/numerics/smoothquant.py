@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from ptq.numerics.grids import fake_quantize
 from ptq.numerics.groups import rows_per_group
-from ptq.numerics.integers import fake_quantize
 from ptq.numerics.objective import output_energy, row_chunks
 from ptq.scheme import TensorQuant
 
