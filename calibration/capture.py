@@ -1,4 +1,5 @@
-"""The only file that registers hooks: inside a ``with``, or (`place`) until the caller removes them."""
+"""The only file that registers hooks: inside a ``with``, until the caller removes them (`place`), or for good
+(`transform_input`)."""
 
 from __future__ import annotations
 
@@ -85,6 +86,11 @@ def watching(block: nn.Module, watches: Iterable[Watch]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def transform_input(module: nn.Module, transform: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """From now on ``module`` sees ``transform(x)`` for its input x, and so do hooks that are registered later."""
+    module.register_forward_pre_hook(lambda _, args: (transform(args[0]), *args[1:]))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from enum import IntEnum
 from itertools import pairwise
@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from calibration.architectures import ArchitectureSpec
+from calibration.architectures import ArchitectureSpec, BlockSpec
 from calibration.context import Context
 from calibration.errors import Problem
 from calibration.segment import Segment
@@ -106,6 +106,41 @@ def references_of(passes: Sequence[Pass]) -> tuple[Reference, ...]:
     return tuple(dict.fromkeys(kind for p in passes if isinstance(p, Trains) for kind in p.references))
 
 
+Transform = Callable[[torch.Tensor], torch.Tensor]
+Read = Callable[[str], torch.Tensor]
+"""A tensor of the checkpoint by its full name."""
+
+
+@runtime_checkable
+class RewritesOutside(Protocol):
+    """A pass that also changes tensors outside the blocks: embeddings, final norm, head."""
+
+    def outside(self, architecture: ArchitectureSpec, names: Collection[str]) -> Mapping[str, Callable[[Read], Any]]:
+        """Full name -> how to make the tensor from those before the pass. May add names to ``names``."""
+
+
+@runtime_checkable
+class TransformsInputs(Protocol):
+    """A pass whose blocks transform the inputs of some linears while they run."""
+
+    def input_transforms(self, spec: BlockSpec, quantized: Collection[str]) -> Mapping[str, Transform]:
+        """Linear -> the function of its input ``[..., in]``, for a block with these quantized linears."""
+
+
+@runtime_checkable
+class ChangesModel(Protocol):
+    """A pass that not every architecture admits, or that changes what ``config.json`` must say."""
+
+    def refusals(self, architecture: ArchitectureSpec) -> Iterable[Problem]:
+        """Why the pass cannot keep the function of this architecture, and what still works."""
+
+    def remarks(self, architecture: ArchitectureSpec, view: Any) -> Iterable[str]:
+        """Sentences for the plan about what the pass does here that a user may not expect."""
+
+    def config_changes(self, config: Any) -> Mapping[str, Any]:
+        """Entries of ``config.json`` that differ afterwards, from the transformers config before."""
+
+
 def repairs(passes: Sequence[Pass]) -> bool:
     """Whether some pass compares the rounded weights with those before, which then stay in memory."""
     return any(Phase.REPAIR in p.phases for p in passes)
@@ -120,6 +155,9 @@ def check_order(passes: Sequence[Pass]) -> Iterable[Problem]:
                 f"'{after.name}' ({after.phases[0].name}) cannot follow '{before.name}' ({before.phases[-1].name})",
                 f"write {after.name}+{before.name}",
             )
+    rebasing = [p.name for p in passes if p.phases == (Phase.REBASE,)]
+    for name in dict.fromkeys(n for n in rebasing if rebasing.count(n) > 1):
+        yield Problem(name, "changes the basis twice", f"write {name} once")
     rounding = [p.name for p in passes if Phase.ROUND in p.phases]
     if len(rounding) > 1:
         yield Problem("+".join(rounding), "more than one pass rounds the weights", f"keep one of {', '.join(rounding)}")

@@ -72,3 +72,47 @@ class AbsMean:
     def mean(self) -> torch.Tensor:
         """``[in]``; zeros where no token was seen."""
         return self.total / max(self.tokens, 1)
+
+
+class AbsMax:
+    """Largest |x| per input channel over all tokens, float32 ``[in]`` (float64 where the inputs are)."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.maximum = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def update(self, x: torch.Tensor) -> None:
+        seen = x.abs().amax(dim=0)
+        seen = seen if x.dtype == torch.float64 else seen.float()
+        self.maximum = torch.maximum(self.maximum.to(seen.dtype), seen)
+        self.tokens += x.shape[0]
+
+    def rescale(self, s: torch.Tensor) -> None:
+        self.maximum.div_(s.to(self.maximum.dtype))
+
+    def finite(self) -> bool:
+        return bool(torch.isfinite(self.maximum).all())
+
+
+class Sample:
+    """Some tokens as they are, float32 ``[at most 512, in]``: evenly spaced ones of every batch until it is full. For
+    what no sum holds, such as the largest value of each token."""
+
+    LIMIT = 512
+    PER_BATCH = 32
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.rows = torch.zeros(0, in_features, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def update(self, x: torch.Tensor) -> None:
+        wanted = min(self.PER_BATCH, self.LIMIT - self.rows.shape[0])
+        if wanted > 0:
+            self.rows = torch.cat([self.rows, x[:: max(1, -(-x.shape[0] // wanted))].float()])
+        self.tokens += x.shape[0]
+
+    def rescale(self, s: torch.Tensor) -> None:
+        self.rows.div_(s.to(self.rows.dtype))
+
+    def finite(self) -> bool:
+        return bool(torch.isfinite(self.rows).all())

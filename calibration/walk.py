@@ -15,10 +15,21 @@ from typing import Any
 
 import torch
 
+from calibration.capture import transform_input
 from calibration.checkpoint import CheckpointReader, TensorSource, save_tensors, write_atomically
 from calibration.context import Context
 from calibration.memory import return_freed
-from calibration.passes import Gates, Pass, forwards_per_block, references_of, repairs, stream_of
+from calibration.outside import Outside
+from calibration.passes import (
+    Gates,
+    Pass,
+    Phase,
+    TransformsInputs,
+    forwards_per_block,
+    references_of,
+    repairs,
+    stream_of,
+)
 from calibration.progress import Progress
 from calibration.segment import Segment
 from calibration.skeleton import Skeleton, load_parameters, release
@@ -82,6 +93,22 @@ class Walk:
             count += 1
         return min(count, self.skeleton.spec.n_blocks)
 
+    @property
+    def outside(self) -> Outside:
+        """What lies outside the blocks, as the passes leave it."""
+        return Outside(self.reader, self.skeleton.spec, self.passes)
+
+    def transform_inputs(self) -> None:
+        """Give the model the input transforms that its weights will expect once the passes have been applied."""
+        for index in range(self.skeleton.spec.n_blocks):
+            block, quantized = self.skeleton.block(index), self.schemes(index)
+            for step in self.passes:
+                if isinstance(step, TransformsInputs):
+                    spec = self.skeleton.spec.block(index)
+                    for linear, transform in step.input_transforms(spec, quantized).items():
+                        path = self.skeleton.spec.module_name(linear)
+                        transform_input(block.get_submodule(path), transform)
+
     def kinds(self) -> tuple[type[Statistic], ...]:
         """Union of the statistics that the passes read, in order of first mention."""
         return tuple(dict.fromkeys(kind for p in self.passes for kind in p.statistics))
@@ -98,6 +125,7 @@ class Walk:
         states = model_states = None
         if stream != "none" and done < n_blocks:
             assert tokens is not None, "these passes need calibration samples"
+            self.transform_inputs()
             states = self._enter(tokens, progress)
             model_states = states.copy() if "model" in references_of(self.passes) else None
             streams = 2 if model_states else 1
@@ -116,8 +144,9 @@ class Walk:
     def _enter(self, tokens: TokenBatches, progress: Progress) -> HiddenStates:
         """Load what comes before the blocks, run it on every batch, and drop it again."""
         progress.stage("embed", 1)
-        names = self.skeleton.stem_names(self.reader.infos)
-        stem = {self.skeleton.spec.root_module_name(n): self._cast(self.reader.tensor(n)) for n in names}
+        outside = self.outside
+        names = self.skeleton.stem_names(outside.names)
+        stem = {self.skeleton.spec.root_module_name(n): self._cast(outside.tensor(n)) for n in names}
         load_parameters(self.skeleton.model, stem)
         self.reader.close()
         states = HiddenStates.from_tokens(self.skeleton, tokens, self.batch_size)
@@ -153,7 +182,7 @@ class Walk:
         if quantized:
             self._run_written(index, states, advance)
             return
-        self._fill(index, {n: self._cast(t) for n, t in self._float_block(index).items()})
+        self._load_rebased(index)
         block = self.skeleton.block(index)
         states.run(block, index, keep=True, advance=advance)
         release(block)
@@ -198,6 +227,16 @@ class Walk:
             keep_originals=repairs(self.passes),
         )
 
+    def _load_rebased(self, index: int, with_module: bool = True) -> Segment:
+        """`load`, and the passes that change the basis: hidden states have the new one, the file's weights do not."""
+        segment = self.load(index, with_module)
+        for step in self.passes:
+            if step.phases == (Phase.REBASE,):
+                step.apply(segment, Context(segment, None, (), False, False, lambda _: None))
+        if with_module:
+            segment.sync()
+        return segment
+
     def _references(
         self,
         segment: Segment,
@@ -222,7 +261,7 @@ class Walk:
         stream: str,
         progress: Progress,
     ) -> None:
-        segment = self.load(index, with_module=states is not None)
+        segment = self._load_rebased(index, with_module=states is not None)
         where = f"block {index + 1}/{self.skeleton.spec.n_blocks}"
 
         def advance(detail: str) -> None:
@@ -239,7 +278,8 @@ class Walk:
             references=self._references(segment, states, model_states, advance),
         )
         for step in self.passes:
-            step.apply(segment, context)
+            if step.phases != (Phase.REBASE,):
+                step.apply(segment, context)
         self._commit(segment, context.forwards)
         module = segment.module
         del context, segment  # masters and statistics go before the next forward pass

@@ -68,7 +68,7 @@ def print_plan(job: Job) -> None:
     for program, answer in plan.format.loads_in(layout).items():
         console.print(f"  loads in {program}: {answer}", highlight=False, markup=False)
     for remark in plan.remarks:
-        console.print(f"  not balanced: {remark}", highlight=False, markup=False)
+        console.print(f"  {remark}", highlight=False, markup=False)
     for note in job.notes:
         console.print(f"  note: {note}", highlight=False, markup=False)
 

@@ -38,7 +38,7 @@ from calibration.walk import Walk
 from ptq.committed import CommittedBlocks, Restore, encode_segment
 from ptq.devices import parse_dtype, resolve_device
 from ptq.evaluation import check_text, context_length, default_dataset
-from ptq.export.write import copy_small_files, outside_blocks, verify_checkpoint, write_checkpoint
+from ptq.export.write import copy_small_files, verify_checkpoint, write_checkpoint
 from ptq.gating import SparseRuntime
 from ptq.methods import METHODS
 from ptq.plan import Plan, make_plan
@@ -220,7 +220,7 @@ def run(
         progress.stage("export", len(plan.layout.quantized))
         fmt, written = write_checkpoint(
             blocks.blocks,
-            outside_blocks(reader, plan.spec.blocks),
+            walk.outside.tensors(),
             plan.layout,
             plan.format,
             session.partial,

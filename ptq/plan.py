@@ -11,10 +11,21 @@ from typing import Any
 
 import torch
 
-from calibration.architectures import ArchitectureSpec
+from calibration.architectures import ArchitectureSpec, Residual
 from calibration.checkpoint import CheckpointReader
 from calibration.errors import PlanError, Problem, ToolkitError, unknown_value
-from calibration.passes import Gates, StoresParts, check_order, forwards_per_block, references_of, repairs
+from calibration.outside import Outside
+from calibration.passes import (
+    ChangesModel,
+    Gates,
+    RewritesOutside,
+    StoresParts,
+    TransformsInputs,
+    check_order,
+    forwards_per_block,
+    references_of,
+    repairs,
+)
 from calibration.statistics import Gram
 from ptq.export.formats import FORMATS, PREFERRED, Format, choose
 from ptq.linears import ModelLayout, PlannedLinear
@@ -108,8 +119,10 @@ def make_plan(
         )
     linears, problems = _resolve_linears(reader, spec, recipe)
     problems += check_order(recipe.passes)
+    model_wide = [p for p in recipe.passes if isinstance(p, ChangesModel)]
+    changes = {key: value for p in model_wide for key, value in p.config_changes(config).items()}
     layout = ModelLayout(
-        config=reader.config,
+        config={**reader.config, **changes},
         linears=tuple(linears),
         other_linears=tuple(other_linears(config, spec)),
         blocks=spec.blocks,
@@ -121,14 +134,17 @@ def make_plan(
         problems += step.check(layout)
         if isinstance(step, Gates):
             problems += step.check_architecture(spec, samples * seq_len)
+    for whole in model_wide:
+        problems += whole.refusals(spec)
     fmt, reason = _format(recipe, _possible_layouts(layout, recipe), problems)
     if problems:
         raise PlanError(dict.fromkeys(problems))
     forwards = forwards_per_block(recipe.passes)
     tokens = samples * seq_len, batch_size * seq_len
     sizes = _sizes(reader, config, spec, layout, recipe, forwards, tokens, forward_itemsize)
-    remarks = tuple(dict.fromkeys(r for i in range(spec.n_blocks) for r in spec.block(i).unbalanced))
-    return Plan(recipe, spec, layout, fmt, reason, sizes, forwards > 0, remarks)
+    remarks = [f"not balanced: {r}" for i in range(spec.n_blocks) for r in spec.block(i).unbalanced]
+    remarks += [r for p in model_wide for r in p.remarks(spec, layout)]
+    return Plan(recipe, spec, layout, fmt, reason, sizes, forwards > 0, tuple(dict.fromkeys(remarks)))
 
 
 def _stored_dtype(reader: CheckpointReader, linears: list[PlannedLinear]) -> torch.dtype:
@@ -146,6 +162,12 @@ def _resolve_linears(
     for index in range(spec.n_blocks):
         prefix, block = spec.prefix(index), spec.block(index)
         experts = {name: shared.expert for shared in block.inputs for name in shared.linears}
+        transformed = {
+            name
+            for p in recipe.passes
+            if isinstance(p, TransformsInputs)
+            for name in p.input_transforms(block, experts)
+        }
         for name in block.linears:
             info = reader.infos.get(f"{prefix}{name}.weight")
             if info is None or len(info.shape) != 2:
@@ -162,7 +184,7 @@ def _resolve_linears(
                     conv1d=spec.conv1d,
                     expert=experts[name],
                     bias=f"{prefix}{name}.bias" in reader.infos,
-                    part_bits=_part_bits(recipe, info.shape) if rule.scheme else 0,
+                    part_bits=_part_bits(recipe, info.shape) + 32 * (name in transformed) if rule.scheme else 0,
                 )
             )
         missing += [
@@ -261,6 +283,14 @@ def other_linears(config: Any, spec: ArchitectureSpec) -> Iterable[str]:
         yield from ("model.decoder.project_in", "model.decoder.project_out")
 
 
+def _untied_bytes(reader: CheckpointReader, spec: ArchitectureSpec, recipe: Recipe) -> int:
+    """Size of tensors outside the blocks that passes add: a head that was tied to the embedding."""
+    if not any(isinstance(p, RewritesOutside) for p in recipe.passes) or not isinstance(spec.residual, Residual):
+        return 0
+    added = [n for n in Outside(reader, spec, recipe.passes).names if n not in reader.infos]
+    return len(added) * reader.infos[f"{spec.residual.embeddings[0]}.weight"].nbytes
+
+
 def _sizes(
     reader: CheckpointReader,
     config: Any,
@@ -276,7 +306,7 @@ def _sizes(
     weights = sum(linear.numel for linear in layout.quantized)
     replaced = sum(reader.infos[f"{linear.name}.weight"].nbytes for linear in layout.quantized)
     quantized_bytes = round(layout.quantized_bits / 8)
-    output = reader.total_bytes - replaced + quantized_bytes
+    output = reader.total_bytes - replaced + quantized_bytes + _untied_bytes(reader, spec, recipe)
     block = sum(info.numel for n, info in reader.infos.items() if n.startswith(spec.prefix(0)))
     hidden = int(getattr(config, "hidden_size", None) or config.n_embd)
     statistics = 0

@@ -16,6 +16,7 @@ PARTS: dict[str, str] = {
     "lora_a": "int8 codes or float16 values [rank, in] of the low-rank part W += (b * scale) a",
     "lora_b": "int8 codes or float16 values [out, rank]",
     "lora_scale": "float32 [rank], one factor per component",
+    "hadamard": "int32 [1], the input goes through Hadamard transforms of blocks of this size first",
 }
 """Tensors that may stand beside the codes of a linear, by name, with shape and meaning. Native files store each as
 ``<linear>.<name>``; a pass that makes one lists it in ``Pass.parts``."""
@@ -61,6 +62,11 @@ class QuantizedTensor:
     def step(self) -> torch.Tensor:
         """What one level is worth, float32 ``[lines, G]``."""
         return step_of(self.scale, self.global_scale)
+
+    @property
+    def hadamard(self) -> int | None:
+        """Block size of the Hadamard transform that the input goes through first, where it does."""
+        return int(self.parts["hadamard"]) if "hadamard" in self.parts else None
 
     @property
     def low_rank(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:

@@ -15,6 +15,7 @@ from calibration.architectures.spec import (
     FeedForward,
     Heads,
     NormKind,
+    Residual,
     SharedInput,
 )
 from calibration.errors import ToolkitError, nearest
@@ -70,6 +71,7 @@ __all__ = [
     "FeedForward",
     "Heads",
     "NormKind",
+    "Residual",
     "SharedInput",
     "check_family",
     "resolve",

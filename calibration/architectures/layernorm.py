@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from calibration.architectures.spec import ArchitectureSpec, Balance, BlockSpec, FeedForward, Heads, SharedInput
+from calibration.architectures.spec import (
+    ArchitectureSpec,
+    Balance,
+    BlockSpec,
+    FeedForward,
+    Heads,
+    Residual,
+    SharedInput,
+)
 
 WRAPPED = "{down}: its input passes {act}, which does not commute with a scale"
 INTERLEAVED = "{dense}: values are interleaved per head inside the fused query_key_value"
@@ -38,11 +46,26 @@ def opt(config: Any) -> ArchitectureSpec:
             SharedInput(("fc2",), 3),
         ),
         balance=tuple(balance),
+        writes=("self_attn.out_proj", "fc2"),
         scores=qkv[:2],
         unbalanced=tuple(unbalanced),
         feed_forward=(FeedForward("fc1", "fc2", config.activation_function, "activation_fn"),),
     )
-    return ArchitectureSpec("opt", "model.decoder.layers", config.num_hidden_layers, "layer", lambda index: block)
+    residual: Residual | str = Residual(
+        ("model.decoder.embed_tokens", "model.decoder.embed_positions"), "model.decoder.final_layer_norm"
+    )
+    if not config.do_layer_norm_before:
+        residual = "post-norm blocks: the norms stand on the residual stream itself, and gains do not commute with it"
+    elif config.word_embed_proj_dim != config.hidden_size or config._remove_final_layer_norm:
+        residual = "projections stand between the embedding and the stream, or no norm between the stream and the head"
+    return ArchitectureSpec(
+        family="opt",
+        blocks="model.decoder.layers",
+        n_blocks=config.num_hidden_layers,
+        norm="layer",
+        block=lambda index: block,
+        residual=residual,
+    )
 
 
 def gpt2(config: Any) -> ArchitectureSpec:
@@ -60,11 +83,20 @@ def gpt2(config: Any) -> ArchitectureSpec:
             Balance("attn.c_attn", ("attn.c_proj",), "value", rows=(2 * config.n_embd, 3 * config.n_embd), heads=heads),
             Balance("ln_2", ("mlp.c_fc",), "norm"),
         ),
+        writes=("attn.c_proj", "mlp.c_proj"),
         scores=("attn.c_attn",),
         unbalanced=(WRAPPED.format(down="mlp.c_proj", act=config.activation_function),),
         feed_forward=(FeedForward("mlp.c_fc", "mlp.c_proj", config.activation_function, "mlp.act"),),
     )
-    return ArchitectureSpec("gpt2", "transformer.h", config.n_layer, "layer", lambda index: block, conv1d=True)
+    return ArchitectureSpec(
+        family="gpt2",
+        blocks="transformer.h",
+        n_blocks=config.n_layer,
+        norm="layer",
+        block=lambda index: block,
+        conv1d=True,
+        residual=Residual(("transformer.wte", "transformer.wpe"), "transformer.ln_f"),
+    )
 
 
 def _plain(act: str, nonlinearity: str = "mlp.act") -> tuple[FeedForward, ...]:
@@ -87,6 +119,7 @@ def _fused(
             Balance(first_norm, (qkv,), "norm"),
             Balance(second_norm, ("mlp.dense_h_to_4h",), "norm"),
         ),
+        writes=(dense, "mlp.dense_4h_to_h"),
         scores=(qkv,),
         unbalanced=(INTERLEAVED.format(dense=dense), WRAPPED.format(down="mlp.dense_4h_to_h", act=act)),
         feed_forward=_plain(act, nonlinearity),
@@ -105,6 +138,7 @@ def gpt_neox(config: Any) -> ArchitectureSpec:
         norm="layer",
         block=lambda index: block,
         root_renames=(("embed_out.", "lm_head."),),
+        residual=Residual(("gpt_neox.embed_in",), "gpt_neox.final_layer_norm", "embed_out"),
     )
 
 
@@ -122,6 +156,7 @@ def bloom(config: Any) -> ArchitectureSpec:
         block=lambda index: block,
         tuple_output=True,
         attention="eager",
+        residual="a norm with gains stands between the embedding and the stream, and gains do not commute with it",
     )
 
 
@@ -143,6 +178,7 @@ def falcon(config: Any) -> ArchitectureSpec:
                 SharedInput(("mlp.dense_4h_to_h",), 1),
             ),
             balance=(Balance("input_layernorm", (qkv, up), "norm"),),
+            writes=("self_attention.dense", "mlp.dense_4h_to_h"),
             scores=(qkv,),
             unbalanced=(
                 INTERLEAVED.format(dense="self_attention.dense"),
@@ -157,4 +193,5 @@ def falcon(config: Any) -> ArchitectureSpec:
         norm="layer",
         block=lambda index: block,
         tuple_output=True,
+        residual=Residual(("transformer.word_embeddings",), "transformer.ln_f"),
     )

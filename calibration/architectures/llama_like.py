@@ -12,6 +12,7 @@ from calibration.architectures.spec import (
     FeedForward,
     Heads,
     NormKind,
+    Residual,
     SharedInput,
 )
 
@@ -19,6 +20,8 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 OUT = "self_attn.o_proj"
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 DOWN = "mlp.down_proj"
+AROUND = Residual(("model.embed_tokens",), "model.norm")
+POST_NORMS = "a norm with gains stands between each sublayer and the residual stream, and gains do not commute with it"
 
 
 def _heads(config: Any) -> Heads:
@@ -46,35 +49,39 @@ def _gated(config: Any, mlp_norm: str) -> BlockSpec:
     return BlockSpec(
         inputs=(*inputs, SharedInput(GATE_UP, 2), SharedInput((DOWN,), 3)),
         balance=(*balance, Balance(mlp_norm, GATE_UP, "norm"), Balance("mlp.up_proj", (DOWN,), "linear")),
+        writes=(OUT, DOWN),
         scores=QKV[:2],
         feed_forward=(FeedForward("mlp.up_proj", DOWN, _activation(config), "mlp.act_fn", gate="mlp.gate_proj"),),
     )
 
 
-def _spec(config: Any, norm: NormKind, mlp_norm: str, attention: Any = "sdpa") -> ArchitectureSpec:
+def _spec(
+    config: Any, norm: NormKind, mlp_norm: str, residual: Residual | str, attention: Any = "sdpa"
+) -> ArchitectureSpec:
     return ArchitectureSpec(
         family=config.model_type,
         blocks="model.layers",
         n_blocks=config.num_hidden_layers,
         norm=norm,
         block=lambda index: _gated(config, mlp_norm),
+        residual=residual,
         attention=attention,
     )
 
 
 def llama(config: Any) -> ArchitectureSpec:
     """Llama, Mistral, Qwen2, Qwen3 (its q/k norms come after the projections and do not touch v or o)."""
-    return _spec(config, "rms", "post_attention_layernorm")
+    return _spec(config, "rms", "post_attention_layernorm", AROUND)
 
 
 def gemma2(config: Any) -> ArchitectureSpec:
     """Gemma 2: norms store g - 1; refuses sdpa because of its logit soft cap."""
-    return _spec(config, "rms_plus_one", "pre_feedforward_layernorm", "eager")
+    return _spec(config, "rms_plus_one", "pre_feedforward_layernorm", POST_NORMS, "eager")
 
 
 def gemma3(config: Any) -> ArchitectureSpec:
     """Gemma 3 text models: norms store g - 1."""
-    return _spec(config, "rms_plus_one", "pre_feedforward_layernorm")
+    return _spec(config, "rms_plus_one", "pre_feedforward_layernorm", POST_NORMS)
 
 
 def phi3(config: Any) -> ArchitectureSpec:
@@ -95,10 +102,18 @@ def phi3(config: Any) -> ArchitectureSpec:
             Balance("post_attention_layernorm", (gate_up,), "norm"),
             Balance(gate_up, (DOWN,), "linear", rows=(config.intermediate_size, 2 * config.intermediate_size)),
         ),
+        writes=(OUT, DOWN),
         scores=(qkv,),
         feed_forward=(FeedForward(gate_up, DOWN, config.hidden_act, "mlp.activation_fn", gate=gate_up),),
     )
-    return ArchitectureSpec("phi3", "model.layers", config.num_hidden_layers, "rms", lambda index: block)
+    return ArchitectureSpec(
+        family="phi3",
+        blocks="model.layers",
+        n_blocks=config.num_hidden_layers,
+        norm="rms",
+        block=lambda index: block,
+        residual=AROUND,
+    )
 
 
 def _sparse_block(config: Any, prefix: str, router: str, experts: Experts) -> BlockSpec:
@@ -117,6 +132,7 @@ def _sparse_block(config: Any, prefix: str, router: str, experts: Experts) -> Bl
             Balance("post_attention_layernorm", (*(n for pair in gates for n in pair), router), "norm"),
             *(Balance(up, (down,), "linear") for (_, up), down in zip(gates, downs, strict=True)),
         ),
+        writes=(OUT, *downs),
         routers=(router,),
         scores=QKV[:2],
         feed_forward=tuple(
@@ -147,6 +163,7 @@ def mixtral(config: Any) -> ArchitectureSpec:
         block=lambda index: block,
         renames=(("block_sparse_moe.", "mlp."),),
         experts=lambda index: experts,
+        residual=AROUND,
     )
 
 
@@ -179,4 +196,5 @@ def qwen3_moe(config: Any) -> ArchitectureSpec:
         norm="rms",
         block=block,
         experts=lambda index: experts if sparse(index) else None,
+        residual=AROUND,
     )

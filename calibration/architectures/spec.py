@@ -81,12 +81,28 @@ class FeedForward:
 
 
 @dataclass(frozen=True)
+class Residual:
+    """What lies around the residual stream outside the blocks, by full checkpoint names without ``.weight``.
+
+    Attributes:
+        embeddings: tables whose rows are added to the stream; the first is that of the tokens.
+        final_norm: between the last block and the head.
+        head: the output projection; a checkpoint with tied weights does not store it.
+    """
+
+    embeddings: tuple[str, ...]
+    final_norm: str
+    head: str = "lm_head"
+
+
+@dataclass(frozen=True)
 class BlockSpec:
     """One decoder block.
 
     Attributes:
         inputs: every linear of the block, grouped by shared input, in execution order.
         balance: where scales can be absorbed.
+        writes: linears whose output is added to the residual stream.
         routers: linears that choose experts; never quantized, but they read balanced inputs.
         scores: linears that make queries and keys. Softmax lies behind them, so the error of their own output is a
             poor guide for fine choices such as clipping.
@@ -96,6 +112,7 @@ class BlockSpec:
 
     inputs: tuple[SharedInput, ...]
     balance: tuple[Balance, ...]
+    writes: tuple[str, ...]
     routers: tuple[str, ...] = ()
     scores: tuple[str, ...] = ()
     unbalanced: tuple[str, ...] = ()
@@ -147,6 +164,8 @@ class ArchitectureSpec:
         tuple_output: the block returns a tuple whose first element is the hidden state.
         conv1d: linears are GPT-2's Conv1D, whose weight is stored ``[in, out]``.
         experts: index -> `Experts`, or None for a dense block.
+        residual: what lies around the residual stream, where its basis can be changed exactly: every norm reads the
+            stream and feeds linears only. Else the reason why not.
         attention: implementation used to run calibration; ``sdpa`` where the family supports it.
     """
 
@@ -160,6 +179,7 @@ class ArchitectureSpec:
     tuple_output: bool = False
     conv1d: bool = False
     experts: Callable[[int], Experts | None] = field(default=lambda index: None)
+    residual: Residual | str = "the architecture table names nothing around its residual stream"
     attention: Literal["sdpa", "eager"] = "sdpa"
 
     def prefix(self, index: int) -> str:

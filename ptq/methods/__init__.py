@@ -9,7 +9,9 @@ from ptq.methods.fp4 import Fp4
 from ptq.methods.gptq import Gptq
 from ptq.methods.lorc import Lorc
 from ptq.methods.norm_tweak import NormTweak
+from ptq.methods.rotate import Rotate
 from ptq.methods.rtn import Rtn
+from ptq.methods.smoothquant import SmoothQuant
 
 METHODS: dict[str, type[Pass]] = {
     "rtn": Rtn,
@@ -20,6 +22,8 @@ METHODS: dict[str, type[Pass]] = {
     "fp4": Fp4,
     "lorc": Lorc,
     "norm-tweak": NormTweak,
+    "smoothquant": SmoothQuant,
+    "rotate": Rotate,
 }
 
 COMBINATIONS: dict[str, tuple[str, ...]] = {"rtn-ada": ("adadim", "rtn"), "gptq-ada": ("adadim", "gptq")}
@@ -39,5 +43,7 @@ __all__ = [
     "Gptq",
     "Lorc",
     "NormTweak",
+    "Rotate",
     "Rtn",
+    "SmoothQuant",
 ]

@@ -12,12 +12,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from calibration.architectures import Balance, SharedInput
+from calibration.architectures import Balance
 from calibration.context import Context
 from calibration.errors import Problem
 from calibration.passes import Phase, Stream
 from calibration.segment import Segment
 from calibration.statistics import AbsMean, Gram, Statistic
+from ptq.methods.balancing import balance, by_value_channel, note_all, quantized_consumers, spread
 from ptq.numerics.awq import candidate_scales, clip_bounds, duo_scales, relative_magnitude, sample_rows, scaled_error
 
 
@@ -77,20 +78,18 @@ class Awq:
                         )
 
     def _balance(self, segment: Segment, context: Context, group: Balance) -> None:
-        inputs = _inputs_of(segment, group.consumers)
+        inputs = quantized_consumers(segment, group)
         if not inputs:
             return  # every consumer stays in float: scaling would only cost precision
         mean = _channel_mean([context.statistic(names[0], AbsMean) for names in inputs])
-        if group.heads is not None:  # one scale per value channel: average over the query heads that share it
-            heads = group.heads
-            mean = mean.view(heads.key_value, heads.repeats, heads.width).mean(dim=1).flatten()
+        mean = by_value_channel(group, mean).mean(dim=0)
         alphas = [i / self.grid for i in range(self.grid)]
         scales = candidate_scales(mean, alphas)
         if self.duo and group.heads is None:
             weights = torch.cat([segment.weight(name) for names in inputs for name in names])
             quant = segment.schemes[inputs[0][0]].weights
             scales = duo_scales(mean, relative_magnitude(weights, quant), alphas)
-        factors = [_spread(group, s) for s in scales]
+        factors = [spread(group, s) for s in scales]
         losses = torch.zeros(len(scales), device=mean.device)
         for names in inputs:
             gram = context.product_gram(names[0])
@@ -103,32 +102,12 @@ class Awq:
         if not bool(torch.isfinite(losses).any()):
             return
         best = int(losses.nan_to_num(torch.inf).argmin())
-        absorbed = segment.absorb(group, scales[best])
-        context.rescale([name for name in group.consumers if name not in segment.spec.routers], absorbed)
-        for names in inputs:
-            for name in names:
-                segment.note(name, **{"awq.alpha": alphas[best]})
+        balance(segment, context, group, scales[best])
+        note_all(segment, inputs, **{"awq.alpha": alphas[best]})
         context.advance(group.producer)
-
-
-def _inputs_of(segment: Segment, consumers: Sequence[str]) -> list[list[str]]:
-    """The quantized consumers, grouped by shared input (one group, or one per expert)."""
-    groups: dict[SharedInput, list[str]] = {}
-    for name in consumers:
-        if name in segment.schemes:
-            groups.setdefault(segment.spec.shared_input(name), []).append(name)
-    return list(groups.values())
 
 
 def _channel_mean(statistics: Sequence[AbsMean]) -> torch.Tensor:
     """Mean |x| over all tokens of all inputs; experts of one layer together see every token top-k times."""
     tokens = sum(s.tokens for s in statistics)
     return torch.stack([s.total for s in statistics]).sum(dim=0) / max(tokens, 1)
-
-
-def _spread(group: Balance, s: torch.Tensor) -> torch.Tensor:
-    """Scales of the producer's channels as factors of the consumers' input columns."""
-    if group.heads is None:
-        return s
-    heads = group.heads
-    return s.view(heads.key_value, 1, heads.width).expand(-1, heads.repeats, -1).reshape(-1)

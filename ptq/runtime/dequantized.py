@@ -9,6 +9,7 @@ import torch
 
 from calibration.architectures import ArchitectureSpec
 from calibration.checkpoint import CheckpointReader, TensorInfo, TensorSource
+from calibration.errors import ToolkitError
 from ptq.export.adapter import read_adapter
 from ptq.export.formats import format_of
 from ptq.runtime.load import checkpoint_dtype, read_linear
@@ -18,11 +19,20 @@ class DequantizedCheckpoint:
     """A quantized checkpoint with the tensor names, shapes and dtype of the float model; see `float_weights`.
 
     What the runtime does to inputs (static or dynamic activation scales) is not part of a weight and not seen.
+
+    Raises:
+        ToolkitError: the weights expect inputs in another basis.
     """
 
     def __init__(self, reader: CheckpointReader, spec: ArchitectureSpec) -> None:
         fmt = format_of(reader.config)
         assert fmt is not None, "a float checkpoint needs no dequantizing"
+        turned = [name for name in reader.infos if name.endswith(".hadamard")]
+        if turned:
+            raise ToolkitError(
+                f"{turned[0]}: the model transforms this linear's input while it runs; its weight is no float one",
+                "quantize with online = false for rotate in a recipe",
+            )
         self._reader, self._format = reader, fmt
         self._schemes = fmt.schemes(reader.config, reader.infos, reader.tensor)
         self._adapter = read_adapter(reader.folder)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from calibration.errors import ToolkitError
+from ptq.numerics.hadamard import hadamard_transform
 from ptq.quantized import LORA, QuantizedTensor
 from ptq.runtime.kernels.dispatch import refusals, select
 from ptq.runtime.kernels.kernel import KernelQuery
@@ -14,6 +15,8 @@ from ptq.runtime.kernels.kernel import KernelQuery
 
 class QuantLinear(torch.nn.Module):
     """``x [..., in] -> x Wᵀ + bias [..., out]`` in the dtype of x, from one copy of the integer codes.
+
+    Where the weight expects a Hadamard transform of its input (rotation R4), x goes through it first.
 
     A low-rank part W += (b * scale) a runs beside the kernel, ``y += ((x aᵀ) * scale) bᵀ``, on the same x.
 
@@ -60,6 +63,7 @@ class QuantLinear(torch.nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         if bias is not None:
             self.register_buffer("bias", bias.detach().to(device=device, dtype=dtype), persistent=False)
+        self._hadamard = q.hadamard
         self._low_rank = q.low_rank is not None
         for name, tensor in zip(LORA, q.low_rank or (), strict=False):
             kept = tensor if name == "lora_scale" else tensor.to(dtype)  # int8 codes are exact in bfloat16
@@ -83,6 +87,8 @@ class QuantLinear(torch.nn.Module):
                 f"{self}: packed for {wanted} activations, got {got}",
                 f"load the model with dtype {got}, or with the 'reference' kernel, instead of casting it",
             )
+        if self._hadamard is not None:
+            x = hadamard_transform(x, self._hadamard)
         # the buffers are the kernel's dict as they are: no attribute look-ups on the way of a token
         rows = x.reshape(-1, query.in_features).contiguous()
         y = self._kernel.run(rows, self._buffers, query)  # type: ignore[arg-type]

@@ -1,0 +1,121 @@
+"""Every pass that promises exactness, on every family: logits unchanged to 1e-5 (float32), 1e-9 (float64)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_exactness import TOLERANCE, load_whole, open_walk, wide_inside
+from test_statistics import new_context
+from tiny_models import FAMILIES, save_tiny
+from transformers import AutoModelForCausalLM
+
+from calibration.architectures import Residual
+from calibration.skeleton import load_parameters
+from calibration.states import HiddenStates
+from calibration.text import TokenBatches
+from ptq.methods import Rotate, SmoothQuant
+from ptq.scheme import parse_scheme
+
+SCHEME = parse_scheme("w8a16-gchannel")
+SMOOTHING = {
+    "smoothquant": SmoothQuant(),
+    "smoothquant-all-pairs": SmoothQuant(alpha=0.85, down=True, values=True),
+    "smoothquant-search": SmoothQuant(search=True, down=True, values=True, grid=4),
+}
+ROTATION = {
+    "rotate": Rotate(),
+    "rotate-residual": Rotate(values=False, online=False),
+    "rotate-orthogonal": Rotate(kind="orthogonal", seed=3),
+    "rotate-values-online": Rotate(residual=False),
+}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+
+
+@torch.no_grad()
+def logits_around(family, step, dtype, folder, **changes):
+    """Logits of plain transformers, and of the model after the pass; the walk, whose model it is, and its segments."""
+    save_tiny(family, folder, dtype, **changes)
+    walk = open_walk(folder, dtype)
+    walk = replace(walk, passes=(step,), schemes=lambda i: dict.fromkeys(walk.skeleton.spec.block(i).linears, SCHEME))
+    segments, spec, model = load_whole(walk), walk.skeleton.spec, walk.skeleton.model
+    ids = torch.randint(0, 96, (4, 24), generator=torch.Generator().manual_seed(3))
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=spec.attention)
+    stock.set_experts_implementation("eager")  # the grouped product has no float64
+    with wide_inside(dtype):
+        reference = stock(ids).logits
+        outside = {spec.root_module_name(n): t.to(dtype) for n, t in walk.outside.tensors()}
+        load_parameters(
+            model, {n: t for n, t in outside.items() if n in dict(model.named_parameters(remove_duplicate=False))}
+        )
+        walk.transform_inputs()
+        states = HiddenStates.from_tokens(walk.skeleton, TokenBatches(ids, {}), batch_size=2)
+        for segment in segments:
+            step.apply(segment, new_context(segment, states, step.statistics, allow_unseen=True))
+            segment.sync()
+            states.run(segment.module, segment.index, keep=True, advance=lambda _: None)
+        return reference, model(ids).logits, walk, segments
+
+
+@DTYPES
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", SMOOTHING)
+def test_smoothing(name, family, dtype, tmp_path):
+    step = SMOOTHING[name]
+    reference, after, walk, segments = logits_around(family, step, dtype, tmp_path)
+    wanted = {"norm": True, "linear": step.down, "value": step.values}
+    smoothed = {g.consumers[0] for s in segments for g in s.spec.balance if wanted[g.kind]}
+    assert {n for s in segments for n in s.notes} >= smoothed
+    for segment in segments:
+        before = walk.load(segment.index, with_module=False)
+        changed = {n for n, t in segment.masters.items() if not torch.equal(t, before.masters[n])}
+        assert bool(changed) == bool(smoothed)
+    assert (after - reference).abs().max() <= TOLERANCE[dtype] * reference.abs().max()
+
+
+@DTYPES
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ROTATION)
+def test_rotation(name, family, dtype, tmp_path):
+    """Families that admit R1 keep their logits with every linear of the blocks turned; the others are refused."""
+    step = ROTATION[name]
+    walk = open_walk(save_tiny(family, tmp_path / "table", dtype), dtype)
+    admits = isinstance(walk.skeleton.spec.residual, Residual)
+    refusals = list(step.refusals(walk.skeleton.spec))
+    assert bool(refusals) == (step.residual and not admits)
+    if refusals:
+        assert family in ("gemma2", "gemma3", "opt-post-norm", "bloom") and "residual = false" in refusals[0].fix
+        return
+    reference, after, walk, segments = logits_around(family, step, dtype, tmp_path / "model")
+    for segment in segments:
+        before = walk.load(segment.index, with_module=False)
+        same = {n for n in segment.spec.linears if torch.equal(segment.weight(n), before.weight(n))}
+        assert not same if step.residual else same < set(segment.spec.linears)
+        online = {n for n in segment.spec.writes if n in segment.parts}
+        values = {n for g in segment.spec.balance if g.kind == "value" for n in g.consumers}
+        assert online == (set(segment.spec.writes) - values if step.online else set())
+    assert (after - reference).abs().max() <= TOLERANCE[dtype] * reference.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"num_key_value_heads": 1}),
+        (
+            "llama",
+            {"hidden_size": 72, "head_dim": 18, "intermediate_size": 108},
+        ),  # no Hadamard matrices of order 72 / 18
+        ("opt", {"tie_word_embeddings": False}),
+        ("opt", {"enable_bias": False}),
+        ("gpt2", {"tie_word_embeddings": False}),
+        ("gpt_neox", {"tie_word_embeddings": True}),
+        ("gpt_neox", {"attention_bias": False}),
+        ("mixtral", {"tie_word_embeddings": True}),
+        ("falcon-40b", {"tie_word_embeddings": False}),
+    ],
+    ids=str,
+)
+def test_rotation_of_variants(family, changes, tmp_path):
+    reference, after, *_ = logits_around(family, Rotate(), torch.float32, tmp_path, **changes)
+    assert (after - reference).abs().max() <= TOLERANCE[torch.float32] * reference.abs().max()
