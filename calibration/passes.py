@@ -118,8 +118,8 @@ def stream_of(passes: Sequence[Pass]) -> Stream:
 
 
 def forwards_per_block(passes: Sequence[Pass]) -> int:
-    """Forward passes over the calibration set per block: one that gathers statistics (and on a float stream propagates
-    at once), those that passes add, and one that propagates through the quantized block."""
+    """Forward passes over the calibration set per block: one that gathers (and on a float stream propagates at once)
+    where a pass reads statistics, those that passes add, and one that propagates through the quantized block."""
     stream = stream_of(passes)
     if stream == "none":
         return 0

@@ -11,10 +11,11 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from calibration.capture import transform_inputs
 from calibration.checkpoint import CheckpointReader, TensorSource, save_tensors, write_atomically
 from calibration.context import Context
 from calibration.memory import return_freed
@@ -27,6 +28,21 @@ from calibration.statistics import Statistic
 from calibration.text import TokenBatches
 
 Tensors = Mapping[str, torch.Tensor]
+Transforms = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+"""What happens to the inputs of linears, by name."""
+
+
+class Restore(Protocol):
+    """From the tensors of a committed file and the texts of its linears' schemes (passes may have changed those) to
+    what a forward pass through the written block needs; all by full checkpoint names."""
+
+    def __call__(self, tensors: Tensors, schemes: Mapping[str, str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Float weights, in the dtype given."""
+        ...
+
+    def inputs(self, tensors: Tensors, schemes: Mapping[str, str]) -> Transforms:
+        """The functions that a user's runtime applies to the inputs of linears."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -36,8 +52,8 @@ class Walk:
     Attributes:
         schemes: block index -> {linear: scheme} of the linears to quantize, block-relative names.
         encode: a finished segment -> the tensors of its file, full checkpoint names.
-        restore: the tensors of a file and the texts of its linears' schemes (passes may have changed those) -> float
-            weights, in the dtype given; all by full checkpoint names. What it leaves out is as in the checkpoint.
+        restore: the tensors of a file -> weights and input functions, see `Restore`. What it leaves out is as in the
+            checkpoint.
         folder: where ``block-00007.safetensors`` and ``block-00007.json`` go.
         master_dtype: float32; float64 in exactness tests.
         allow_unseen: experts without calibration tokens are rounded without data instead of stopping the run.
@@ -48,7 +64,7 @@ class Walk:
     passes: Sequence[Pass]
     schemes: Callable[[int], Mapping[str, Any]]
     encode: Callable[[Segment], dict[str, torch.Tensor]]
-    restore: Callable[[Tensors, Mapping[str, str], torch.dtype], dict[str, torch.Tensor]]
+    restore: Restore
     folder: Path
     batch_size: int = 4
     master_dtype: torch.dtype = torch.float32
@@ -155,18 +171,20 @@ class Walk:
         release(block)
 
     def _run_written(self, index: int, states: HiddenStates, advance: Callable[[str], None]) -> None:
-        """Propagate through a committed block, pruned where its passes want later blocks to see that."""
-        self._fill_written(index)
+        """Propagate through a committed block as a user's runtime does: with quantized inputs where schemes say so,
+        and pruned where its passes want later blocks to see that."""
+        transforms = self._fill_written(index)
         block, gates = self.skeleton.block(index), self.gates(index)
         with ExitStack() as stack:
+            stack.enter_context(transform_inputs(block, transforms))
             for step in self.passes:
                 if isinstance(step, Gates):
                     stack.enter_context(step.masked(block, self.skeleton.spec, index, gates))
             states.run(block, index, keep=True, advance=advance)
         release(block)
 
-    def _fill_written(self, index: int) -> None:
-        """Fill the block from its committed file."""
+    def _fill_written(self, index: int) -> Transforms:
+        """Fill the block from its committed file; returns what happens to inputs, by module path below the block."""
         prefix = self.skeleton.spec.prefix(index)
         with CheckpointReader.of_file(self.tensors_path(index)) as file:
             stored = {n: file.tensor(n) for n in file.infos}
@@ -175,6 +193,8 @@ class Walk:
         tensors = {n[len(prefix) :]: t for n, t in restored.items()}
         tensors.update(self._float_block(index, without=tensors))
         self._fill(index, {n: self._cast(t) for n, t in tensors.items()})
+        rename = self.skeleton.spec.module_name
+        return {rename(n[len(prefix) :]): f for n, f in self.restore.inputs(stored, schemes).items()}
 
     def load(self, index: int, with_module: bool = True) -> Segment:
         """One block with float masters; ``with_module`` also fills the module for forward passes."""

@@ -16,6 +16,7 @@ from calibration.checkpoint import CheckpointReader
 from calibration.errors import PlanError, Problem, ToolkitError, unknown_value
 from calibration.passes import Gates, StoresParts, check_order, forwards_per_block, repairs
 from calibration.statistics import Gram
+from ptq.activation_plan import activation_problems
 from ptq.export.formats import FORMATS, PREFERRED, Format, choose
 from ptq.linears import ModelLayout, PlannedLinear
 from ptq.methods.choosing import ChoosesSchemes
@@ -121,6 +122,7 @@ def make_plan(
         problems += step.check(layout)
         if isinstance(step, Gates):
             problems += step.check_architecture(spec, samples * seq_len)
+    problems += activation_problems(layout, recipe.passes, spec, config)
     fmt, reason = _format(recipe, _possible_layouts(layout, recipe), problems)
     if problems:
         raise PlanError(dict.fromkeys(problems))

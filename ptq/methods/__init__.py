@@ -7,6 +7,7 @@ from ptq.methods.adadim import AdaDim, AdaDimPublished
 from ptq.methods.awq import Awq
 from ptq.methods.gptq import Gptq
 from ptq.methods.lorc import Lorc
+from ptq.methods.ranges import Ranges
 from ptq.methods.rtn import Rtn
 
 METHODS: dict[str, type[Pass]] = {
@@ -16,9 +17,10 @@ METHODS: dict[str, type[Pass]] = {
     "adadim": AdaDim,
     "adadim-published": AdaDimPublished,
     "lorc": Lorc,
+    "ranges": Ranges,
 }
 
 COMBINATIONS: dict[str, tuple[str, ...]] = {"rtn-ada": ("adadim", "rtn"), "gptq-ada": ("adadim", "gptq")}
 """Names in the literature for passes in a row, as ``--method`` takes them."""
 
-__all__ = ["COMBINATIONS", "METHODS", "AdaDim", "AdaDimPublished", "Awq", "Gptq", "Lorc", "Rtn"]
+__all__ = ["COMBINATIONS", "METHODS", "AdaDim", "AdaDimPublished", "Awq", "Gptq", "Lorc", "Ranges", "Rtn"]
