@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -32,17 +32,9 @@ Transforms = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
 """What happens to the inputs of linears, by name."""
 
 
-class Restore(Protocol):
-    """From the tensors of a committed file and the texts of its linears' schemes (passes may have changed those) to
-    what a forward pass through the written block needs; all by full checkpoint names."""
-
-    def __call__(self, tensors: Tensors, schemes: Mapping[str, str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Float weights, in the dtype given."""
-        ...
-
-    def inputs(self, tensors: Tensors, schemes: Mapping[str, str]) -> Transforms:
-        """The functions that a user's runtime applies to the inputs of linears."""
-        ...
+def no_transforms(tensors: Tensors, schemes: Mapping[str, str]) -> Transforms:
+    """Inputs of linears stay as they are."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -52,11 +44,12 @@ class Walk:
     Attributes:
         schemes: block index -> {linear: scheme} of the linears to quantize, block-relative names.
         encode: a finished segment -> the tensors of its file, full checkpoint names.
-        restore: the tensors of a file -> weights and input functions, see `Restore`. What it leaves out is as in the
-            checkpoint.
+        restore: the tensors of a file and the texts of its linears' schemes (passes may have changed those) -> float
+            weights, in the dtype given; all by full checkpoint names. What it leaves out is as in the checkpoint.
         folder: where ``block-00007.safetensors`` and ``block-00007.json`` go.
         master_dtype: float32; float64 in exactness tests.
         allow_unseen: experts without calibration tokens are rounded without data instead of stopping the run.
+        inputs: as ``restore``, to what a user's runtime does to the inputs of linears.
     """
 
     reader: TensorSource
@@ -64,11 +57,12 @@ class Walk:
     passes: Sequence[Pass]
     schemes: Callable[[int], Mapping[str, Any]]
     encode: Callable[[Segment], dict[str, torch.Tensor]]
-    restore: Restore
+    restore: Callable[[Tensors, Mapping[str, str], torch.dtype], dict[str, torch.Tensor]]
     folder: Path
     batch_size: int = 4
     master_dtype: torch.dtype = torch.float32
     allow_unseen: bool = False
+    inputs: Callable[[Tensors, Mapping[str, str]], Transforms] = no_transforms
 
     def tensors_path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
@@ -194,7 +188,7 @@ class Walk:
         tensors.update(self._float_block(index, without=tensors))
         self._fill(index, {n: self._cast(t) for n, t in tensors.items()})
         rename = self.skeleton.spec.module_name
-        return {rename(n[len(prefix) :]): f for n, f in self.restore.inputs(stored, schemes).items()}
+        return {rename(n[len(prefix) :]): f for n, f in self.inputs(stored, schemes).items()}
 
     def load(self, index: int, with_module: bool = True) -> Segment:
         """One block with float masters; ``with_module`` also fills the module for forward passes."""

@@ -78,7 +78,7 @@ def encode_segment(segment: Segment) -> dict[str, torch.Tensor]:
 
 
 class Restore:
-    """Committed tensors back to float weights and input quantizers, for propagation through what was written."""
+    """Committed tensors back to float weights, for propagation through what was written."""
 
     def __init__(self, layout: ModelLayout) -> None:
         self.linears = {linear.name: linear for linear in layout.quantized}
@@ -96,12 +96,14 @@ class Restore:
                 weights[f"{linear}.weight"] = w.T.contiguous() if planned.conv1d else w
         return weights
 
-    def inputs(self, tensors: Tensors, schemes: Mapping[str, str]) -> Transforms:
-        """Fake quantization of the inputs of every linear whose scheme quantizes them."""
-        found = {}
-        for name, text in schemes.items():
-            quant = parse_scheme(text).inputs
-            if quant is not None:
-                scale, zero = (tensors.get(f"{name}.{part}") for part in INPUT_GRID)
-                found[name] = partial(fake_quantize_inputs, quant=quant, scale=scale, zero=zero)
-        return found
+
+def input_quantizers(tensors: Tensors, schemes: Mapping[str, str]) -> Transforms:
+    """Fake quantization of the inputs of every linear whose scheme quantizes them, from the tensors of a committed
+    file, for propagation through what was written."""
+    found = {}
+    for name, text in schemes.items():
+        quant = parse_scheme(text).inputs
+        if quant is not None:
+            scale, zero = (tensors.get(f"{name}.{part}") for part in INPUT_GRID)
+            found[name] = partial(fake_quantize_inputs, quant=quant, scale=scale, zero=zero)
+    return found

@@ -245,16 +245,6 @@ def test_experts_without_tokens(tmp_path):
     assert all(torch.isfinite(m).all() for m in segment.masters.values())
 
 
-class AsStored:
-    """Committed tensors that are the weights already."""
-
-    def __call__(self, tensors, schemes, dtype):
-        return dict(tensors)
-
-    def inputs(self, tensors, schemes):
-        return {}
-
-
 RECIPES = {
     "rtn": ((Rtn(),), 0, 0),
     "awq": ((Awq(grid=2, clip_steps=2), Rtn()), 1, 1),
@@ -276,7 +266,7 @@ def test_forwards_are_counted(name, tmp_path, monkeypatch):
         passes=passes,
         schemes=lambda i: dict.fromkeys(walk.skeleton.spec.block(i).linears, scheme()),
         encode=lambda segment: {segment.full_name(n): t.clone() for n, t in segment.masters.items()},
-        restore=AsStored(),
+        restore=lambda tensors, schemes, dtype: dict(tensors),
         folder=tmp_path / "blocks",
     )
     walk.run(tokens() if gathered else None, Silent())
