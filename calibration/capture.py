@@ -142,3 +142,29 @@ def accumulate(block: nn.Module, statistics: Mapping[str, Iterable[Statistic]]) 
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def transformed_inputs(
+    block: nn.Module, transforms: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+) -> Iterator[None]:
+    """While open, the input of every submodule named here goes through its function first.
+
+    Args:
+        transforms: module path below ``block`` -> function that keeps shape and dtype.
+    """
+
+    def hook_for(transform: Callable[[torch.Tensor], torch.Tensor]):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return (transform(args[0]), *args[1:])
+
+        return hook
+
+    handles = [
+        block.get_submodule(path).register_forward_pre_hook(hook_for(function)) for path, function in transforms.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -82,9 +82,10 @@ class Context:
             self._products = {shared: gram.matrix.to(torch.bfloat16)}  # one at a time: a Gram matrix may be large
         return self._products[shared]
 
-    def refresh(self, stage: int, kind: type[Statistic]) -> None:
-        """Gather ``kind`` again for the inputs of one stage, with the block as it now is (one forward pass)."""
-        self._gather(tuple(s for s in self.segment.spec.inputs if s.stage == stage), (kind,))
+    def refresh(self, stage: int | None, *kinds: type[Statistic]) -> None:
+        """Gather ``kinds`` again for the inputs of one stage, or of all (None), with the block as it now is (one
+        forward pass)."""
+        self._gather(tuple(s for s in self.segment.spec.inputs if stage in (None, s.stage)), kinds)
 
     def calls(self, paths: Iterable[str], batches: int) -> dict[str, list[Call]]:
         """Arguments of the calls of some submodules of the block, as it now is, in the first batches (part of one

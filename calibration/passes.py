@@ -170,9 +170,9 @@ def stream_of(passes: Sequence[Pass]) -> Stream:
 
 
 def forwards_per_block(passes: Sequence[Pass]) -> int:
-    """Forward passes over the calibration set per block: one that gathers (and on a float stream propagates at once),
-    one of the float block per reference, those that passes add, and one that propagates through the quantized block.
-    (A training step counts as one; its backward pass comes on top.)"""
+    """Forward passes over the calibration set per block: one that gathers, where a pass reads statistics (and on a
+    float stream propagates at once), one of the float block per reference, those that passes add, and one that
+    propagates through the quantized block. (A training step counts as one; its backward pass comes on top.)"""
     stream = stream_of(passes)
     if stream == "none":
         return 0

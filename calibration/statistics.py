@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -116,3 +117,61 @@ class Sample:
 
     def finite(self) -> bool:
         return bool(torch.isfinite(self.rows).all())
+
+
+class Histogram:
+    """Counts of all values of the input in ``2 * BINS`` equal bins over ``[-limit, limit]``, and their extremes.
+
+    The limit is a power of two that doubles when a value lies beyond it: bins are then merged in pairs, so that
+    counts stay exact and the width of a bin is at most ``max|x| / (BINS / 2)``.
+    """
+
+    BINS = 2048
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.counts = torch.zeros(2 * self.BINS, dtype=torch.float64)
+        self.limit = 2.0**-20
+        self.low, self.high = torch.inf, -torch.inf
+        self.tokens = 0
+
+    def update(self, x: torch.Tensor) -> None:
+        low, high = (float(v) for v in torch.aminmax(x))
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.tokens += x.shape[0]
+        if not self.finite():
+            return
+        while self.limit < max(-low, high):
+            self._double()
+        self.counts += torch.histc(x.float(), 2 * self.BINS, -self.limit, self.limit).double().cpu()
+
+    def _double(self) -> None:
+        pairs = self.counts.view(-1, 2).sum(dim=1)
+        self.counts = torch.nn.functional.pad(pairs, (self.BINS // 2, self.BINS // 2))
+        self.limit *= 2
+
+    def rescale(self, s: torch.Tensor) -> None:
+        raise AssertionError("channels are not told apart: gather again behind the balancing")
+
+    def finite(self) -> bool:
+        return math.isfinite(self.low) and math.isfinite(self.high) if self.tokens else True
+
+
+class Extremes:
+    """Smallest and largest value of every input channel, float32 ``[in]``."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.low = torch.full((in_features,), torch.inf, device=device)
+        self.high = torch.full((in_features,), -torch.inf, device=device)
+        self.tokens = 0
+
+    def update(self, x: torch.Tensor) -> None:
+        low, high = torch.aminmax(x.float(), dim=0)
+        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        self.tokens += x.shape[0]
+
+    def rescale(self, s: torch.Tensor) -> None:
+        self.low.div_(s.float())
+        self.high.div_(s.float())
+
+    def finite(self) -> bool:
+        return bool(torch.isfinite(self.low).all() and torch.isfinite(self.high).all()) if self.tokens else True

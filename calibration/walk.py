@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from calibration.capture import transform_input
+from calibration.capture import transform_input, transformed_inputs
 from calibration.checkpoint import CheckpointReader, TensorSource, save_tensors, write_atomically
 from calibration.context import Context
 from calibration.memory import return_freed
@@ -38,6 +38,13 @@ from calibration.statistics import Statistic
 from calibration.text import TokenBatches
 
 Tensors = Mapping[str, torch.Tensor]
+Transforms = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+"""What happens to the inputs of linears, by name."""
+
+
+def no_transforms(tensors: Tensors, schemes: Mapping[str, str]) -> Transforms:
+    """Inputs of linears stay as they are."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Walk:
         folder: where ``block-00007.safetensors`` and ``block-00007.json`` go.
         master_dtype: float32; float64 in exactness tests.
         allow_unseen: experts without calibration tokens are rounded without data instead of stopping the run.
+        inputs: as ``restore``, to what a user's runtime does to the inputs of linears.
     """
 
     reader: TensorSource
@@ -64,6 +72,7 @@ class Walk:
     batch_size: int = 4
     master_dtype: torch.dtype = torch.float32
     allow_unseen: bool = False
+    inputs: Callable[[Tensors, Mapping[str, str]], Transforms] = no_transforms
 
     def tensors_path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
@@ -188,18 +197,20 @@ class Walk:
         release(block)
 
     def _run_written(self, index: int, states: HiddenStates, advance: Callable[[str], None]) -> None:
-        """Propagate through a committed block, pruned where its passes want later blocks to see that."""
-        self._fill_written(index)
+        """Propagate through a committed block as a user's runtime does: with quantized inputs where schemes say so,
+        and pruned where its passes want later blocks to see that."""
+        transforms = self._fill_written(index)
         block, gates = self.skeleton.block(index), self.gates(index)
         with ExitStack() as stack:
+            stack.enter_context(transformed_inputs(block, transforms))
             for step in self.passes:
                 if isinstance(step, Gates):
                     stack.enter_context(step.masked(block, self.skeleton.spec, index, gates))
             states.run(block, index, keep=True, advance=advance)
         release(block)
 
-    def _fill_written(self, index: int) -> None:
-        """Fill the block from its committed file."""
+    def _fill_written(self, index: int) -> Transforms:
+        """Fill the block from its committed file; returns what happens to inputs, by module path below the block."""
         prefix = self.skeleton.spec.prefix(index)
         with CheckpointReader.of_file(self.tensors_path(index)) as file:
             stored = {n: file.tensor(n) for n in file.infos}
@@ -208,6 +219,8 @@ class Walk:
         tensors = {n[len(prefix) :]: t for n, t in restored.items()}
         tensors.update(self._float_block(index, without=tensors))
         self._fill(index, {n: self._cast(t) for n, t in tensors.items()})
+        rename = self.skeleton.spec.module_name
+        return {rename(n[len(prefix) :]): f for n, f in self.inputs(stored, schemes).items()}
 
     def load(self, index: int, with_module: bool = True) -> Segment:
         """One block with float masters; ``with_module`` also fills the module for forward passes."""

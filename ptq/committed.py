@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,10 +15,11 @@ import torch
 from calibration.checkpoint import CheckpointReader
 from calibration.errors import ToolkitError
 from calibration.segment import Segment
-from calibration.walk import Tensors
+from calibration.walk import Tensors, Transforms
 from ptq.export.formats import FORMATS
 from ptq.linears import ModelLayout
-from ptq.quantized import QuantizedTensor
+from ptq.numerics.activations import fake_quantize_inputs
+from ptq.quantized import INPUT_GRID, QuantizedTensor
 from ptq.scheme import parse_scheme
 
 NATIVE = FORMATS["native"]
@@ -93,3 +95,15 @@ class Restore:
                 w = NATIVE.decode(stored, parse_scheme(schemes[linear]), planned.shape).dequantize(dtype)
                 weights[f"{linear}.weight"] = w.T.contiguous() if planned.conv1d else w
         return weights
+
+
+def input_quantizers(tensors: Tensors, schemes: Mapping[str, str]) -> Transforms:
+    """Fake quantization of the inputs of every linear whose scheme quantizes them, from the tensors of a committed
+    file, for propagation through what was written."""
+    found = {}
+    for name, text in schemes.items():
+        quant = parse_scheme(text).inputs
+        if quant is not None:
+            scale, zero = (tensors.get(f"{name}.{part}") for part in INPUT_GRID)
+            found[name] = partial(fake_quantize_inputs, quant=quant, scale=scale, zero=zero)
+    return found

@@ -35,7 +35,7 @@ from calibration.record import RunRecord
 from calibration.skeleton import Skeleton
 from calibration.text import TokenBatches, calibration_tokens, check_tokenizer, read_tokens
 from calibration.walk import Walk
-from ptq.committed import CommittedBlocks, Restore, encode_segment
+from ptq.committed import CommittedBlocks, Restore, encode_segment, input_quantizers
 from ptq.devices import parse_dtype, resolve_device
 from ptq.evaluation import check_text, context_length, default_dataset
 from ptq.export.write import copy_small_files, verify_checkpoint, write_checkpoint
@@ -206,6 +206,7 @@ def run(
         schemes=plan.schemes,
         encode=encode_segment,
         restore=Restore(plan.layout),
+        inputs=input_quantizers,
         folder=session.blocks,
         batch_size=job.batch_size,
         allow_unseen=options.unseen_experts == "rtn",

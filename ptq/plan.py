@@ -27,6 +27,7 @@ from calibration.passes import (
     repairs,
 )
 from calibration.statistics import Gram
+from ptq.activation_plan import activation_problems
 from ptq.export.formats import FORMATS, PREFERRED, Format, choose
 from ptq.linears import ModelLayout, PlannedLinear
 from ptq.methods.choosing import ChoosesSchemes
@@ -136,6 +137,7 @@ def make_plan(
             problems += step.check_architecture(spec, samples * seq_len)
     for whole in model_wide:
         problems += whole.refusals(spec)
+    problems += activation_problems(layout, recipe.passes, spec, config)
     fmt, reason = _format(recipe, _possible_layouts(layout, recipe), problems)
     if problems:
         raise PlanError(dict.fromkeys(problems))

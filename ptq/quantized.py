@@ -17,9 +17,14 @@ PARTS: dict[str, str] = {
     "lora_b": "int8 codes or float16 values [out, rank]",
     "lora_scale": "float32 [rank], one factor per component",
     "hadamard": "int32 [1], the input goes through Hadamard transforms of blocks of this size first",
+    "input_scale": "float32 [1] or [in], the step of static inputs",
+    "input_zero": "float32 [1] or [in], their zero point, an integer; absent for symmetric grids",
 }
 """Tensors that may stand beside the codes of a linear, by name, with shape and meaning. Native files store each as
 ``<linear>.<name>``; a pass that makes one lists it in ``Pass.parts``."""
+
+INPUT_GRID = ("input_scale", "input_zero")
+"""The parts of a static grid of inputs."""
 
 LORA = ("lora_b", "lora_a", "lora_scale")
 """The parts of a low-rank correction, in the order of `ptq.numerics.lowrank.factor_product`."""

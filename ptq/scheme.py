@@ -1,4 +1,5 @@
-"""How a weight is stored: bits, grid and grouping. Plain values that round-trip through text and JSON."""
+"""How a linear is quantized: bits, grid and grouping of its weight, and the grids of its inputs and of the KV cache
+(`ptq.activations`). Plain values that round-trip through text and JSON."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from calibration.errors import ToolkitError, nearest
+from ptq.activations import PRESETS, ActivationQuant, CacheQuant, take_activations, with_activations
 
 IntegerQuantizer = Literal["asym_minmax", "asym_zero_in", "sym_full", "sym_restricted", "sym_gptq"]
 """The five integer grids in common use (A to E of the literature's vocabulary; see `ptq.numerics.integers`)."""
@@ -32,10 +34,11 @@ class Grouping:
 
     Along ``axis`` "in", as usual, a line is a row and a group is a run of input columns. Along "out" a line is an
     input column and a group is a run of output rows (per-IC grouping, Heo et al. 2023, arXiv 2309.15531): a column
-    with large inputs then has steps of its own. Scales are ``[lines, groups per line]`` either way.
+    with large inputs then has steps of its own. Scales are ``[lines, groups per line]`` either way. A step of the whole
+    tensor (``tensor``) is stored once per row, all of them equal, so that every reader of rows reads it.
     """
 
-    kind: Literal["channel", "group"]
+    kind: Literal["tensor", "channel", "group"]
     size: int | None = None
     axis: Axis = "in"
 
@@ -57,7 +60,7 @@ class Grouping:
         return shape[0] * shape[1] // length, self.count(length)
 
     def __str__(self) -> str:
-        return ("g" if self.axis == "in" else "ic") + ("channel" if self.size is None else str(self.size))
+        return ("g" if self.axis == "in" else "ic") + (self.kind if self.size is None else str(self.size))
 
 
 @dataclass(frozen=True)
@@ -125,11 +128,23 @@ class TensorQuant:
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """What happens to one linear. Activations stay in the model's dtype (``a16``)."""
+    """What happens to one linear.
+
+    Attributes:
+        inputs: grid of its input; None leaves it in the model's dtype (``a16``).
+        cache: grid of keys and values, which counts where the linear makes them.
+    """
 
     weights: TensorQuant
+    inputs: ActivationQuant | None = None
+    cache: CacheQuant | None = None
 
     def __str__(self) -> str:
+        return with_activations(self.weights_text, self.inputs, self.cache)
+
+    @property
+    def weights_text(self) -> str:
+        """The scheme without its activations: ``w4a16-g128-sym``."""
         w = self.weights
         preset = next((name for name, quant in FLOAT_PRESETS.items() if quant == w), None)
         if preset is not None:
@@ -150,14 +165,17 @@ class QuantScheme:
 
     def to_json(self) -> dict[str, Any]:
         w = self.weights
-        return {"bits": w.bits, "group_size": w.grouping.size, "axis": w.grouping.axis, "quantizer": w.quantizer} | (
-            {}
-            if w.float_format is None
-            else {"float_format": dataclasses.asdict(w.float_format), "scale_format": w.scale_format}
-        )
+        data = {"bits": w.bits, "group_size": w.grouping.size, "axis": w.grouping.axis, "quantizer": w.quantizer}
+        if str(self) != self.weights_text or w.grouping.kind == "tensor":
+            return {**data, "scheme": str(self)}
+        if w.float_format is None:
+            return data
+        return {**data, "float_format": dataclasses.asdict(w.float_format), "scale_format": w.scale_format}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> QuantScheme:
+        if "scheme" in data:  # quantized activations, or one step for a tensor, which the other keys do not tell
+            return parse_scheme(data["scheme"])
         size, axis = data["group_size"], data.get("axis", "in")
         grouping = Grouping("channel", None, axis) if size is None else Grouping("group", int(size), axis)
         if data["quantizer"] == "float":
@@ -178,21 +196,24 @@ _SCHEME = re.compile(r"w(\d+)a16(?:-((?:g|ic)\w+?))?(?:-(sym|asym|" + "|".join(Q
 
 
 def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantScheme:
-    """``w4a16-g128-sym`` and its relatives, ``mxfp4``, ``nvfp4`` and ``fp4-e2m1-g128`` and its relatives to a scheme.
+    """``w4a16-g128-sym``, ``w8a8``, ``w4a4kv4-atoken``, ``mxfp4``, ``nvfp4``, ``fp4-e2m1-g128`` and their relatives.
 
-    The group part defaults to ``g128``; without ``-sym`` or ``-asym`` the grid is ``default_quantizer``. The full
-    quantizer names are accepted in place of the suffix (recipes use them).
+    Suffixes may come in any order; those of activations are described in `ptq.activations`. The group part defaults to
+    ``g128`` (``gchannel`` where inputs are quantized); without ``-sym`` or ``-asym`` the grid is ``default_quantizer``.
+    The full quantizer names are accepted in place of the suffix (recipes use them).
 
     Raises:
         ToolkitError: the text is no scheme, or the bits or the group size are not on offer.
     """
     choices = f"w{{{','.join(map(str, BITS))}}}a16-{{{','.join(f'g{g}' for g in GROUP_SIZES)},gchannel}}[-sym|-asym]"
     choices += f", {', '.join(FLOAT_PRESETS)} or fp4-e2m1-g128; ic instead of g groups along the outputs"
-    plain = text.strip().lower()
+    choices += f"; with quantized activations {', '.join(PRESETS)}"
+    weights_text, inputs, cache = take_activations(text)
+    plain = _grouping_first(weights_text.strip().lower())
     if plain in FLOAT_PRESETS:
-        return QuantScheme(FLOAT_PRESETS[plain])
+        return QuantScheme(FLOAT_PRESETS[plain], inputs, cache)
     if plain.startswith("fp"):
-        return _parse_floats(text, plain, choices)
+        return QuantScheme(_parse_floats(text, plain, choices), inputs, cache)
     match = _SCHEME.fullmatch(plain)
     if match is None:
         known = [f"w{b}a16-{g}{k}" for b in BITS for g in (*(f"g{n}" for n in GROUP_SIZES), "gchannel") for k in _KINDS]
@@ -205,7 +226,7 @@ def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantS
     aliases: dict[str, Quantizer] = {"sym": "sym_gptq", "asym": "asym_zero_in"}
     aliases |= {name: name for name in get_args(IntegerQuantizer)}
     quantizer = default_quantizer if kind is None else aliases[kind]
-    return QuantScheme(TensorQuant(bits, grouping, quantizer))
+    return QuantScheme(TensorQuant(bits, grouping, quantizer), inputs, cache)
 
 
 def _parse_grouping(text: str, group: str | None, choices: str) -> Grouping:
@@ -215,12 +236,14 @@ def _parse_grouping(text: str, group: str | None, choices: str) -> Grouping:
     size = group.removeprefix("ic" if axis == "out" else "g")
     if size == "channel":
         return Grouping("channel", None, axis)
+    if size == "tensor" and axis == "in":
+        return Grouping("tensor")
     if size.isdigit() and int(size) in GROUP_SIZES:
         return Grouping("group", int(size), axis)
     raise ToolkitError(f"scheme: '{text}' asks for group '{group}'", f"use one of {choices}")
 
 
-def _parse_floats(text: str, plain: str, choices: str) -> QuantScheme:
+def _parse_floats(text: str, plain: str, choices: str) -> TensorQuant:
     """``fp4-e2m1-g128`` and its relatives, with bf16 scales."""
     known = [f"fp{bits}-{number}" for bits in FLOAT_BITS for number in float_formats(bits)]
     match = _FLOAT_SCHEME.fullmatch(plain)
@@ -229,4 +252,10 @@ def _parse_floats(text: str, plain: str, choices: str) -> QuantScheme:
         reason = "is not a float scheme (1 + E + M bits, E from 1 to 5)"
         raise ToolkitError(f"scheme: '{text}' {reason}", f"{closest}use one of {', '.join(known)}")
     grouping = _parse_grouping(text, match[4], choices)
-    return QuantScheme(TensorQuant.of_floats(FloatFormat(int(match[2]), int(match[3])), grouping))
+    return TensorQuant.of_floats(FloatFormat(int(match[2]), int(match[3])), grouping)
+
+
+def _grouping_first(text: str) -> str:
+    """The suffixes of a weight in the order in which they are printed."""
+    head, *suffixes = text.split("-")
+    return "-".join([head, *sorted(suffixes, key=lambda word: not word.startswith(("e", "g", "ic")))])

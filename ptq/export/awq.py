@@ -57,6 +57,7 @@ class Awq:
             *checks.divisor_problems(layout, 8, 1, self.name),
             *checks.order_problems(layout, self.name),
             *checks.part_problems(layout, self.name),
+            *checks.activation_problems(layout, self.name),
             *checks.conv1d_problems(layout, self.name),
             *checks.expert_problems(layout, self.name),
         ]

@@ -127,6 +127,17 @@ def order_problems(layout: ModelLayout, format_name: str) -> list[Problem]:
     return [Problem("group_index", reason, f"round with groups of adjacent columns, or {NATIVE}")]
 
 
+def activation_problems(layout: ModelLayout, format_name: str) -> list[Problem]:
+    """Quantized inputs or a quantized KV cache, in a format that describes weights alone."""
+    inputs = matching(layout, lambda linear: linear.scheme.inputs is not None)  # type: ignore[union-attr]
+    cache = matching(layout, lambda linear: linear.scheme.cache is not None)  # type: ignore[union-attr]
+    reason, fix = f"and '{format_name}' describes weights only", f"use a scheme with a16, or {NATIVE}"
+    return [
+        *refuse(inputs, f"has quantized inputs, {reason}", fix),
+        *refuse(cache, f"has a quantized KV cache, {reason}", fix),
+    ]
+
+
 def part_problems(layout: ModelLayout, format_name: str) -> list[Problem]:
     """Tensors beside the codes, in a format without a place for them."""
     reason = f"are tensors beside the codes, and '{format_name}' has no place for them"

@@ -71,6 +71,7 @@ class CompressedTensors:
             *checks.axis_problems(layout, self.name),
             *checks.order_problems(layout, self.name),
             *checks.part_problems(layout, self.name),
+            *checks.activation_problems(layout, self.name),
             *checks.conv1d_problems(layout, self.name),
             *self._expert_problems(layout),
         ]

@@ -56,6 +56,7 @@ class Gptq:
             *checks.axis_problems(layout, self.name),
             *checks.divisor_problems(layout, 32, 32, self.name),
             *checks.part_problems(layout, self.name),
+            *checks.activation_problems(layout, self.name),
             *checks.conv1d_problems(layout, self.name),
             *checks.expert_problems(layout, self.name),
         ]

@@ -9,6 +9,7 @@ from ptq.methods.fp4 import Fp4
 from ptq.methods.gptq import Gptq
 from ptq.methods.lorc import Lorc
 from ptq.methods.norm_tweak import NormTweak
+from ptq.methods.ranges import Ranges
 from ptq.methods.rotate import Rotate
 from ptq.methods.rtn import Rtn
 from ptq.methods.smoothquant import SmoothQuant
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Pass]] = {
     "norm-tweak": NormTweak,
     "smoothquant": SmoothQuant,
     "rotate": Rotate,
+    "ranges": Ranges,
 }
 
 COMBINATIONS: dict[str, tuple[str, ...]] = {"rtn-ada": ("adadim", "rtn"), "gptq-ada": ("adadim", "gptq")}
@@ -43,6 +45,7 @@ __all__ = [
     "Gptq",
     "Lorc",
     "NormTweak",
+    "Ranges",
     "Rotate",
     "Rtn",
     "SmoothQuant",

@@ -107,11 +107,11 @@ class Gptq:
 
 def _stacks(segment: Segment, linears: Sequence[str]) -> list[list[str]]:
     """Linears of one input by scheme: their rows go through one column loop. A whole column that shares a step is one
-    of one linear, so such linears stay alone."""
+    of one linear, and so is a step of a whole tensor: such linears stay alone."""
     stacks: dict[tuple[QuantScheme, str], list[str]] = {}
     for name in linears:
         grouping = segment.schemes[name].weights.grouping
-        alone = grouping.axis == "out" and grouping.size is None
+        alone = (grouping.axis == "out" and grouping.size is None) or grouping.kind == "tensor"
         stacks.setdefault((segment.schemes[name], name if alone else ""), []).append(name)
     return list(stacks.values())
 

@@ -20,7 +20,10 @@ def join(units: torch.Tensor, grouping: Grouping) -> torch.Tensor:
 
 
 def rows_per_group(quant: TensorQuant, rows: int) -> int:
-    """Rows that must stay together when W is handled in chunks of rows: a group of them for axis "out", else 1."""
+    """Rows that must stay together when W is handled in chunks of rows: a group of them for axis "out", all of them
+    where the whole tensor shares a step, else 1."""
+    if quant.grouping.kind == "tensor":
+        return rows
     return quant.grouping.width(rows) if quant.grouping.axis == "out" else 1
 
 

@@ -61,6 +61,8 @@ def grid_parameters(
         scale ``[...]`` in the dtype of w, zero ``[...]`` integers in the dtype of w, or None for symmetric grids.
     """
     mn, mx = _bounds(w, clip)
+    if quant.grouping.kind == "tensor":  # w is [..., lines, 1, in]
+        mn, mx = mn.amin((-2, -1), True).expand_as(mn), mx.amax((-2, -1), True).expand_as(mx)
     n = quant.levels
     half = 2 ** (quant.bits - 1)
     if quant.quantizer == "asym_minmax":

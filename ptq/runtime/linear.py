@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 
 from calibration.errors import ToolkitError
+from ptq.numerics.activations import fake_quantize_inputs
 from ptq.numerics.hadamard import hadamard_transform
-from ptq.quantized import LORA, QuantizedTensor
+from ptq.quantized import INPUT_GRID, LORA, QuantizedTensor
 from ptq.runtime.kernels.dispatch import refusals, select
 from ptq.runtime.kernels.kernel import KernelQuery
 
@@ -17,6 +18,9 @@ class QuantLinear(torch.nn.Module):
     """``x [..., in] -> x Wᵀ + bias [..., out]`` in the dtype of x, from one copy of the integer codes.
 
     Where the weight expects a Hadamard transform of its input (rotation R4), x goes through it first.
+
+    Where the scheme quantizes inputs, x is quantized first: by the kernel where it multiplies integers, else as
+    `fake_quantize_inputs` does ("simulated"), which is also what calibration runs.
 
     A low-rank part W += (b * scale) a runs beside the kernel, ``y += ((x aᵀ) * scale) bᵀ``, on the same x.
 
@@ -32,6 +36,7 @@ class QuantLinear(torch.nn.Module):
         kernel: name of the kernel that runs.
         reasons: kernel name to the reason why it was not taken, for every faster kernel.
         scheme: text of the scheme, e.g. ``w4a16-g128-sym``.
+        activations: ``""`` where inputs are not quantized, else ``"integer"`` or ``"simulated"``.
     """
 
     def __init__(
@@ -59,6 +64,13 @@ class QuantLinear(torch.nn.Module):
         self.kernel = self._kernel.name
         self.reasons = refusals(self._query, self._kernel)
         self.scheme = str(q.scheme)
+        self._inputs = q.scheme.inputs
+        self._by_sequence = self._inputs is not None and self._inputs.smooth is not None
+        self._simulated = self._inputs is not None and not self._kernel.integer
+        self.activations = "" if self._inputs is None else "simulated" if self._simulated else "integer"
+        for name in INPUT_GRID:
+            if name in q.parts:
+                self.register_buffer(name, q.parts[name].float().to(device), persistent=False)
         for name, tensor in self._kernel.pack(q, dtype, device).items():
             self.register_buffer(name, tensor, persistent=False)
         if bias is not None:
@@ -89,12 +101,24 @@ class QuantLinear(torch.nn.Module):
             )
         if self._hadamard is not None:
             x = hadamard_transform(x, self._hadamard)
+        if self._simulated:
+            x = self._quantized(x)
         # the buffers are the kernel's dict as they are: no attribute look-ups on the way of a token
         rows = x.reshape(-1, query.in_features).contiguous()
-        y = self._kernel.run(rows, self._buffers, query)  # type: ignore[arg-type]
+        if self._kernel.integer and self._by_sequence and x.ndim > 2:
+            y = torch.cat([self._kernel.run(part, self._buffers, query) for part in rows.split(x.shape[-2])])  # type: ignore[arg-type]
+        else:
+            y = self._kernel.run(rows, self._buffers, query)  # type: ignore[arg-type]
         if self._low_rank:
-            y = y + self._correction(rows)
+            seen = rows if self._inputs is None or self._simulated else self._quantized(x).reshape(rows.shape)
+            y = y + self._correction(seen)
         return y.view(*x.shape[:-1], query.out_features)
+
+    def _quantized(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [..., in]`` after quantization and back; Runtime Smooth needs sequences on axis -2."""
+        assert self._inputs is not None
+        scale, zero = (self._buffers.get(name) for name in INPUT_GRID)
+        return fake_quantize_inputs(torch.atleast_2d(x), self._inputs, scale, zero).view(x.shape)
 
     def _correction(self, x: torch.Tensor) -> torch.Tensor:
         """``((x aᵀ) * scale) bᵀ`` for ``x [tokens, in]``; the scale is applied in float32."""

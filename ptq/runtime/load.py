@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from calibration.checkpoint import CheckpointReader
 from calibration.errors import ToolkitError
 from calibration.models import locate, open_model
 from calibration.skeleton import build_model, load_parameters, set_submodule
+from ptq.activation_plan import cache_layers
 from ptq.export.adapter import read_adapter
 from ptq.export.formats import Format, format_of
 from ptq.quantized import QuantizedTensor
+from ptq.runtime.attention import quantize_cache
 from ptq.runtime.linear import QuantLinear
 
 LinearFactory = Callable[[str, QuantizedTensor, torch.Tensor | None], torch.nn.Module | None]
@@ -35,6 +37,8 @@ class Loaded:
         format: name of the quantized format, or None for a float checkpoint.
         kernels: kernel name -> number of linears that run on it.
         reasons: why faster kernels were not taken: (kernel, reason) -> number of linears.
+        activations: how linears with quantized inputs run: ``"integer"`` or ``"simulated"`` -> number of linears.
+        caches: texts of the grids of the KV cache, e.g. ``kv4``.
     """
 
     model: Any
@@ -42,11 +46,16 @@ class Loaded:
     format: str | None
     kernels: dict[str, int]
     reasons: dict[tuple[str, str], int]
+    activations: dict[str, int] = field(default_factory=dict)
+    caches: tuple[str, ...] = ()
 
     @property
     def path(self) -> str:
-        """``float``, or ``int4 x 42``: how linears are computed."""
-        return ", ".join(f"{name} x {n}" for name, n in sorted(self.kernels.items())) or "float"
+        """How linears are computed: ``float``, ``int4 x 42``, or ``reference x 42; inputs simulated x 42; kv4
+        simulated``."""
+        kernels = ", ".join(f"{name} x {n}" for name, n in sorted(self.kernels.items())) or "float"
+        inputs = ", ".join(f"inputs {how} x {n}" for how, n in sorted(self.activations.items()))
+        return "; ".join(filter(None, [kernels, inputs, *(f"{cache} simulated" for cache in self.caches)]))
 
 
 def read_linear(
@@ -100,6 +109,7 @@ def load_model(
         network = build_model(config, spec, dtype, device)
         kernels: Counter[str] = Counter()
         reasons: Counter[tuple[str, str]] = Counter()
+        activations: Counter[str] = Counter()
         taken: set[str] = set()
         adapter = read_adapter(folder)
         for name, (scheme, shape) in schemes.items():
@@ -114,6 +124,7 @@ def load_model(
             if layer is None:
                 layer = linear = QuantLinear(q, bias, dtype, device, kernel)
                 kernels[linear.kernel] += 1
+                activations.update([linear.activations] if linear.activations else [])
                 reasons.update((k, r) for k, r in linear.reasons.items())
             _replace(network, path, layer, name)
         parameters = dict(network.named_parameters(remove_duplicate=False))  # a tied head has its name too
@@ -133,7 +144,11 @@ def load_model(
             "the checkpoint is incomplete: fetch or write it again",
         )
     network.eval().requires_grad_(False)
-    return Loaded(network, folder, fmt.name if fmt else None, dict(kernels), dict(reasons))
+    layers = cache_layers(spec, {name: scheme for name, (scheme, _) in schemes.items()})
+    if layers:
+        quantize_cache(network, layers)
+    caches = tuple(sorted({str(cache) for cache in layers.values()}))
+    return Loaded(network, folder, fmt.name if fmt else None, dict(kernels), dict(reasons), dict(activations), caches)
 
 
 def _replace(network: Any, path: str, linear: torch.nn.Module, name: str) -> None:

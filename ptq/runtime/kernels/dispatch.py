@@ -5,10 +5,11 @@ from __future__ import annotations
 from calibration.errors import ToolkitError, unknown_value
 from ptq.runtime.kernels.int4 import INT4
 from ptq.runtime.kernels.int8 import INT8
+from ptq.runtime.kernels.integer import INTEGER
 from ptq.runtime.kernels.kernel import Kernel, KernelQuery
 from ptq.runtime.kernels.reference import REFERENCE
 
-KERNELS: tuple[Kernel, ...] = (INT4, INT8, REFERENCE)
+KERNELS: tuple[Kernel, ...] = (INTEGER, INT4, INT8, REFERENCE)
 """Fastest first. The last one supports everything."""
 
 
@@ -35,6 +36,7 @@ def select(query: KernelQuery, prefer: str | None = None) -> Kernel:
 
 
 def refusals(query: KernelQuery, chosen: Kernel) -> dict[str, str]:
-    """Kernel name to the reason why it was not taken, for every kernel faster than ``chosen``."""
-    faster = KERNELS[: KERNELS.index(chosen)]
+    """Kernel name to the reason why it was not taken, for every kernel faster than ``chosen``. Integer products are no
+    alternative where inputs are not quantized."""
+    faster = [k for k in KERNELS[: KERNELS.index(chosen)] if query.inputs is not None or not k.integer]
     return {kernel.name: kernel.supports(query) or f"'{chosen.name}' was asked for by name" for kernel in faster}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ptq.activations import ActivationQuant
 from ptq.quantized import QuantizedTensor
 from ptq.scheme import Axis, FloatFormat, QuantScheme
 
@@ -24,6 +25,7 @@ class KernelQuery:
         group_index: groups follow an activation order instead of the column order.
         axis: along which groups run: "in" for input columns of a row, "out" for output rows of a column.
         float_format: what codes stand for where they are no integers, else None.
+        inputs: the grid of the activations, None where they are not quantized.
     """
 
     bits: int
@@ -36,6 +38,7 @@ class KernelQuery:
     group_index: bool = False
     axis: Axis = "in"
     float_format: FloatFormat | None = None
+    inputs: ActivationQuant | None = None
 
     @property
     def channelwise(self) -> bool:
@@ -64,6 +67,7 @@ class KernelQuery:
             group_index=index,
             axis=weights.grouping.axis,
             float_format=weights.float_format,
+            inputs=scheme.inputs,
         )
 
 
@@ -83,6 +87,8 @@ class Kernel:
         run: ``x [tokens, in]``, contiguous, to ``[tokens, out]`` in the dtype of x.
         any_device: the layout means the same on every device. Otherwise a packed layer stays where it was packed.
         any_dtype: one packing serves activations of every dtype.
+        integer: it quantizes the activations itself and multiplies codes with codes. The others are handed activations
+            that are quantized and dequantized already.
     """
 
     name: str
@@ -91,3 +97,4 @@ class Kernel:
     run: Callable[[torch.Tensor, Packed, KernelQuery], torch.Tensor]
     any_device: bool = False
     any_dtype: bool = False
+    integer: bool = False

@@ -1,0 +1,62 @@
+"""What a plan checks of quantized inputs and KV caches, and where a cache is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from calibration.architectures import ArchitectureSpec
+from calibration.errors import Problem
+from calibration.passes import Pass
+from ptq.activations import CacheQuant
+from ptq.export.checks import matching, refuse
+from ptq.linears import ModelLayout
+from ptq.quantized import INPUT_GRID
+from ptq.runtime.attention import has_interface
+from ptq.scheme import QuantScheme
+
+
+def cache_layers(spec: ArchitectureSpec, schemes: Mapping[str, QuantScheme | None]) -> dict[int, CacheQuant]:
+    """Decoder layer -> grid of its KV cache. The linears that read the block's first input make keys and values, and
+    their schemes, by full name, say it.
+
+    Raises:
+        ValueError: linears of one layer differ, with their names.
+    """
+    layers = {}
+    for index in range(spec.n_blocks):
+        makers = [spec.prefix(index) + name for name in spec.block(index).inputs[0].linears]
+        found = {name: scheme.cache for name in makers if (scheme := schemes.get(name)) is not None}
+        if len(set(found.values())) > 1:
+            raise ValueError(", ".join(found))
+        cache = next(iter(found.values()), None)
+        if cache is not None:
+            layers[index] = cache
+    return layers
+
+
+def activation_problems(
+    layout: ModelLayout, passes: Sequence[Pass], spec: ArchitectureSpec, config: Any
+) -> Iterable[Problem]:
+    """Every reason why the inputs or the cache cannot be quantized as the schemes say."""
+    static = matching(layout, lambda linear: not _inputs(linear.scheme, "dynamic", True))
+    if static and not any(INPUT_GRID[0] in p.parts for p in passes):
+        fix = "put 'ranges' in front of the rounding, as in --method ranges+rtn, or use -atoken or -atensor"
+        yield from refuse(static, "has static inputs, and no pass calibrates their range", fix)
+    for linear in layout.quantized:
+        size = _inputs(linear.scheme, "group_size", None)
+        if size is not None and linear.shape[1] % size:
+            reason = f"{linear.shape[1]} input columns are not a multiple of the {size} that share a step"
+            yield Problem(linear.name, reason, "use another -agN, or -atoken")
+    try:
+        layers = cache_layers(spec, {linear.name: linear.scheme for linear in layout.linears})
+    except ValueError as error:
+        yield Problem(str(error), "disagree about the KV cache of their layer", "give them the same kv in their rules")
+        return
+    if layers and not has_interface(config):
+        reason = f"the KV cache of '{spec.family}' cannot be quantized: its attention is not exchangeable"
+        yield Problem("kv", reason, "leave kv out of the scheme")
+
+
+def _inputs(scheme: QuantScheme | None, attribute: str, default: Any) -> Any:
+    return default if scheme is None or scheme.inputs is None else getattr(scheme.inputs, attribute)

@@ -1,0 +1,86 @@
+"""Static ranges of inputs (``-astatic``, ``-achannel``), calibrated after everything that rescales them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from calibration.context import Context
+from calibration.errors import Problem, ToolkitError
+from calibration.passes import Phase, Stream
+from calibration.segment import Segment
+from calibration.statistics import Extremes, Histogram, Statistic
+from ptq.activations import ActivationQuant
+from ptq.numerics.activations import step_and_zero
+from ptq.numerics.ranges import Estimator, static_range
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Steps and zero points of static inputs, as parts beside the codes.
+
+    Statistics are gathered when the pass runs, not with those of the other passes: balancing changes the inputs.
+
+    Attributes:
+        estimator: how a range follows from a histogram, see `ptq.numerics.ranges`. Channels take min-max.
+        percentile: in percent, for that estimator.
+    """
+
+    estimator: Estimator = "minmax"
+    percentile: float = 99.99
+
+    name: ClassVar[str] = "ranges"
+    phases: ClassVar[tuple[Phase, ...]] = (Phase.CHOOSE,)
+    stream: ClassVar[Stream] = "quantized"
+    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
+    parts: ClassVar[tuple[str, ...]] = ("input_scale", "input_zero")
+
+    def check(self, view: Any) -> Iterable[Problem]:
+        if not 50 < self.percentile <= 100:
+            reason = f"{self.percentile} is outside (50, 100]"
+            yield Problem("ranges.percentile", reason, "use 99.99; it is in percent")
+        grids = [linear.scheme.inputs for linear in view.quantized if linear.scheme.inputs is not None]
+        static = [grid for grid in grids if not grid.dynamic]
+        if view.quantized and not static:
+            fix = "leave 'ranges' out, or use a scheme with -astatic, for example w8a8-astatic"
+            yield Problem("ranges", "no scheme has static inputs, so there is nothing to calibrate", fix)
+        if self.estimator != "minmax" and any(grid.granularity == "channel" for grid in static):
+            reason = f"'{self.estimator}' needs a histogram, and -achannel keeps the extremes of each channel only"
+            yield Problem("ranges.estimator", reason, 'use "minmax", or -astatic')
+        if self.estimator == "entropy" and any(grid.kind != "int" for grid in static):
+            yield Problem("ranges.estimator", "'entropy' merges bins to integer levels, not to floats", 'use "mse"')
+
+    def forwards(self) -> int:
+        return 1
+
+    def apply(self, segment: Segment, context: Context) -> None:
+        grids = {n: s.inputs for n, s in segment.schemes.items() if s.inputs is not None and not s.inputs.dynamic}
+        if not grids:
+            return
+        channelwise = any(grid.granularity == "channel" for grid in grids.values())
+        context.refresh(None, Histogram, *([Extremes] if channelwise else []))
+        for linear, grid in grids.items():
+            scale, zero = step_and_zero(*self._range(context, segment, linear, grid), grid)
+            parts = segment.parts.setdefault(linear, {})
+            parts["input_scale"] = scale.view(-1)
+            if zero is not None:
+                parts["input_zero"] = zero.view(-1)
+
+    def _range(
+        self, context: Context, segment: Segment, linear: str, grid: ActivationQuant
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        seen = context.statistic(linear, Histogram)
+        if seen.tokens == 0:
+            raise ToolkitError(
+                f"{segment.full_name(linear)}: saw no calibration tokens, and a static range needs some",
+                "use more --samples, or a scheme with -atoken",
+            )
+        if grid.granularity == "channel":
+            extremes = context.statistic(linear, Extremes)
+            return extremes.low, extremes.high
+        ends = static_range(seen.counts, seen.limit, seen.low, seen.high, grid, self.estimator, self.percentile)
+        segment.note(linear, **{"ranges.low": round(ends[0], 6), "ranges.high": round(ends[1], 6)})
+        return torch.tensor(ends[0]), torch.tensor(ends[1])

@@ -1,0 +1,92 @@
+"""Quantized inputs: the one definition that propagation, the runtime and evaluation share.
+
+Symmetric integers (Xiao et al. 2022, arXiv 2211.10438, with clamping): ``s = max|x| / (2^(b-1) - 1)``, codes
+``clamp(round(x / s), -2^(b-1), 2^(b-1) - 1)``. With zero points the range is first widened to hold 0:
+``s = (max - min) / (2^b - 1)``, ``z = round(-2^(b-1) - min / s)``, codes ``clamp(round(x / s) + z, ...)``. E4M3:
+``s = max|x| / 448``, "codes" are the float8 values of ``x / s``, which do not overflow. Where a range is empty, s is
+``SMALLEST_STEP``. Everything is computed in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ptq.activations import ActivationQuant
+from ptq.numerics.smooth import smoothing_scales
+
+E4M3_LARGEST = 448.0
+SMALLEST_STEP = 1e-8  # of an input that is zero everywhere; SmoothQuant's floor of 1e-5 on the range is about this
+
+
+def ranges(x: torch.Tensor, quant: ActivationQuant) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest and largest value of everything that shares a step, broadcastable against ``x [..., in]`` (against
+    ``[..., in / group, group]`` for groups)."""
+    if quant.granularity == "token":
+        low, high = torch.aminmax(x, dim=-1, keepdim=True)
+    elif quant.granularity == "group":
+        assert quant.group_size is not None
+        low, high = torch.aminmax(x.unflatten(-1, (-1, quant.group_size)), dim=-1, keepdim=True)
+    elif quant.granularity == "channel":
+        low, high = torch.aminmax(x.flatten(0, -2), dim=0)
+    else:
+        low, high = torch.aminmax(x)
+    return low, high
+
+
+def step_and_zero(
+    low: torch.Tensor, high: torch.Tensor, quant: ActivationQuant
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Step and zero point (None for symmetric grids) of ranges of any shape; float32, the zero an integer."""
+    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    lowest, highest = quant.bounds
+    if quant.symmetric:
+        largest = E4M3_LARGEST if quant.kind == "fp8-e4m3" else highest
+        return (torch.maximum(-low, high) / largest).clamp(min=SMALLEST_STEP), None
+    scale = ((high - low) / (highest - lowest)).clamp(min=SMALLEST_STEP)
+    return scale, (lowest - low / scale).round().clamp(lowest, highest)
+
+
+def encode(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, quant: ActivationQuant) -> torch.Tensor:
+    """Codes of float32 ``x``, as float32: signed integers, or values of E4M3. Ties round to even."""
+    codes = x / scale
+    if quant.kind == "fp8-e4m3":
+        return codes.clamp_(-E4M3_LARGEST, E4M3_LARGEST).to(torch.float8_e4m3fn).float()
+    codes = codes.round_()
+    return (codes if zero is None else codes.add_(zero)).clamp_(*quant.bounds)
+
+
+def quantize_inputs(
+    x: torch.Tensor, quant: ActivationQuant, scale: torch.Tensor | None = None, zero: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Codes of ``x [..., in]`` as float32, with the step and the zero point that they stand for.
+
+    Args:
+        scale, zero: calibrated ones, ``[1]`` or ``[in]``; None for dynamic grids.
+
+    Returns:
+        codes ``[..., in]`` (``[..., in / group, group]`` for groups), step and zero broadcastable against them.
+    """
+    x = x.float()
+    if quant.dynamic:
+        scale, zero = step_and_zero(*ranges(x, quant), quant)
+    assert scale is not None, "a static grid comes with its scale"
+    if quant.granularity == "group":
+        x = x.unflatten(-1, (-1, quant.group_size or 1))
+    return encode(x, scale, zero, quant), scale, zero
+
+
+def fake_quantize_inputs(
+    x: torch.Tensor, quant: ActivationQuant, scale: torch.Tensor | None = None, zero: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``x [..., in]`` after quantization, in its own shape and dtype; arguments as in `quantize_inputs`.
+
+    Runtime Smooth takes its maxima over the tokens of axis -2, for every leading index by itself.
+    """
+    if x.numel() == 0:  # an expert without tokens
+        return x
+    if quant.smooth is None:
+        codes, step, shift = quantize_inputs(x, quant, scale, zero)
+        return ((codes if shift is None else codes - shift) * step).reshape(x.shape).to(x.dtype)
+    smoothing = smoothing_scales(x.float(), quant.smooth)
+    codes, step, _ = quantize_inputs(x.float() / smoothing, quant)
+    return (codes * step * smoothing).to(x.dtype)

@@ -1,0 +1,71 @@
+"""Attention with a quantized KV cache, through transformers' attention interface.
+
+Keys (after the rotary embedding) and values are quantized per token and head on their way into the product, which is
+what an integer cache would hold: the grid of a token does not depend on other tokens. The cache itself stays in the
+model's dtype, so this simulates the numbers and saves no memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from ptq.activations import CacheQuant
+from ptq.numerics.activations import fake_quantize_inputs
+
+_numbers = itertools.count()
+
+
+def has_interface(config: Any) -> bool:
+    """Whether the model class of a config takes attention functions by name (BLOOM and Falcon do not)."""
+    from transformers import AutoModelForCausalLM
+
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    return bool(model_class._can_set_attn_implementation())
+
+
+def quantize_cache(model: Any, layers: Mapping[int, CacheQuant]) -> None:
+    """Quantize keys and values of the given decoder layers of a transformers model from now on.
+
+    The model must have passed `has_interface`.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    base = model.config._attn_implementation
+    name = f"ptq-cache-{next(_numbers)}"
+    AttentionInterface.register(name, partial(_attention, base=base, layers=dict(layers)))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])  # without it masks would be left out
+    model.set_attn_implementation(name)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *args: Any,
+    base: str,
+    layers: Mapping[int, CacheQuant],
+    **options: Any,
+) -> Any:
+    """query ``[B, heads, T, width]``, key and value ``[B, key/value heads, S, width]``."""
+    quant = layers.get(int(module.layer_idx))  # type: ignore[arg-type]
+    if quant is not None:
+        key, value = (fake_quantize_inputs(x, quant.grid) for x in (key, value))
+    return _function(base, module)(module, query, key, value, *args, **options)
+
+
+def _function(base: str, module: torch.nn.Module) -> Callable[..., Any]:
+    """The attention function of this name; the eager one lies beside the model class."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if base != "eager":
+        return ALL_ATTENTION_FUNCTIONS[base]
+    function: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+    return function
