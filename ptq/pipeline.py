@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from calibration.checkpoint import CheckpointReader
 from calibration.corpora import check_name, load_corpus
 from calibration.errors import ToolkitError
+from calibration.generated import BATCH, GENERATED, check_can_write, first_tokens, generate_tokens
 from calibration.memory import return_freed
 from calibration.models import (
     DEMO,
@@ -44,6 +45,7 @@ from ptq.methods import METHODS
 from ptq.plan import Plan, make_plan
 from ptq.recipe import Methods, Recipe, method_recipe, read_recipe
 from ptq.reporting import Stopwatch, write_reports
+from ptq.runtime.load import load_model
 from ptq.scheme import parse_scheme
 from ptq.session import Session
 
@@ -55,7 +57,8 @@ class Options:
     """Everything of a quantization run but the model, the recipe and the folder.
 
     Attributes:
-        dataset: calibration text; None: wikitext2, or the demo's own text for the demo.
+        dataset: calibration text, or ``generated`` to have the model write it; None: wikitext2, or the demo's own
+            text for the demo.
         samples, seq_len, seed: of calibration.
         device, dtype: of forward passes; ``auto`` is the GPU where there is one, and the checkpoint's dtype where the
             machine is fast at it.
@@ -153,8 +156,15 @@ def prepare(
         forward_itemsize=dtype.itemsize,
     )
     dataset = options.dataset or default_dataset(folder)
-    for name in ([dataset] if plan.needs_data else []) + ([options.evaluate] if options.evaluate else []):
-        check_name(name)
+    if plan.needs_data and dataset == GENERATED:
+        check_can_write(reader, config, spec)
+        first_tokens(load_tokenizer(folder, options.trust_remote_code))
+        notes.append("the model writes its calibration text, and is in memory for that")
+        plan = replace(plan, sizes=replace(plan.sizes, peak_bytes=max(plan.sizes.peak_bytes, reader.total_bytes)))
+    elif plan.needs_data:
+        check_name(dataset)
+    if options.evaluate is not None:
+        check_name(options.evaluate)
     source = "demo" if str(model) == DEMO else "folder" if Path(model).is_dir() else "hub"
     name = folder.name if source == "folder" else str(model)
     return Job(name, source, reader, config, plan, options, dataset, seq_len, device, dtype, batch_size, notes, sparse)
@@ -179,7 +189,7 @@ def run(
     if options.evaluate is not None:
         words = int(job.config.vocab_size)
         check_text(reader.folder, options.evaluate, job.seq_len, words, options.trust_remote_code)
-    tokens = _calibration(job) if plan.needs_data else None
+    tokens = _calibration(job, progress) if plan.needs_data else None
     identity = {
         "model": fingerprint(reader),
         "recipe": plan.recipe.to_json(),
@@ -260,16 +270,31 @@ def quantize(
     return run(job, out, overwrite=overwrite, resume=resume, progress=progress)
 
 
-def _calibration(job: Job) -> TokenBatches:
+def _calibration(job: Job, progress: Progress) -> TokenBatches:
     vocabulary = int(job.config.vocab_size)
     path = Path(job.dataset)
     if path.suffix == ".safetensors" and path.is_file():
         return read_tokens(path, job.options.samples, job.seq_len, vocabulary)
     tokenizer = load_tokenizer(job.reader.folder, job.options.trust_remote_code)
     check_tokenizer(tokenizer, vocabulary)
+    if job.dataset == GENERATED:
+        return _written(job, tokenizer, progress)
     corpus = load_corpus(job.dataset, "calibrate")
     tokens = calibration_tokens(corpus, tokenizer, job.options.samples, job.seq_len, job.options.seed)
     del corpus
+    return_freed()
+    return tokens
+
+
+def _written(job: Job, tokenizer: Any, progress: Progress) -> TokenBatches:
+    """Text of the model's own; the model is gone again afterwards."""
+    progress.stage("write", -(-job.options.samples // BATCH))
+    loaded = load_model(
+        job.reader.folder, dtype=job.dtype, device=job.device, trust_remote_code=job.options.trust_remote_code
+    )
+    options = job.options
+    tokens = generate_tokens(loaded.model, tokenizer, options.samples, job.seq_len, options.seed, progress.advance)
+    del loaded
     return_freed()
     return tokens
 
