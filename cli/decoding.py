@@ -90,7 +90,8 @@ def int4_layers(
 
     def build(path: str, q: QuantizedTensor, bias: torch.Tensor | None) -> DecodeLinear | None:
         weights = q.scheme.weights
-        plain = weights.bits <= 4 and weights.grouping.axis == "in" and q.group_index is None and not q.parts
+        integers = weights.float_format is None and weights.bits <= 4
+        plain = integers and weights.grouping.axis == "in" and q.group_index is None and not q.parts
         if path not in modes or not plain or int4_problem(q.shape[1], q.shape[1] // q.scale.shape[1]):
             return None
         # symmetric grids have the zero 2^(bits-1): moved to 8, so that no zeros are stored

@@ -38,9 +38,9 @@ class SparseDecoder:
         """``native x 155``"""
         return ", ".join(f"{name} x {n}" for name, n in sorted(self.kernels.items()))
 
-    def bytes_skipped(self) -> float:
-        """Bytes that an average counted token did not read (`Phase.counting`)."""
-        return sum(layer.row_bytes * (1 - layer.kept.share) for layer in self.linears.values())
+    def bytes_skipped(self, steps: int) -> float:
+        """Bytes that an average decoding step did not read, after ``steps`` of them were counted (`Phase.counting`)."""
+        return sum(layer.bytes_skipped for layer in self.linears.values()) / steps
 
 
 def _module_paths(architecture: ArchitectureSpec) -> list[str]:
@@ -93,9 +93,9 @@ def _network(architecture: ArchitectureSpec, site: Site) -> _Network:
         prefix = architecture.prefix(index)
         if not site.linear.startswith(prefix):
             continue
-        for found in architecture.block(index).feed_forward:
-            gate, up, down = (prefix + architecture.module_name(n) for n in (found.gate or "", found.up, found.down))
-            if found.gate is not None and gate == site.linear:
+        for found in (n for n in architecture.block(index).feed_forward if n.gate is not None):
+            gate, up, down = (prefix + architecture.module_name(str(n)) for n in (found.gate, found.up, found.down))
+            if gate == site.linear:
                 return _Network(gate.rpartition(".")[0], gate, up, down, prefix + found.nonlinearity)
     raise ToolkitError(
         f"{site.name}: '{site.linear}' is not the gate of a feed-forward network of {architecture.family}",

@@ -47,10 +47,6 @@ class Kept:
         self.rows += int(kept.any(0).sum())
         self.of += kept.shape[1]
 
-    @property
-    def share(self) -> float:
-        return self.rows / self.of if self.of else 1.0
-
 
 def row_slice(weight: Weight, start: int, stop: int) -> Weight:
     """Rows ``start`` to ``stop`` of an output-mode weight: views, not copies."""
@@ -115,9 +111,10 @@ class DecodeLinear(nn.Module):
         return (width, lines) if self.mode == "input" else (lines, width)
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes that skipping can save: the rows, without scales and zeros."""
-        return self.weight_rows.codes.nbytes if isinstance(self.weight_rows, Int4Rows) else self.weight_rows.nbytes
+    def bytes_skipped(self) -> float:
+        """Bytes that were not read over all counted tokens: rows, without scales and zeros."""
+        rows = self.weight_rows.codes if isinstance(self.weight_rows, Int4Rows) else self.weight_rows
+        return (self.kept.of - self.kept.rows) * rows.nbytes / len(rows)
 
     @property
     def weight_bytes(self) -> int:

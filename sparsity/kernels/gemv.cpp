@@ -8,7 +8,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
 #include "kept.h"
@@ -28,14 +27,14 @@ template <class W> inline void prefetch(const W* p) {
 template <class W, int B>
 void add_rows(const W* wt, long out, const Kept<B>& kept, int width, float* sums, long stride) {
     constexpr int R = B <= 2 ? ROWS : ROWS / 2;
-    const int padded = int(kept.row.size()), whole = width / PAIR * PAIR;
+    const int padded = kept.padded, whole = width / PAIR * PAIR;
     for (int first = 0; first < padded; first += R) {
         const W *row[R], *next[R];
         for (int r = 0; r < R; r++) {
             row[r] = wt + kept.row[first + r] * out;
             next[r] = wt + kept.row[std::min(first + R + r, padded - 1)] * out;
         }
-        const float* value = kept.value.data() + long(first) * B;
+        const float* value = kept.value.get() + long(first) * B;
         for (int c = 0; c < whole; c += PAIR) {
             Vec a[B][2];
 #pragma GCC unroll 8
@@ -104,7 +103,7 @@ template <class W, int B>
 void output_range(const W* w, long in, long out, const Kept<B>& kept, const float* x, long stride, const float* bias, W* h,
                   int first, int last) {
     constexpr int R = B <= 2 ? 4 : 2;
-    const int padded = int(kept.row.size());
+    const int padded = kept.padded;
     for (int k = first; k < last; k += R) {
         const W *row[R], *next[R];
         for (int r = 0; r < R; r++) {
@@ -146,7 +145,7 @@ long output_tokens(const W* x, const W* w, const float* bias, const W* gate, W* 
             ordered[b * stride + (c < whole ? c / PAIR * PAIR + pair_position<W>(int(c % PAIR)) : c)] = to_float(x[b * in + c]);
     std::fill(h, h + B * out, W(0));
     constexpr int CHUNK = 32;
-    const int padded = int(kept.row.size()), chunks = (padded + CHUNK - 1) / CHUNK;
+    const int padded = kept.padded, chunks = (padded + CHUNK - 1) / CHUNK;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (int c = 0; c < chunks; c++)
         output_range<W, B>(w, in, out, kept, ordered.data(), stride, bias, h, c * CHUNK, std::min(padded, (c + 1) * CHUNK));

@@ -7,7 +7,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
 #include "kept.h"
@@ -108,7 +107,7 @@ void add_group(const bf16* scale, const uint8_t* zero, float factors, int width,
 template <class T, int B>
 void input_block(const uint8_t* codes, long line, const bf16* scale, const uint8_t* zero, long out, const Kept<B>& kept,
                  const float* bias, T* y, long start, int width) {
-    const int padded = (width + PIECE - 1) / PIECE * PIECE, last = int(kept.row.size()) - 1;
+    const int padded = (width + PIECE - 1) / PIECE * PIECE, last = kept.padded - 1;
     std::vector<float> total(size_t(width) * B, 0.f), sums(size_t(padded) * B, 0.f);
     const uint8_t* base = codes + start / 2;
     for (const auto& group : kept.groups) {
@@ -119,7 +118,7 @@ void input_block(const uint8_t* codes, long line, const bf16* scale, const uint8
                 next[r] = base + kept.row[std::min(k + ROWS + r, last)] * line;
             }
             for (int b = 0; b < B; b++)  // the rows are in the cache for the second token
-                add_rows(row, next, kept.value.data() + long(k) * B + b, B, padded, sums.data() + b * padded);
+                add_rows(row, next, kept.value.get() + long(k) * B + b, B, padded, sums.data() + b * padded);
         }
         const long at = group.index * out + start;
         for (int b = 0; b < B; b++)
@@ -191,7 +190,7 @@ long output_tokens(const T* x, const uint8_t* codes, const bf16* scale, const ui
         }
     std::fill(h, h + B * out, T(0));
     const auto dot = group == 32 ? dot_rows<ROWS, 2> : group == 64 ? dot_rows<ROWS, 4> : dot_rows<ROWS, 8>;
-    const int last = int(kept.row.size());
+    const int last = kept.padded;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 8) if (threads > 1)
     for (int k = 0; k < last; k += ROWS) {
         const uint8_t *row[ROWS], *next[ROWS];

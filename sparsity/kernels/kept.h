@@ -1,6 +1,9 @@
 // Which rows of a weight are read, and the factors of each token for them.
 #pragma once
+#include <algorithm>
 #include <cmath>
+#include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "simd.h"
@@ -15,39 +18,43 @@ template <int B> struct Kept {
         int first, last;  // positions in `row`
         float sum[B];     // of values
     };
-    std::vector<int> row;
-    std::vector<float> value;
+    std::unique_ptr<int[]> row;
+    std::unique_ptr<float[]> value;
     std::vector<Group> groups;  // those with a kept entry
+    int padded = 0;             // length of `row`
     long count = 0;             // without the padding
 
     template <class T>
     Kept(const T* x, long n, long group, int rows, const float* threshold, long thresholds, const float* center,
          long centers) {
-        row.reserve(n + rows);
-        value.reserve((n + rows) * B);
+        static const float none = -1.f, zero = 0.f;
+        const float *t = threshold ? threshold : &none, *c = center ? center : &zero;
+        const long t_step = threshold && thresholds > 1, c_step = center && centers > 1;
+        const long room = n + (n + group - 1) / group * rows;
+        row.reset(new int[room]), value.reset(new float[room * B]);
         for (long start = 0; start < n; start += group) {
-            Group here{start / group, int(row.size()), 0, {}};
+            Group here{start / group, padded, 0, {}};
+            // written without branches: half of them would be guessed wrong
             for (long i = start; i < std::min(n, start + group); i++) {
-                float t = threshold ? threshold[thresholds == 1 ? 0 : i] : -1.f;
-                float c = center ? center[centers == 1 ? 0 : i] : 0.f, v[B];
+                float* v = value.get() + long(padded) * B;
                 bool any = false;
                 for (int b = 0; b < B; b++) {
-                    v[b] = to_float(x[b * n + i]) - c;
-                    if (std::fabs(v[b]) <= t) v[b] = 0.f;
-                    else any = true;
+                    float shifted = to_float(x[b * n + i]) - c[i * c_step];
+                    bool keep = !(std::fabs(shifted) <= t[i * t_step]);
+                    any |= keep;
+                    v[b] = keep ? shifted : 0.f;
+                    here.sum[b] += v[b];
                 }
-                if (!any) continue;
-                row.push_back(int(i));
-                value.insert(value.end(), v, v + B);
-                for (int b = 0; b < B; b++) here.sum[b] += v[b];
+                row[padded] = int(i);
+                padded += any;
             }
-            if (int(row.size()) == here.first) continue;
-            count += row.size() - here.first;
-            while ((row.size() - here.first) % rows) {
-                row.push_back(row.back());
-                value.insert(value.end(), B, 0.f);
+            if (padded == here.first) continue;
+            count += padded - here.first;
+            for (; (padded - here.first) % rows; padded++) {
+                row[padded] = row[padded - 1];
+                std::fill_n(value.get() + long(padded) * B, B, 0.f);
             }
-            here.last = int(row.size());
+            here.last = padded;
             groups.push_back(here);
         }
     }
