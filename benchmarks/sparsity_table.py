@@ -1,0 +1,169 @@
+"""Methods of activation sparsity side by side on one model, text and seed: what they reach, skip and cost.
+
+    python benchmarks/sparsity_table.py demo
+    python benchmarks/sparsity_table.py MODEL --dataset train.txt --eval test.txt --seq-len 512 --json table.json
+
+MODEL is a float or a quantized checkpoint. Every setting is calibrated on the calibration text and scored on the other
+text, in float32 on the same windows, twice: with masks on every position but the first of a window, and (protocol
+``decode``) with a dense first half and masks on the second, which alone is scored. KL is the divergence from
+``--reference``, MODEL itself unless said otherwise. ``reached`` is the share pruned on the scored text (all
+positions but the first), per kind of site; ``skipped`` the share of the weights of the blocks that a decoded token does
+not read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibration.corpora import load_corpus
+from calibration.encoding import EncodedText
+from calibration.models import forward_dtype, load_tokenizer, locate, open_model
+from calibration.passes import Pass
+from calibration.perplexity import LogitsModel, encode_for, score
+from calibration.progress import Silent
+from calibration.text import TokenBatches, calibration_tokens
+from calibration.windows import Scoring
+from cli.sparse import linear_sizes
+from ptq.evaluation import default_dataset, logits_of
+from ptq.runtime.dequantized import float_weights
+from ptq.runtime.load import checkpoint_dtype, load_model
+from sparsity.files import sites_from
+from sparsity.job import Base, calibrate
+from sparsity.masking import Masks, mask_model, skipped_weights
+from sparsity.methods import Cats, Chess, ChessWithAttention, Scap, Teal
+from sparsity.sites import Site
+
+CPU = torch.device("cpu")
+SETTINGS: dict[str, Callable[[float], Pass]] = {
+    "cats": Cats,
+    "chess": Chess,
+    "chess down_norm": lambda target: Chess(target, down_norm=True),
+    "chess-qo": ChessWithAttention,
+    "scap": lambda target: Scap(target, centering="none"),
+    "scap centered": lambda target: Scap(target, centering="every"),
+    "teal": Teal,
+    "teal uniform": lambda target: Teal(target, allocation="uniform"),
+}
+
+
+def sites_of(folder: Path, step: Pass, tokens: TokenBatches, batch_size: int) -> tuple[Site, ...]:
+    """The sites that a pass finds, with forward passes in the dtype that `ptq sparsify` takes by itself."""
+    reader, config, spec = open_model(folder)
+    base = Base(float_weights(reader, spec), config, spec)
+    with tempfile.TemporaryDirectory() as blocks:
+        gates = calibrate(
+            base,
+            step,
+            tokens,
+            Path(blocks),
+            dtype=forward_dtype(checkpoint_dtype(reader, spec), CPU),
+            device=CPU,
+            batch_size=batch_size,
+            progress=Silent(),
+        )
+    return sites_from(gates)
+
+
+def remembered(logits: LogitsModel) -> LogitsModel:
+    """The same function, computing each batch once (the windows of a small model's test text fit in memory)."""
+    known: dict[bytes, torch.Tensor] = {}
+
+    def lookup(ids: torch.Tensor) -> torch.Tensor:
+        key = ids.numpy().tobytes()
+        if key not in known:
+            known[key] = logits(ids)
+        return known[key]
+
+    return lookup
+
+
+class Bench:
+    """One model and text; scores settings."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.folder, self.window, self.max_windows = locate(args.model), args.seq_len, args.max_windows
+        tokenizer = load_tokenizer(self.folder)
+        corpus = load_corpus(args.eval or default_dataset(self.folder), "score")
+        self.text: EncodedText = encode_for("gptq", corpus, tokenizer)
+        reference = load_model(args.reference or self.folder, dtype=torch.float32)
+        self.reference = remembered(logits_of(reference, CPU))
+        self.batch_size = max(1, 2048 // self.window)
+        calibration = load_corpus(args.dataset or default_dataset(self.folder), "calibrate")
+        self.tokens = calibration_tokens(calibration, tokenizer, args.samples, self.window, args.seed)
+        self.spec = open_model(self.folder)[2]
+
+    def scored(self, sites: tuple[Site, ...], protocol: str) -> tuple[dict[str, float], Masks, Any]:
+        loaded = load_model(self.folder, dtype=torch.float32)
+        masks = mask_model(loaded.model, self.spec, sites, self.window // 2 if protocol == "decode" else 1)
+        scoring = Scoring(protocol, self.window, batch_size=self.batch_size, max_windows=self.max_windows)
+        result = score(logits_of(loaded, CPU), self.text, scoring, reference_fn=self.reference)
+        assert result.divergence is not None
+        return {"perplexity": result.perplexity, "kl": result.divergence.kl_mean}, masks, loaded.model
+
+    def row(self, name: str, target: float, step: Pass | None) -> dict[str, Any]:
+        sites = () if step is None else sites_of(self.folder, step, self.tokens, self.batch_size)
+        everywhere, masks, model = self.scored(sites, "gptq")
+        decode, _, _ = self.scored(sites, "decode")
+        kinds: dict[str, list[float]] = {}
+        for site in sites:
+            kinds.setdefault(site.linear.rpartition(".")[2], []).append(masks.tallies[site.name].share)
+        sizes = linear_sizes(model, self.spec)
+        skipped = skipped_weights(self.spec, sizes, {n: t.share for n, t in masks.tallies.items()})
+        return {
+            "method": name,
+            "target": target,
+            "reached": {kind: sum(shares) / len(shares) for kind, shares in kinds.items()},
+            "range": {kind: (min(shares), max(shares)) for kind, shares in kinds.items()},
+            "centers": sum(site.center is not None for site in sites),
+            "skipped": sum(skipped.values()) / sum(sizes.values()),
+            "all": everywhere,
+            "decode": decode,
+        }
+
+
+def line(row: dict[str, Any]) -> str:
+    reached = ", ".join(f"{kind.removesuffix('_proj')} {100 * share:.1f}" for kind, share in row["reached"].items())
+    return (
+        f"| {row['method']} | {row['target']:.0%} | {reached or '-'} | {row['skipped']:.1%} "
+        f"| {row['all']['perplexity']:.3f} | {row['all']['kl']:.4f} "
+        f"| {row['decode']['perplexity']:.3f} | {row['decode']['kl']:.4f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--reference", help="model to measure KL against")
+    parser.add_argument("--dataset", help="calibration text")
+    parser.add_argument("--eval", help="text to score")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--targets", default="0.3,0.5,0.7")
+    parser.add_argument("--methods", default=",".join(SETTINGS), help=f"of: {', '.join(SETTINGS)}")
+    parser.add_argument("--max-windows", type=int, help="score only the first so many windows")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    bench = Bench(args)
+    rows = [bench.row("dense", 0.0, None)]
+    for target in map(float, args.targets.split(",")):
+        for name in args.methods.split(","):
+            rows.append(bench.row(name, target, SETTINGS[name](target)))
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print("| method | target | reached, % | weights skipped | perplexity | KL | decode only: perplexity | KL |")
+    print("| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+    print("\n".join(line(row) for row in rows))
+
+
+if __name__ == "__main__":
+    main()
