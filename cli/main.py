@@ -7,7 +7,7 @@ import sys
 import typer
 
 from calibration.errors import ToolkitError
-from cli import compare, evaluate, export, generate, inspect, quantize, sparsify
+from cli import compare, evaluate, export, generate, inspect, predict, quantize, sparsify
 
 app = typer.Typer(
     name="ptq",
@@ -24,6 +24,7 @@ app.command("generate")(generate.generate)
 app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
 app.command("compare")(compare.compare)
+app.command("predict")(predict.predict)
 
 
 def main() -> None:
