@@ -7,7 +7,7 @@ import sys
 import typer
 
 from calibration.errors import ToolkitError
-from cli import bench, compare, evaluate, export, generate, inspect, quantize, sparsify
+from cli import bench, compare, evaluate, export, generate, inspect, predict, quantize, sparsify
 
 app = typer.Typer(
     name="ptq",
@@ -25,6 +25,7 @@ app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
 app.command("bench")(bench.bench)
 app.command("compare")(compare.compare)
+app.command("predict")(predict.predict)
 
 
 def main() -> None:

@@ -1,0 +1,136 @@
+"""``ptq predict``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ptq.study.precision_law import Fit, Prediction
+
+
+def predict(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Fit the law to these first: run folders of one model (with --eval), or a .csv table with the columns "
+            "params,tokens,bits,delta and optionally noise.",
+            metavar="[RUN]...",
+        ),
+    ] = None,
+    params: Annotated[
+        float | None, typer.Option(help="Parameters without embeddings: 8e9. Default: those of the runs' model.")
+    ] = None,
+    tokens: Annotated[float | None, typer.Option(help="Tokens the model was trained on: 15e12.")] = None,
+    bits: Annotated[
+        str, typer.Option(help="Stored bits per weight, comma-separated. With scales: w4a16-g128 has 4.125.")
+    ] = "2,3,4,5,6,8",
+    json: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+) -> None:
+    """What rounding to so many bits will add to the loss, by the precision scaling law (Kumar et al. 2024).
+
+    Examples:
+
+      ptq predict --params 8e9 --tokens 15e12 --bits 3
+
+      ptq predict runs/w2 runs/w3 runs/w4 --tokens 15e12 --bits 2.25,5
+    """
+    from calibration.errors import ToolkitError
+    from ptq.study.measured import read_measurements
+    from ptq.study.precision_law import fit, outside
+    from ptq.study.precision_law import predict as predict_increase
+
+    if json is not None and not json.absolute().parent.is_dir():
+        raise ToolkitError(f"--json {json}: no such folder", "name a file in an existing folder")
+    widths = _numbers(bits)
+    measured = read_measurements(runs, tokens) if runs else ()
+    if tokens is None:
+        raise ToolkitError("--tokens is missing", "say how many tokens the model was trained on, e.g. --tokens 15e12")
+    if params is None:
+        sizes = {m.parameters for m in measured}
+        if len(sizes) != 1:
+            raise ToolkitError("--params is missing", "say how many parameters the model has, e.g. --params 8e9")
+        params = sizes.pop()
+    fitted = fit(measured) if runs else None
+    predictions = predict_increase(params, tokens, widths, fitted.law if fitted else None)
+    far = outside(params, tokens, widths)
+    print(f"{params:.3g} parameters without embeddings, {tokens:.3g} training tokens\n")
+    for line in _table(predictions):
+        print(line)
+    print()
+    for line in _source(fitted, far):
+        print(line)
+    if json is not None:
+        _write(json, params, tokens, predictions, fitted, far)
+
+
+def _numbers(text: str) -> list[float]:
+    from calibration.errors import ToolkitError
+
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise ToolkitError(f"--bits {text}: not numbers", "write them as 3 or 2,3,4.125") from None
+
+
+def _table(predictions: Sequence[Prediction]) -> list[str]:
+    from ptq.study.precision_law import MEASURABLE
+
+    lines = ["| bits | loss, nats per token | perplexity | trained in these bits instead | more data hurt beyond |"]
+    lines.append("| ---: | ---: | ---: | ---: | ---: |")
+    for p in predictions:
+        increase = f"+{p.increase:.2g}" if p.measurable else f"+{p.increase:.2g} (< noise, {MEASURABLE:g})"
+        trained, critical = f"+{p.trained_increase:.2g}", f"{p.critical_tokens:.2g} tokens"
+        lines.append(f"| {p.bits:g} | {increase} | × {p.ratio:.3g} | {trained} | {critical} |")
+    return lines
+
+
+def _source(fitted: Fit | None, far: Sequence[str]) -> list[str]:
+    lines = []
+    if fitted is None:
+        lines.append(
+            "Order of magnitude: constants of Kumar et al. 2024 (arXiv 2411.04330), fitted to models of 30 to 220"
+        )
+        lines.append(
+            "million parameters with GPTQ-like rounding; C_T and the slope over bits are recalled, not looked up."
+        )
+        if far:
+            lines.append(f"Outside the range of that fit: {'; '.join(far)}.")
+        lines.append("Fit it to runs of your own: ptq predict RUN... --tokens N")
+        return lines
+    law = fitted.law
+    lines.append(
+        f"Fitted to {len(fitted.used)} measurements: {law.coefficient:.4g} D^{law.data_exponent:.4g} / "
+        f"N^{law.parameter_exponent:.4g} exp(-P / {law.bits_scale:.4g}); "
+        f"residuals x {2.718281828459045**fitted.rms:.3g} (rms)."
+    )
+    if fitted.assumed:
+        names = " and ".join(name.replace("_exponent", "") for name in fitted.assumed)
+        lines.append(f"The exponents of {names} are the published ones: these measurements do not determine them.")
+    if fitted.excluded:
+        lines.append(f"Left out, below twice their noise: {', '.join(fitted.excluded)}.")
+    return lines
+
+
+def _write(
+    path: Path, params: float, tokens: float, predictions: Sequence[Prediction], fitted: Fit | None, far: Sequence[str]
+) -> None:
+    import dataclasses
+    import json
+
+    from calibration.checkpoint import write_atomically
+    from ptq.study.precision_law import PrecisionLaw
+
+    data = {
+        "parameters": params,
+        "tokens": tokens,
+        "law": dataclasses.asdict(fitted.law if fitted else PrecisionLaw()),
+        "fit": dataclasses.asdict(fitted) if fitted else None,
+        "outside": [] if fitted else list(far),
+        "predictions": [dataclasses.asdict(p) for p in predictions],
+    }
+    write_atomically(path, (json.dumps(data, indent=1, sort_keys=True) + "\n").encode())
