@@ -11,6 +11,7 @@ from tiny_runs import IDS, logits, quantize, text_file, tiny_checkpoint
 import ptq
 from calibration.checkpoint import CheckpointReader
 from calibration.errors import PlanError
+from calibration.progress import Silent
 from ptq.export.formats import format_of
 from ptq.numerics.activations import fake_quantize_inputs
 from ptq.runtime.linear import QuantLinear
@@ -94,7 +95,8 @@ def test_static_ranges_are_those_of_the_calibration_inputs(model, tmp_path):
             method="gptq",
             scheme="w8a8",
             options=ptq.pipeline.Options(dataset=str(text_file(tmp_path)), samples=8, seq_len=32),
-        )
+        ),
+        Silent(),
     )
     seen = []
     plain = load_model(model, dtype=torch.float32).model
