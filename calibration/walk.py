@@ -135,7 +135,7 @@ class Walk:
         if stream != "none" and done < n_blocks:
             assert tokens is not None, "these passes need calibration samples"
             self.transform_inputs()
-            states = self._enter(tokens, progress)
+            states = self.enter(tokens, progress)
             model_states = states.copy() if "model" in references_of(self.passes) else None
             streams = 2 if model_states else 1
             progress.stage("replay", done * streams * len(states.batches)) if done else None
@@ -150,8 +150,8 @@ class Walk:
         for index in range(done, n_blocks):
             self._block(index, states, model_states, stream, progress)
 
-    def _enter(self, tokens: TokenBatches, progress: Progress) -> HiddenStates:
-        """Load what comes before the blocks, run it on every batch, and drop it again."""
+    def enter(self, tokens: TokenBatches, progress: Progress) -> HiddenStates:
+        """The hidden states that enter the first block: load what comes before it, run every batch, drop it again."""
         progress.stage("embed", 1)
         outside = self.outside
         names = self.skeleton.stem_names(outside.names)
@@ -165,6 +165,14 @@ class Walk:
             module._parameters[leaf] = torch.nn.Parameter(stem[name].to("meta"), requires_grad=False)
         progress.advance("embed")
         return states
+
+    def outside_parameters(self) -> dict[str, torch.Tensor]:
+        """Every parameter that is in no block, in the dtype of the forward pass, by its name in the model."""
+        parameters = dict(self.skeleton.model.named_parameters(remove_duplicate=False))
+        names = {self.skeleton.spec.root_module_name(name): name for name in self.outside.names}
+        found = {t: self._cast(self.outside.tensor(name)) for t, name in names.items() if t in parameters}
+        self.reader.close()
+        return found
 
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.skeleton.device, self.skeleton.dtype)

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from calibration.errors import ToolkitError
-from cli import bench, compare, evaluate, export, generate, inspect, predict, quantize, sparsify
+from cli import bench, compare, evaluate, export, fit, generate, inspect, predict, quantize, sparsify
 
 app = typer.Typer(
     name="ptq",
@@ -18,6 +18,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("quantize")(quantize.quantize)
+app.command("fit")(fit.fit)
 app.command("sparsify")(sparsify.sparsify)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)

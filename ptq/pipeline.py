@@ -189,7 +189,7 @@ def run(
     if options.evaluate is not None:
         words = int(job.config.vocab_size)
         check_text(reader.folder, options.evaluate, job.seq_len, words, options.trust_remote_code)
-    tokens = _calibration(job, progress) if plan.needs_data else None
+    tokens = calibration_windows(job, progress) if plan.needs_data else None
     identity = {
         "model": fingerprint(reader),
         "recipe": plan.recipe.to_json(),
@@ -270,7 +270,8 @@ def quantize(
     return run(job, out, overwrite=overwrite, resume=resume, progress=progress)
 
 
-def _calibration(job: Job, progress: Progress) -> TokenBatches:
+def calibration_windows(job: Job, progress: Progress) -> TokenBatches:
+    """The windows of the job's calibration text."""
     vocabulary = int(job.config.vocab_size)
     path = Path(job.dataset)
     if path.suffix == ".safetensors" and path.is_file():

@@ -1,0 +1,1 @@
+"""``ptq fit``: a scheme per linear under a budget."""
