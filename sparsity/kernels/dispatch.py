@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from calibration.errors import ToolkitError, unknown_value
+from sparsity.kernels.gpu import TRITON
 from sparsity.kernels.kernel import SparseKernel, SparseQuery
 from sparsity.kernels.native import NATIVE
 from sparsity.kernels.reference import REFERENCE
 
-KERNELS: tuple[SparseKernel, ...] = (NATIVE, REFERENCE)
+KERNELS: tuple[SparseKernel, ...] = (NATIVE, TRITON, REFERENCE)
 """Fastest first. The last one supports everything."""
 
 
