@@ -150,10 +150,11 @@ def main() -> None:
     parser.add_argument("--targets", default="0.3,0.5,0.7")
     parser.add_argument("--methods", default=",".join(SETTINGS), help=f"of: {', '.join(SETTINGS)}")
     parser.add_argument("--max-windows", type=int, help="score only the first so many windows")
+    parser.add_argument("--no-dense", action="store_true", help="leave out the row of the dense model")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     bench = Bench(args)
-    rows = [bench.row("dense", 0.0, None)]
+    rows = [] if args.no_dense else [bench.row("dense", 0.0, None)]
     for target in map(float, args.targets.split(",")):
         for name in args.methods.split(","):
             rows.append(bench.row(name, target, SETTINGS[name](target)))

@@ -29,6 +29,23 @@ def command_line() -> str:
     return shlex.join(["ptq", *words])
 
 
+def percentage(option: str, text: str) -> float:
+    """``1%`` or ``0.5%`` to 0.01 or 0.005.
+
+    Raises:
+        ToolkitError: no number with a per cent sign, or not between 0 and 100 %.
+    """
+    from calibration.errors import ToolkitError
+
+    try:
+        share = float(text.removesuffix("%")) / 100 if text.endswith("%") else -1.0
+    except ValueError:
+        share = -1.0
+    if not 0.0 <= share <= 1.0:
+        raise ToolkitError(f"{option} {text}: not a percentage between 0% and 100%", "write 1%")
+    return share
+
+
 def quiet_libraries() -> None:
     """No progress bars and advice of the libraries below; ours say what matters."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, quiet_libraries
+from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, percentage, quiet_libraries
 
 
 def sparsify(
@@ -14,8 +14,20 @@ def sparsify(
     method: Annotated[str, typer.Option(help="cats, chess, chess-qo (also inputs of q and o), scap, teal, fatrelu.")],
     out: Out,
     target: Annotated[
-        str, typer.Option(help="Share pruned at every site, 0.5; or by name for scap and teal: down_proj=0.6,*=0.4.")
-    ] = "0.5",
+        str | None,
+        typer.Option(
+            help="Share pruned at every site; or by name for scap and teal: down_proj=0.6,*=0.4. Default: 0.5."
+        ),
+    ] = None,
+    skip_bytes: Annotated[
+        float | None, typer.Option(help="Instead of --target: share of the bytes of all linears to skip per token.")
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None, typer.Option(help="Instead of --target: as sparse as it gets with the perplexity up by 1%.")
+    ] = None,
+    search_text: Annotated[
+        str | None, typer.Option(help="Text for --max-ppl-increase. Default: other windows of the calibration text.")
+    ] = None,
     dataset: Annotated[str | None, typer.Option(help="Calibration text, as for `ptq quantize`.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
     seq_len: Annotated[int, typer.Option(help="Tokens per window; cut to the model's context.")] = 2048,
@@ -31,6 +43,8 @@ def sparsify(
 
       ptq sparsify demo --method chess --target 0.5 --out demo-chess
 
+      ptq sparsify demo --method teal --max-ppl-increase 1% --out demo-teal
+
       ptq eval demo-chess --reference demo --dataset builtin
     """
     quiet_libraries()
@@ -40,12 +54,21 @@ def sparsify(
     from cli.sparse_run import SparsifyOptions, run_sparsify
     from sparsity.methods import METHODS
 
+    if sum(goal is not None for goal in (target, skip_bytes, max_ppl_increase)) > 1:
+        raise ToolkitError("--target, --skip-bytes and --max-ppl-increase exclude each other", "pass one of them")
+    increase = None if max_ppl_increase is None else percentage("--max-ppl-increase", max_ppl_increase)
     methods = sparsifiers(target)
     if method not in METHODS:
         raise unknown_value("--method", method, METHODS)
     if method not in methods:
         raise ToolkitError(f"--target {target}: '{method}' prunes one kind of site", "pass one share, --target 0.5")
-    options = SparsifyOptions(dataset, samples, seq_len, seed, device, dtype, trust_remote_code)
+    options = SparsifyOptions(
+        dataset, samples, seq_len, seed, device, dtype, trust_remote_code, skip_bytes, increase, search_text
+    )
     with TerminalProgress() as progress:
         sparsity = run_sparsify(model, methods[method](), out, options, overwrite, progress)
-    print(f"{sparsity.method}: {len(sparsity.sites)} sites, written to {out}")
+    found = sparsity.settings.get("search")
+    if found is not None:
+        shares = ", ".join(f"{share:.2f}" for share in found["targets"])
+        print(f"targets by block: {shares}; perplexity {found['perplexity_increase']:+.2%} on the search text")
+    print(f"{sparsity.method} {sparsity.target:.4g}: {len(sparsity.sites)} sites, written to {out}")

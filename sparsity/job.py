@@ -18,6 +18,7 @@ from calibration.progress import Progress
 from calibration.skeleton import Skeleton
 from calibration.text import TokenBatches
 from calibration.walk import Walk
+from sparsity.budget import Choice
 from sparsity.files import Sparsity, save_sparsity, sites_from
 from sparsity.rules import settings_of
 
@@ -83,20 +84,31 @@ def calibrate(
 
 
 def write(
-    folder: Path, steps: Sequence[Pass], gates: Mapping[str, torch.Tensor], calibration: Mapping[str, Any]
+    folder: Path,
+    steps: Sequence[Pass],
+    gates: Mapping[str, torch.Tensor],
+    calibration: Mapping[str, Any],
+    choice: Choice | None = None,
 ) -> Sparsity:
     """Put thresholds beside the weights in ``folder``, which become their base.
 
     Args:
         steps: the passes that made them.
         calibration: of the text, as in a run record.
+        choice: where a search chose the targets of one step.
     """
     with CheckpointReader(folder) as reader:
         base = weights_fingerprint(reader)
-    settings = {step.name: settings_of(step) for step in steps}
+    settings: dict[str, Any] = {step.name: settings_of(step) for step in steps}
+    target = max(s["target"] for s in settings.values())
+    method = "+".join(settings)
+    if choice is not None:
+        target = sum(choice.targets) / len(choice.targets)
+        found = {"budget": choice.budget, "targets": list(choice.targets), "perplexity_increase": choice.increase}
+        settings["search"] = found
     sparsity = Sparsity(
-        method="+".join(settings),
-        target=max(s["target"] for s in settings.values()),
+        method=method,
+        target=target,
         base=base,
         sites=sites_from(gates),
         settings=settings,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from calibration.architectures import ArchitectureSpec, FeedForward
 from calibration.capture import Watch, place
@@ -42,10 +43,18 @@ class Masks:
     Attributes:
         dense: positions at the start of every sequence that stay dense: `FIRST`, or the length of the prompt.
         tallies: site name -> what was pruned since.
+        handles: of the hooks that prune.
     """
 
     dense: int = FIRST
     tallies: dict[str, Tally] = field(default_factory=dict)
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def remove(self) -> None:
+        """Make the model dense again."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
 
     def watch(self, site: Site, path: str, output: bool) -> Watch:
         """The watch that prunes the input (or output) of the submodule at ``path``."""
@@ -89,7 +98,7 @@ def mask_model(model: Any, architecture: ArchitectureSpec, sites: Iterable[Site]
     masks, sites = Masks(dense), tuple(sites)
     blocks = model.get_submodule(architecture.blocks)
     for index in range(architecture.n_blocks):
-        place(blocks[index], block_watches(masks, architecture, index, sites))
+        masks.handles += place(blocks[index], block_watches(masks, architecture, index, sites))
     return masks
 
 
@@ -99,12 +108,11 @@ def block_masked(
 ) -> Iterator[Masks]:
     """Prune at the sites of one block while open."""
     masks = Masks()
-    handles = place(block, block_watches(masks, architecture, index, sites))
+    masks.handles += place(block, block_watches(masks, architecture, index, sites))
     try:
         yield masks
     finally:
-        for handle in handles:
-            handle.remove()
+        masks.remove()
 
 
 def skipped_weights(

@@ -17,6 +17,7 @@ from calibration.progress import Silent
 from calibration.text import TokenBatches
 from ptq.runtime.dequantized import float_weights
 from ptq.runtime.load import load_model
+from sparsity.budget import Profile
 from sparsity.files import sites_from
 from sparsity.job import Base, calibrate
 from sparsity.masking import Masks, mask_model
@@ -57,6 +58,14 @@ class Sparse:
         return {name: tally.share for name, tally in masks.tallies.items() if name.startswith(first)}
 
     @torch.no_grad()
+    def block_input(self) -> torch.Tensor:
+        """What enters the first block."""
+        model, seen = self.model(())[0], []
+        model.get_submodule(self.spec.blocks)[0].register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+        model(TOKENS.input_ids, use_cache=False)
+        return seen[0]
+
+    @torch.no_grad()
     def block_output(self, sites: tuple[Site, ...]) -> torch.Tensor:
         """What the first block gives on the calibration tokens."""
         model, seen = self.model(sites)[0], []
@@ -70,6 +79,19 @@ def make_sparse(
 ) -> Sparse:
     """Calibrate one pass on a tiny model, made here unless ``folder`` has one."""
     folder = folder or save_tiny(family, Path(tempfile.mkdtemp(prefix="tiny-")), **changes)
+    gates, spec = gates_of(step, folder, tokens)
+    return Sparse(folder, spec, sites_from(gates))
+
+
+def make_profile(step: Pass) -> tuple[dict[str, torch.Tensor], Sparse]:
+    """What `Profile` measures of a method on a tiny Llama, and the model without sites."""
+    folder = save_tiny("llama", Path(tempfile.mkdtemp(prefix="tiny-")))
+    profile, spec = gates_of(Profile(step), folder, TOKENS)
+    return profile, Sparse(folder, spec, ())
+
+
+def gates_of(step: Pass, folder: Path, tokens: TokenBatches) -> tuple[dict[str, torch.Tensor], ArchitectureSpec]:
+    """What a walk with one pass leaves."""
     reader, config, spec = open_model(folder)
     with tempfile.TemporaryDirectory() as blocks:
         gates = calibrate(
@@ -82,4 +104,4 @@ def make_sparse(
             batch_size=16,
             progress=Silent(),
         )
-    return Sparse(folder, spec, sites_from(gates))
+    return gates, spec

@@ -71,6 +71,28 @@ def test_greedy_removes_as_much_per_step_and_ends_at_the_target():
     assert rows[-1][2]["q"] > rows[-1][2]["down"] > rows[-1][2]["k"]
 
 
+def test_lazy_trials_take_the_steps_of_the_full_search():
+    """Errors that add up and grow ever faster, as squared errors do."""
+    numel = {"q": 100, "k": 25, "v": 25, "up": 350, "down": 350}
+    weight = {"q": 1.3, "k": 9.1, "v": 4.7, "up": 2.3, "down": 1.1}
+    trials = 0
+
+    def error(shares):
+        nonlocal trials
+        trials += 1
+        return sum(weight[n] * numel[n] * s**2 for n, s in shares.items())
+
+    lazy = greedy_shares(numel, error, step=0.02, target=0.6)
+    counted, shares, removed = trials, dict.fromkeys(numel, 0.0), 0.0
+    while removed < 0.6 * 850 - 1e-9:
+        amount = min(7.0, 0.6 * 850 - removed)
+        options = {n: {**shares, n: min(1.0, shares[n] + amount / numel[n])} for n in numel if shares[n] < 1.0}
+        best = min(options, key=lambda n: error(options[n]))
+        removed += (options[best][best] - shares[best]) * numel[best]
+        shares = options[best]
+    assert lazy[-1][2] == pytest.approx(shares) and counted < 0.5 * 5 * len(lazy)
+
+
 def test_greedy_never_prunes_more_than_everything():
     rows = greedy_shares({"a": 10, "b": 1000}, lambda s: s["b"], step=0.5, target=0.6)
     assert rows[-1][2]["a"] == 1.0 and rows[-1][0] == pytest.approx(0.6)

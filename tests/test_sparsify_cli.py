@@ -40,11 +40,11 @@ def perplexity(output: str) -> str:
     return output.splitlines()[-1]
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "fatrelu"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("fatrelu", "chess-qo")])
 def test_thresholds_beside_a_copy_of_the_weights(method, llama, text, tmp_path):
     out = tmp_path / "out"
     printed = done("sparsify", llama, "--method", method, "--out", out, "--dataset", text, *FEW)
-    assert f"{method}:" in printed and not (tmp_path / "out.partial").exists()
+    assert f"{method} 0.5:" in printed and not (tmp_path / "out.partial").exists()
     before, after = products(llama), products(out)
     assert {SETTINGS_FILE, TENSORS_FILE, "plan.json"} == set(after) - set(before)
     assert all(after[name] == data for name, data in before.items())
@@ -53,9 +53,13 @@ def test_thresholds_beside_a_copy_of_the_weights(method, llama, text, tmp_path):
     assert "weights of the blocks skipped" in score
     decode = evaluated(out, text, "--protocol", "decode")
     assert "masks on positions from 16 on (decode only)" in decode
-    again = tmp_path / "again"
-    done("sparsify", llama, "--method", method, "--out", again, "--dataset", text, *FEW)
-    assert products(again) == after
+
+
+def test_the_same_seed_gives_the_same_bytes(llama, text, tmp_path):
+    for name in ("one", "two"):
+        words = ("--method", "scap", "--out", tmp_path / name, "--dataset", text)
+        done("sparsify", llama, *words, *FEW)
+    assert products(tmp_path / "one") == products(tmp_path / "two")
 
 
 def test_no_target_is_dense_bit_for_bit(llama, text, tmp_path):
@@ -138,6 +142,36 @@ def test_a_recipe_names_sparsity(llama, text, tmp_path):
     done("quantize", llama, "--recipe", recipe, "--out", tmp_path / "out", "--dataset", text, *FEW)
     sparsity = load_sparsity(tmp_path / "out")
     assert sparsity is not None and sparsity.settings["chess"]["up_stat"] == "rms" and sparsity.target == 0.3
+
+
+@pytest.mark.parametrize("method", ["cats", "chess-qo", "scap", "teal"])
+def test_an_overall_target_in_bytes(method, llama, text, tmp_path):
+    words = ("--method", method, "--skip-bytes", "0.25", "--out", tmp_path / "out", "--dataset", text)
+    done("sparsify", llama, *words, *FEW)
+    skipped = line_of(evaluated(tmp_path / "out", text), "weights of the blocks").split(": ")[1]
+    assert float(skipped.rstrip("%")) == pytest.approx(25, abs=2)
+
+
+def test_bytes_that_a_method_cannot_skip_are_refused(llama, text, tmp_path):
+    words = ("--method", "cats", "--out", tmp_path / "out", "--dataset", text)
+    message = refused("sparsify", llama, *words, "--skip-bytes", "0.8", *FEW)
+    assert "prunes what" in message and "--method teal" in message
+    assert "outside [0, 1)" in refused("sparsify", llama, *words, "--skip-bytes", "-1", *FEW)
+    assert "exclude each other" in refused("sparsify", llama, *words, "--skip-bytes", "0.2", "--target", "0.5", *FEW)
+
+
+def test_a_perplexity_budget(llama, text, tmp_path):
+    """On a model that was trained: a random one loses nothing."""
+    words = ("demo", "--method", "cats", "--samples", "8", "--seq-len", "128")
+    found = {}
+    for limit in ("0.5%", "3%"):
+        printed = done("sparsify", *words, "--max-ppl-increase", limit, "--out", tmp_path / limit[0])
+        sparsity = load_sparsity(tmp_path / limit[0])
+        assert sparsity is not None and "targets by block" in printed
+        assert 0 < sparsity.settings["search"]["perplexity_increase"] <= float(limit[:-1]) / 100
+        found[limit] = sparsity.target
+    assert 0 < found["0.5%"] < found["3%"] < 0.9
+    assert "not a percentage" in refused("sparsify", *words, "--max-ppl-increase", "2", "--out", tmp_path / "o")
 
 
 @pytest.mark.parametrize("target", ["1", "-0.1", "1.5", "nan", "half", "down_proj=2"])

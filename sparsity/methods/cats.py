@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from calibration.architectures import ArchitectureSpec
+from calibration.architectures import ArchitectureSpec, BlockSpec
 from calibration.capture import Watch
 from calibration.context import Context
 from calibration.errors import Problem
@@ -57,6 +57,9 @@ class Cats:
     def check_architecture(self, spec: ArchitectureSpec, tokens: int) -> Iterable[Problem]:
         yield from gate_problems(self.name, spec)
         yield from token_problems(tokens)
+
+    def skipped(self, block: BlockSpec) -> tuple[str, ...]:
+        return tuple(n for network in block.feed_forward for n in (network.up, network.down))
 
     def forwards(self) -> int:
         return 1

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from calibration.architectures import ArchitectureSpec
+from calibration.architectures import ArchitectureSpec, BlockSpec
 from calibration.capture import Watch
 from calibration.context import Context
 from calibration.errors import Problem
@@ -54,12 +54,16 @@ class Chess:
     def check_architecture(self, spec: ArchitectureSpec, tokens: int) -> Iterable[Problem]:
         yield from gate_problems(self.name, spec)
         yield from token_problems(tokens)
-        if self.attention and not query_and_output(spec, 0):
+        if self.attention and not query_and_output(spec.block(0)):
             yield Problem(
                 f"family {spec.family}",
                 "queries are one linear with keys and values, which must stay exact",
                 "use --method chess without the inputs of q and o",
             )
+
+    def skipped(self, block: BlockSpec) -> tuple[str, ...]:
+        attention = query_and_output(block) if self.attention else ()
+        return (*attention, *(n for network in block.feed_forward for n in (network.up, network.down)))
 
     def forwards(self) -> int:
         return 2
@@ -67,7 +71,7 @@ class Chess:
     def apply(self, segment: Segment, context: Context) -> None:
         networks = gated(segment)
         means = {gate: self._means(segment, network.up) for gate, network in networks.items()}
-        sites = query_and_output(segment.architecture, segment.index) if self.attention else ()
+        sites = query_and_output(segment.spec) if self.attention else ()
         inputs = {linear: Pool() for linear in sites}
         watches = [
             Watch(segment.architecture.module_name(networks[gate].up), m.look, output=True) for gate, m in means.items()
@@ -116,9 +120,8 @@ class ChessWithAttention(Chess):
     name: ClassVar[str] = "chess-qo"
 
 
-def query_and_output(spec: ArchitectureSpec, index: int) -> tuple[str, ...]:
+def query_and_output(block: BlockSpec) -> tuple[str, ...]:
     """The query projection and what reads the heads' outputs, where queries are a linear of their own."""
-    block = spec.block(index)
     if len(block.scores) < 2:
         return ()
     query = block.scores[0]

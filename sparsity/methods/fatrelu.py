@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from calibration.architectures import ArchitectureSpec
+from calibration.architectures import ArchitectureSpec, BlockSpec
 from calibration.context import Context
 from calibration.errors import Problem
 from calibration.passes import Phase, Stream
@@ -49,6 +49,9 @@ class FatRelu:
             yield Problem(f"family {spec.family}", f"its activation is {other}, 'fatrelu' raises a ReLU", fix)
         elif any(n.gate is not None and n.gate == n.up for n in networks):
             yield Problem(f"family {spec.family}", "gate and up are one linear", f"use --method {ANY_LINEAR}")
+
+    def skipped(self, block: BlockSpec) -> tuple[str, ...]:
+        return tuple(n for f in block.feed_forward for n in ((f.up, f.down) if f.gate else (f.down,)))
 
     def forwards(self) -> int:
         return 1

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from calibration.architectures import ArchitectureSpec
+from calibration.architectures import ArchitectureSpec, BlockSpec
 from calibration.capture import Watch
 from calibration.context import Context
 from calibration.errors import Problem
@@ -65,6 +65,10 @@ class Scap:
     def check_architecture(self, spec: ArchitectureSpec, tokens: int) -> Iterable[Problem]:
         yield from token_problems(tokens)
 
+    def skipped(self, block: BlockSpec) -> tuple[str, ...]:
+        ffn = {n for network in block.feed_forward for n in (network.gate, network.up, network.down)}
+        return tuple(n for n in block.linears if self.linears == "all" or n in ffn)
+
     def forwards(self) -> int:
         return (2 if self.linears == "ffn" else 4) * (1 if self.centering == "none" else 2)
 
@@ -85,10 +89,10 @@ class Scap:
 
     def _stages(self, segment: Segment) -> list[list[str]]:
         """Linears to prune, by stage of execution."""
-        ffn = {n for network in segment.spec.feed_forward for n in (network.gate, network.up, network.down)}
+        pruned = self.skipped(segment.spec)
         stages: dict[int, list[str]] = {}
         for shared in segment.spec.inputs:
-            wanted = [n for n in shared.linears if self.linears == "all" or n in ffn]
+            wanted = [n for n in shared.linears if n in pruned]
             if wanted:
                 stages.setdefault(shared.stage, []).extend(wanted)
         return [stages[stage] for stage in sorted(stages)]
