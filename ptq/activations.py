@@ -105,8 +105,9 @@ SHARED: dict[str, tuple[Granularity, bool]] = {
 """What shares a step, and whether its range is dynamic, by suffix."""
 
 WEIGHT_SYNONYMS = {"wtensor": "gtensor", "wchannel": "gchannel"}
-PRESETS = ("w8a8", "w6a6", "w4a8", "w4a4", "w4a4kv4")
+PRESETS = ("w8a8", "w6a6", "w4a8", "w4a4", "w4a4kv4", "fp8")
 _HEAD = re.compile(r"(w\d+)a(\d+|fp8)(?:kv(\d+|fp8))?")
+_FLOAT = re.compile(r"e\dm\d")
 _WIDTH = re.compile(r"a(\d+|fp8)|kv(\d+|fp8)")
 _GROUP = re.compile(r"ag(\d+)")
 _SMOOTH = re.compile(r"rs(\d+)(n?)(?:b(\d+))?")
@@ -126,12 +127,16 @@ def take_activations(text: str) -> tuple[str, ActivationQuant | None, CacheQuant
     """Split the text of a scheme into that of its weights, the grid of the inputs, and the grid of the KV cache.
 
     Integer weights whose inputs are quantized too have one step per row (``gchannel``) unless the text says otherwise.
-    Where the text begins with a float format, the widths of activations are suffixes: ``mxfp4-a8-kv8``.
+    Where the text begins with a float format, the widths of activations are suffixes: ``mxfp4-a8-kv8``. ``fp8`` is
+    E4M3 on both sides, ``fp8-e4m3fn-gchannel-afp8-atoken``.
 
     Raises:
         ToolkitError: widths that are not on offer, or a suffix that is unknown or needs quantized inputs.
     """
     words = [WEIGHT_SYNONYMS.get(word, word) for word in text.strip().lower().split("-")]
+    if words[0] == "fp8" and not any(_FLOAT.match(word) for word in words):
+        words[1:1] = ["e4m3fn", *([] if any(_WIDTH.fullmatch(word) for word in words) else ["afp8"])]
+        words += [] if any(word.startswith("g") for word in words) else ["gchannel"]
     head = _HEAD.fullmatch(words[0])
     widths = (head[2], head[3]) if head else _width_suffixes(words)
     cache = _cache(text, widths[1])

@@ -65,7 +65,8 @@ class Grouping:
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """ExMy: one sign, E exponent and M mantissa bits, all codes finite (no infinities, no NaN).
+    """ExMy: one sign, E exponent and M mantissa bits, all codes finite (no infinities, no NaN), unless ``has_nan``: the
+    code of the largest magnitude is then NaN, as in the hardware's E4M3 (``float8_e4m3fn``).
 
     A code with exponent field p > 0 and mantissa m stands for 2^(p - bias) (1 + m / 2^M), with p = 0 for
     2^(1 - bias) m / 2^M. The scale of a group makes any bias out of this one.
@@ -73,6 +74,7 @@ class FloatFormat:
 
     exponent_bits: int
     mantissa_bits: int
+    has_nan: bool = False
 
     @property
     def bits(self) -> int:
@@ -85,14 +87,15 @@ class FloatFormat:
 
     @property
     def largest(self) -> float:
-        """(2 - 2^-M) 2^(2^E - 1 - bias)"""
-        return (2 - 2.0**-self.mantissa_bits) * 2.0 ** (2**self.exponent_bits - 1 - self.bias)
+        """(2 - 2^-M) 2^(2^E - 1 - bias), or the value below where that code is NaN"""
+        return (2 - (1 + self.has_nan) * 2.0**-self.mantissa_bits) * 2.0 ** (2**self.exponent_bits - 1 - self.bias)
 
     def __str__(self) -> str:
-        return f"e{self.exponent_bits}m{self.mantissa_bits}"
+        return f"e{self.exponent_bits}m{self.mantissa_bits}" + "fn" * self.has_nan
 
 
 E2M1 = FloatFormat(2, 1)
+E4M3FN = FloatFormat(4, 3, has_nan=True)
 
 
 def float_formats(bits: int) -> tuple[FloatFormat, ...]:
@@ -191,7 +194,7 @@ FLOAT_PRESETS: dict[str, TensorQuant] = {
 FLOAT_BITS = (4, 5, 6, 7, 8)
 
 _KINDS = ("", "-sym", "-asym")
-_FLOAT_SCHEME = re.compile(r"fp(\d)-e(\d)m(\d)(?:-((?:g|ic)\w+))?")
+_FLOAT_SCHEME = re.compile(r"fp(\d)-e(\d)m(\d)(fn)?(?:-((?:g|ic)\w+))?")
 _SCHEME = re.compile(r"w(\d+)a16(?:-((?:g|ic)\w+?))?(?:-(sym|asym|" + "|".join(QUANTIZERS) + r"))?")
 
 
@@ -245,14 +248,14 @@ def _parse_grouping(text: str, group: str | None, choices: str) -> Grouping:
 
 def _parse_floats(text: str, plain: str, choices: str) -> TensorQuant:
     """``fp4-e2m1-g128`` and its relatives, with bf16 scales."""
-    known = [f"fp{bits}-{number}" for bits in FLOAT_BITS for number in float_formats(bits)]
+    known = [f"fp{bits}-{number}" for bits in FLOAT_BITS for number in float_formats(bits)] + [f"fp8-{E4M3FN}"]
     match = _FLOAT_SCHEME.fullmatch(plain)
-    if match is None or f"fp{match[1]}-e{match[2]}m{match[3]}" not in known:
+    if match is None or f"fp{match[1]}-e{match[2]}m{match[3]}{match[4] or ''}" not in known:
         closest = nearest(plain, known)
         reason = "is not a float scheme (1 + E + M bits, E from 1 to 5)"
         raise ToolkitError(f"scheme: '{text}' {reason}", f"{closest}use one of {', '.join(known)}")
-    grouping = _parse_grouping(text, match[4], choices)
-    return TensorQuant.of_floats(FloatFormat(int(match[2]), int(match[3])), grouping)
+    grouping = _parse_grouping(text, match[5], choices)
+    return TensorQuant.of_floats(FloatFormat(int(match[2]), int(match[3]), bool(match[4])), grouping)
 
 
 def _grouping_first(text: str) -> str:

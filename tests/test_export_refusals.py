@@ -187,7 +187,11 @@ def test_headers_of_other_tools():
     assert found(both, weight_packed=(64, 10), weight_scale=(64, 1))[0] == "w3a16-gchannel-asym"
     only = {**packed, "config_groups": {"a": grouped}}
     assert found(only, weight_packed=(64, 16), weight_scale=(64, 4)) == ("w4a16-g32-sym", (64, 128))
-    for change in ({"input_activations": {"num_bits": 8}}, {"format": "int-quantized"}, {"targets": ["Conv2d"]}):
+    for change in (
+        {"input_activations": {"num_bits": 8, "strategy": "token"}},
+        {"format": "int-quantized"},
+        {"targets": ["Conv2d"]},
+    ):
         with pytest.raises(ToolkitError, match="q_proj"):
             found({**packed, "config_groups": {"g": {**group, **change}}}, weight_packed=(64, 10))
     with pytest.raises(ToolkitError, match="transform_config"):

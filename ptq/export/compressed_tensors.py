@@ -1,9 +1,10 @@
-"""compressed-tensors, ``pack-quantized``: integer weights of any width, described per group of linears.
+"""compressed-tensors: integer weights of any width, described per group of linears.
 
-Per quantized linear ``W [out, in]`` with G groups and b bits: ``weight_packed`` int32 ``[out, ceil(in*b/32)]``, dense
-stream of unsigned codes; ``weight_scale`` ``[out, G]`` (``[out, 1]`` per row) in the model's dtype; ``weight_shape``
-int64 ``[2]``; for asymmetric grids ``weight_zero_point`` int32 ``[ceil(out*b/32), G]``, packed down the outputs.
-The library calls codes and zero points signed and stores both plus 2^(b-1), which are our unsigned values.
+Codes of one byte with quantized inputs, and FP8, lie as `plain_codes` says. All others are ``pack-quantized``, per
+linear ``W [out, in]`` with G groups and b bits: ``weight_packed`` int32 ``[out, ceil(in*b/32)]``, dense stream of
+unsigned codes; ``weight_scale`` ``[out, G]`` (``[out, 1]`` per row) in the model's dtype; ``weight_shape`` int64
+``[2]``; for asymmetric grids ``weight_zero_point`` int32 ``[ceil(out*b/32), G]``, packed down the outputs. The library
+calls codes and zero points signed and stores both plus 2^(b-1), which are our unsigned values.
 
 Until June 2026 the library put 32 // b values in a word and left the top bits empty, which differs at 3, 5 and 6
 bits; such files are read too. The width of ``weight_packed`` tells them apart for rows of at least 160 inputs or whole
@@ -14,17 +15,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from calibration.checkpoint import TensorInfo
 from calibration.errors import Problem, ToolkitError
-from ptq.export import checks, packed_floats
+from ptq.activations import ActivationQuant
+from ptq.export import checks, packed_floats, plain_codes
 from ptq.linears import ModelLayout, PlannedLinear
 from ptq.numerics.bitstream import pack, unpack, words_per_row
-from ptq.quantized import QuantizedTensor
+from ptq.quantized import INPUT_GRID, QuantizedTensor
 from ptq.scheme import BITS, Grouping, QuantScheme, TensorQuant
 
 PACKED = "pack-quantized"
@@ -34,13 +36,24 @@ EXPERTS = r"re:.*\.experts\.\d+\..*"  # transformers finds the experts' scheme b
 
 OWN_LINEAR = ("falcon",)  # families whose class of linears reads `weight` itself, which a packed one does not have
 
-Kind = tuple[int, int | None, bool, str | None]  # bits, group size, symmetric, preset of floats: all a file tells
+
+class Kind(NamedTuple):
+    """All that a file tells of a scheme: integers by bits, group size and symmetry, the preset of packed floats, the
+    layout of plain codes, and the grid of inputs."""
+
+    bits: int
+    size: int | None
+    symmetric: bool
+    preset: str | None
+    plain: str | None
+    inputs: ActivationQuant | None
 
 
 def _kind(linear: PlannedLinear) -> Kind:
     assert linear.scheme is not None
     w = linear.scheme.weights
-    return w.bits, w.grouping.size, w.symmetric, packed_floats.preset_of(w)
+    layout = plain_codes.layout_of(linear.scheme)
+    return Kind(w.bits, w.grouping.size, w.symmetric, packed_floats.preset_of(w), layout, linear.scheme.inputs)
 
 
 def _unpack(words: torch.Tensor, bits: int, n: int, padded: bool) -> torch.Tensor:
@@ -59,7 +72,9 @@ class CompressedTensors:
 
     name: ClassVar[str] = "compressed-tensors"
     suffixes: ClassVar[frozenset[str]] = frozenset(
-        {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", *packed_floats.SUFFIXES}
+        {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"}
+        | packed_floats.SUFFIXES
+        | plain_codes.SUFFIXES
     )
 
     def check(self, layout: ModelLayout) -> list[Problem]:
@@ -70,8 +85,9 @@ class CompressedTensors:
             *packed_floats.problems(layout, self.name),
             *checks.axis_problems(layout, self.name),
             *checks.order_problems(layout, self.name),
-            *checks.part_problems(layout, self.name),
-            *checks.activation_problems(layout, self.name),
+            *checks.part_problems(layout, self.name, held=INPUT_GRID),
+            *plain_codes.problems(layout, self.name),
+            *self._cache_problems(layout),
             *checks.conv1d_problems(layout, self.name),
             *self._expert_problems(layout),
         ]
@@ -85,11 +101,20 @@ class CompressedTensors:
             return []
         fix = f"give all experts the same symmetric scheme, or {checks.NATIVE}"
         problems = checks.refuse(left, "stays in float; beside float experts transformers loads nothing quantized", fix)
-        asymmetric = [linear for linear in quantized if not _kind(linear)[2]]
+        asymmetric = [linear for linear in quantized if not _kind(linear).symmetric]
         problems += checks.refuse(asymmetric, "asymmetric experts do not load in transformers", fix)
         if len({_kind(linear) for linear in quantized}) > 1:
             problems += checks.refuse(quantized, "experts have more than one scheme, and a reader takes one", fix)
         return problems
+
+    def _cache_problems(self, layout: ModelLayout) -> list[Problem]:
+        """The format describes one KV cache for all layers."""
+        makers = [linear for linear in layout.quantized if linear.scheme is not None and linear.scheme.cache]
+        caches = {linear.scheme.cache for linear in layout.quantized if linear.scheme is not None}
+        reason = f"has a KV cache that other linears have not, and '{self.name}' describes one for all layers"
+        return (
+            checks.refuse(makers, reason, f"give every rule the same kv, or {checks.NATIVE}") if len(caches) > 1 else []
+        )
 
     def for_zeros(self, at_least_one: bool) -> CompressedTensors:
         """Any zero point can be stored."""
@@ -97,6 +122,8 @@ class CompressedTensors:
 
     def encode(self, q: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Tensors of one linear; the scale has the model's ``dtype``."""
+        if plain_codes.layout_of(q.scheme) is not None:
+            return {**plain_codes.encode(q, dtype), **plain_codes.input_step(q, dtype)}
         bits = q.scheme.weights.bits
         if packed_floats.preset_of(q.scheme.weights) is not None:
             return packed_floats.encode(q)
@@ -108,7 +135,7 @@ class CompressedTensors:
         }
         if q.zero is not None:
             tensors["weight_zero_point"] = pack(q.zero.T, bits).T.contiguous()
-        return tensors
+        return {**tensors, **plain_codes.input_step(q, dtype)}
 
     def decode(
         self, tensors: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int]
@@ -118,6 +145,8 @@ class CompressedTensors:
         Raises:
             ToolkitError: ``weight_packed`` has the width of neither packing.
         """
+        if "weight" in tensors:
+            return plain_codes.with_input_step(plain_codes.decode(tensors, scheme), tensors)
         if packed_floats.preset_of(scheme.weights) is not None:
             return packed_floats.decode(tensors, scheme, shape)
         (out, columns), bits = shape, scheme.weights.bits
@@ -139,7 +168,8 @@ class CompressedTensors:
         index = tensors.get("weight_g_idx")
         scale = tensors["weight_scale"].float()
         codes = _unpack(words, bits, columns, padded)
-        return QuantizedTensor(codes, scale, zero, scheme, None if index is None else index.to(torch.int32))
+        q = QuantizedTensor(codes, scale, zero, scheme, None if index is None else index.to(torch.int32))
+        return plain_codes.with_input_step(q, tensors)
 
     def config(self, layout: ModelLayout) -> dict[str, Any]:
         """``quantization_config`` of config.json, validated by the library's own classes."""
@@ -150,25 +180,28 @@ class CompressedTensors:
         for linear in layout.quantized:
             kinds.setdefault(_kind(linear), []).append(linear)
         groups = {}
-        for i, ((bits, size, symmetric, preset), linears) in enumerate(kinds.items()):
+        for i, (kind, linears) in enumerate(kinds.items()):
             targets = ["Linear"]
             if len(kinds) > 1:
                 targets = [linear.name for linear in linears if linear.expert is None]
                 targets += [EXPERTS] if any(linear.expert is not None for linear in linears) else []
-            weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False}
-            weights |= {"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size}
-            if preset is not None:
-                weights = packed_floats.weight_arguments(preset)
+            weights: dict[str, Any] = {"num_bits": kind.bits, "type": "int", "symmetric": kind.symmetric}
+            weights |= {"dynamic": False, "strategy": "channel"}
+            weights |= {} if kind.size is None else {"strategy": "group", "group_size": kind.size}
+            if kind.preset is not None:
+                weights = packed_floats.weight_arguments(kind.preset)
+            if kind.plain is not None and linears[0].scheme is not None:
+                weights = plain_codes.weight_arguments(linears[0].scheme)
             groups[f"group_{i}"] = {
                 "targets": targets,
                 "weights": weights,
-                "input_activations": None,
+                "input_activations": plain_codes.input_arguments(kind.inputs),
                 "output_activations": None,
-                "format": packed_floats.FORMATS.get(
-                    preset or "", PACKED
-                ),  # without it readers guess, and guess 8 bits per row wrong
+                # without it readers guess, and guess 8 bits per row wrong
+                "format": kind.plain or packed_floats.FORMATS.get(kind.preset or "", PACKED),
             }
         labels = {str(group["format"]) for group in groups.values()} or {PACKED}
+        cache = next((linear.scheme.cache for linear in layout.quantized if linear.scheme is not None), None)
         config = {
             "quant_method": "compressed-tensors",
             "version": LIBRARY_VERSION,
@@ -176,7 +209,9 @@ class CompressedTensors:
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": [linear.name for linear in layout.left] + list(layout.other_linears),
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": plain_codes.cache_arguments(
+                cache, plain_codes.head_width(layout.config) if cache else 0
+            ),
             "global_compression_ratio": None,
             "sparsity_config": {},
             "transform_config": {},
@@ -192,19 +227,25 @@ class CompressedTensors:
         Headers do not tell the number of inputs where one step serves a row: ``read`` fetches ``weight_shape`` then.
 
         Raises:
-            ToolkitError: the file quantizes activations or the KV cache, rotates online, or is not packed integers.
+            ToolkitError: the file rotates online, or has weights, inputs or a cache of a kind that is not run here.
         """
         data = config["quantization_config"]
-        for key in ("kv_cache_scheme", "transform_config", "sparsity_config"):
+        for key in ("transform_config", "sparsity_config"):
             content = data.get(key)
             if content and content.get("format") != "dense":
                 raise ToolkitError(f"config.json: {key} is in use", "only integer weights without it are read")
         found = {}
+        stored = data.get("kv_cache_scheme")
+        cache = plain_codes.read_cache(stored, plain_codes.head_width(config)) if stored else None
         for key, info in infos.items():
             name, _, suffix = key.rpartition(".")
-            if suffix != "weight_packed":
+            plain = suffix == "weight" and info.dtype in plain_codes.STORED
+            if suffix != "weight_packed" and not plain:
                 continue
-            scheme = self._scheme(data, name)
+            scheme = replace(self._scheme(data, name, plain), cache=cache)
+            if plain:
+                found[name] = (scheme, (info.shape[0], info.shape[1]))
+                continue
             size = scheme.weights.grouping.size
             if size is None:
                 out, columns = (int(v) for v in read(f"{name}.weight_shape"))
@@ -214,8 +255,12 @@ class CompressedTensors:
         return found
 
     @staticmethod
-    def _scheme(data: Mapping[str, Any], name: str) -> QuantScheme:
-        """The scheme of one linear: exact names and patterns come before class names, as in the library."""
+    def _scheme(data: Mapping[str, Any], name: str, plain: bool) -> QuantScheme:
+        """The scheme of one linear: exact names and patterns come before class names, as in the library.
+
+        Args:
+            plain: its codes lie one per byte.
+        """
         groups = list(data["config_groups"].values())
 
         def match(target: str) -> bool:
@@ -231,27 +276,30 @@ class CompressedTensors:
         if floats is not None and not chosen.get("input_activations"):
             return floats
         strategy = w.get("strategy") or ("group" if size and size > 0 else "channel" if size == -1 else "tensor")
+        inputs = plain_codes.read_inputs(chosen.get("input_activations"), name)
+        if plain and w["num_bits"] == 8 and strategy in ("tensor", "channel") and not w.get("dynamic"):
+            return QuantScheme(plain_codes.read_weights(w), inputs)
         wrong = w.get("type", "int") != "int" or kind not in (PACKED, None) or w["num_bits"] not in BITS
-        if wrong or strategy not in ("group", "channel") or chosen.get("input_activations"):
+        if wrong or strategy not in ("group", "channel"):
             raise ToolkitError(
-                f"{name}: '{kind}' with {w['num_bits']}-bit {w.get('type', 'int')} weights per {strategy}"
-                + (" and quantized activations" if chosen.get("input_activations") else ""),
-                f"only '{PACKED}' integer weights of {', '.join(map(str, BITS))} bits per group or channel, "
-                + " and ".join(f"'{label}'" for label in packed_floats.FORMATS.values())
-                + ", are read",
+                f"{name}: '{kind}' with {w['num_bits']}-bit {w.get('type', 'int')} weights per {strategy}",
+                f"only '{PACKED}' integer weights of {', '.join(map(str, BITS))} bits per group or channel, plain "
+                f"codes of 8 bits per tensor or channel, and {' and '.join(map(repr, packed_floats.FORMATS.values()))}",
             )
         grouping = Grouping("group", int(size)) if strategy == "group" else Grouping("channel")
         return QuantScheme(
-            TensorQuant(int(w["num_bits"]), grouping, "sym_gptq" if w.get("symmetric", True) else "asym_zero_in")
+            TensorQuant(int(w["num_bits"]), grouping, "sym_gptq" if w.get("symmetric", True) else "asym_zero_in"),
+            inputs,
         )
 
     def loads_in(self, layout: ModelLayout) -> dict[str, str]:
         """Who opens the checkpoint."""
         kinds = {_kind(linear) for linear in layout.quantized}
-        asymmetric, mixed = any(not symmetric for _, _, symmetric, _ in kinds), len(kinds) > 1
+        asymmetric = any(not kind.symmetric and kind.plain is None for kind in kinds)
+        mixed = len(kinds) > 1
         family = layout.config.get("model_type")
         transformers = "yes, with the package compressed-tensors"
-        if any(bits in (3, 5, 6) for bits, _, _, _ in kinds):
+        if any(kind.bits in (3, 5, 6) for kind in kinds):
             transformers += " >= 0.20 (older ones pack 3, 5 and 6 bits in another way)"
         needing = [f"{family}'s own class of linears"] * (family in OWN_LINEAR) + ["asymmetric weights"] * asymmetric
         reason = " and ".join(needing) + (" need" if needing else "")
@@ -261,9 +309,13 @@ class CompressedTensors:
             transformers += f"; {reason} quantization_config=CompressedTensorsConfig(dequantize=True)"
         elif mixed:
             transformers += "; not with dequantize=True, which takes one scheme for all linears"
-        if any(preset is not None for *_, preset in kinds):
+        if any(kind.preset is not None for kind in kinds):
             transformers += "; FP4 weights decompress to bfloat16: load with dtype bfloat16"
-        marlin = all(bits in (4, 8) for bits, _, _, _ in kinds)
+        if any(kind.inputs is not None for kind in kinds):
+            transformers += (
+                "; steps of dynamic integer inputs are max / (2^(b-1) - 0.5) there, max / (2^(b-1) - 1) here"
+            )
+        marlin = all(kind.bits in (4, 8) for kind in kinds)
         return {
             "transformers": transformers,
             "vLLM": "expected (its kernels take 4 and 8 bits), not run here"

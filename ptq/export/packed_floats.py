@@ -18,7 +18,7 @@ from ptq.export import checks
 from ptq.export.narrow_scales import decode_scale, encode_scale
 from ptq.linears import ModelLayout
 from ptq.quantized import QuantizedTensor
-from ptq.scheme import FLOAT_PRESETS, QuantScheme, TensorQuant
+from ptq.scheme import E4M3FN, FLOAT_PRESETS, QuantScheme, TensorQuant
 
 FORMATS: dict[str, str] = {"nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized"}
 SUFFIXES = frozenset({"weight_packed", "weight_scale", "weight_global_scale"})
@@ -35,13 +35,14 @@ def preset_of(weights: TensorQuant) -> str | None:
 
 
 def problems(layout: ModelLayout, format_name: str) -> list[Problem]:
-    """Grids of floats that are neither of the two, and experts, which transformers fuses."""
+    """Grids of floats that are neither of the two nor E4M3 (for which see `plain_codes`), and experts, which
+    transformers fuses."""
     other = checks.matching(
         layout,
-        lambda n: n.scheme.weights.float_format is not None and preset_of(n.scheme.weights) is None,  # type: ignore[union-attr]
+        lambda n: n.scheme.weights.float_format not in (None, E4M3FN) and preset_of(n.scheme.weights) is None,  # type: ignore[union-attr]
     )
     schemes = ", ".join(dict.fromkeys(str(linear.scheme) for linear in other))
-    reason = f"'{format_name}' has no place for {schemes}: of floats it holds nvfp4 and mxfp4"
+    reason = f"'{format_name}' has no place for {schemes}: of floats it holds nvfp4, mxfp4 and fp8"
     experts = checks.matching(layout, lambda n: n.expert is not None and preset_of(n.scheme.weights) is not None)  # type: ignore[union-attr]
     return [
         *checks.refuse(other, reason, f"use --scheme nvfp4 or mxfp4, or {checks.NATIVE}"),

@@ -45,6 +45,12 @@ def _float(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy().astype(np.float32)
 
 
+def _octets(tensor: torch.Tensor) -> np.ndarray:
+    """Unsigned codes of a tensor with one code per byte: int8 holds them minus 128, float8 has their bits."""
+    octets = tensor.view(torch.uint8).numpy()
+    return octets ^ np.uint8(0x80) if tensor.dtype == torch.int8 else octets
+
+
 def _awq_fields(words: np.ndarray) -> np.ndarray:
     """int32 ``[rows, n/8]`` to uint8 ``[rows, n]``: nibble i of a word belongs to column (0 2 4 6 1 3 5 7)[i]."""
     unsigned = words.astype(np.int64) & 0xFFFFFFFF
@@ -68,7 +74,11 @@ def read_codes(
     bits, (out, columns) = scheme.weights.bits, shape
     array = {suffix: t.numpy() for suffix, t in tensors.items() if not t.dtype.is_floating_point}
     zero: np.ndarray | None = None
-    if format_name == "compressed-tensors" and "weight_shape" not in tensors:  # FP4, two codes per byte
+    if format_name == "compressed-tensors" and "weight" in tensors:  # one code per byte
+        codes, scale = _octets(tensors["weight"]), _float(tensors["weight_scale"])
+        if "weight_zero_point" in tensors:
+            zero = _octets(tensors["weight_zero_point"])
+    elif format_name == "compressed-tensors" and "weight_shape" not in tensors:  # FP4, two codes per byte
         nibbles = array["weight_packed"][:, :, None] >> np.array([0, 4], dtype=np.uint8) & 15
         codes, scale = nibbles.reshape(out, columns), _float(tensors["weight_scale"])
     elif format_name == "compressed-tensors":

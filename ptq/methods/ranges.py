@@ -15,6 +15,7 @@ from calibration.segment import Segment
 from calibration.statistics import Extremes, Histogram, Statistic
 from ptq.activations import ActivationQuant
 from ptq.numerics.activations import step_and_zero
+from ptq.numerics.integers import round_scale
 from ptq.numerics.ranges import Estimator, static_range
 
 
@@ -63,9 +64,10 @@ class Ranges:
         channelwise = any(grid.granularity == "channel" for grid in grids.values())
         context.refresh(None, Histogram, *([Extremes] if channelwise else []))
         for linear, grid in grids.items():
-            scale, zero = step_and_zero(*self._range(context, segment, linear, grid), grid)
+            ends = self._range(context, segment, linear, grid)
+            scale, zero = step_and_zero(*ends, grid)
             parts = segment.parts.setdefault(linear, {})
-            parts["input_scale"] = scale.view(-1)
+            parts["input_scale"] = round_scale(scale).view(-1)  # as for weights: no format rounds it again
             if zero is not None:
                 parts["input_zero"] = zero.view(-1)
 

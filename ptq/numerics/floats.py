@@ -114,6 +114,8 @@ def scales(
     number = quant.float_format
     assert number is not None
     largest = units.abs().amax(dim=-1)
+    if quant.grouping.kind == "tensor":  # units are [..., lines, 1, in]
+        largest = largest.amax((-2, -1), True).expand_as(largest)
     if bound is not None:
         largest = torch.where(torch.isfinite(bound), bound.to(largest.dtype), largest)
     largest = torch.where(largest == 0, 1.0, largest) if quant.scale_format == "bf16" else largest

@@ -73,6 +73,7 @@ def checkpoint_dtype(reader: CheckpointReader, spec: ArchitectureSpec) -> torch.
     """
     weights = [f"{spec.prefix(0)}{name}.weight" for name in spec.block(0).linears]
     stored = [reader.infos[name].dtype for name in weights if name in reader.infos]
+    stored = [dtype for dtype in stored if dtype.is_floating_point and dtype.itemsize > 1]  # not W8A8 or FP8 codes
     if stored:
         return stored[0]
     named = str(reader.config.get("dtype") or reader.config.get("torch_dtype")).removeprefix("torch.")
