@@ -89,7 +89,7 @@ def test_eval_says_which_path_it_scored(model, tmp_path):
 def test_static_ranges_are_those_of_the_calibration_inputs(model, tmp_path):
     """The first block's q_proj sees the same inputs in the float model."""
     out = run(model, tmp_path / "out", "w8a8-astatic", "ranges+rtn", format="native")
-    tokens = ptq.pipeline._calibration(
+    tokens = ptq.pipeline.calibration_windows(
         ptq.pipeline.prepare(
             model,
             method="gptq",
