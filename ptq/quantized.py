@@ -17,6 +17,7 @@ PARTS: dict[str, str] = {
     "lora_b": "int8 codes or float16 values [out, rank]",
     "lora_scale": "float32 [rank], one factor per component",
     "hadamard": "int32 [1], the input goes through Hadamard transforms of blocks of this size first",
+    "key_hadamard": "int32 [1], queries and keys go through such transforms after the rotary embedding",
     "input_scale": "float32 [1] or [in], the step of static inputs",
     "input_zero": "float32 [1] or [in], their zero point, an integer; absent for symmetric grids",
 }

@@ -13,7 +13,7 @@ from calibration.statistics import AbsMax, Sample
 from ptq.methods import SmoothQuant
 from ptq.numerics.integers import fake_quantize
 from ptq.numerics.smoothquant import activation_noise, smoothed_error, smoothing_scales
-from ptq.scheme import Grouping, TensorQuant
+from ptq.scheme import Grouping, TensorQuant, parse_scheme
 
 torch.set_num_threads(1)
 ROW8 = TensorQuant(8, Grouping("channel"))
@@ -190,9 +190,10 @@ def test_search_takes_the_best_candidate(activations, tmp_path):
         s = torch.ones(64).double() if alpha == "none" else smoothing_scales(*maxima(w, x), float(alpha))
         smooth = x / s
         step = (smooth.abs().amax(1, keepdim=True) if activations == "token" else smooth.abs().max()) / 127
-        rounded = fake_quantize(w * s, scheme(8).weights)
+        rounded = fake_quantize(w * s, ROW8)
         losses[alpha] = float((((smooth / step).round() * step) @ rounded.T - x @ w.T).square().sum())
-    step = SmoothQuant(search=True, grid=10, activations=activations)
+    segment.schemes = dict.fromkeys(segment.schemes, parse_scheme(f"w8a8-a{activations}"))
+    step = SmoothQuant(search=True, grid=10)
     step.apply(segment, new_context(segment, states, step.statistics))
     chosen = segment.notes[members[0]]["smoothquant.alpha"]
     assert losses[chosen] <= 1.1 * min(losses.values()) and losses[chosen] < 0.5 * losses["none"]
@@ -219,6 +220,6 @@ def test_from_the_command_line(tmp_path):
     assert record.recipe["method"] == "smoothquant+rtn"
     smoothed = [e for e in record.linears if "smoothquant.alpha" in e.notes]
     assert len(smoothed) == 10  # q, k, v, gate and up of two blocks
-    (tmp_path / "r.toml").write_text('[[pass]]\nname = "smoothquant"\nalpha = 1.5\ngrid = 0\nrows = -1\nbits = 16\n')
+    (tmp_path / "r.toml").write_text('[[pass]]\nname = "smoothquant"\nalpha = 1.5\ngrid = 0\nrows = -1\n')
     message = refused("quantize", tmp_path / "llama", "--recipe", tmp_path / "r.toml", *words, "--dry-run")
-    assert all(part in message for part in ("1.5 is outside [0, 1]", "smoothquant.grid", "rows", "16-bit activations"))
+    assert all(part in message for part in ("1.5 is outside [0, 1]", "smoothquant.grid", "rows"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tiny_runs import IDS, assert_close, logits, plain_model
 from calibration.record import read_record
 from ptq.numerics.hadamard import hadamard_transform
 from ptq.quantized import QuantizedTensor
+from ptq.runtime import attention
 from ptq.runtime.linear import QuantLinear
 from ptq.runtime.load import load_model
 
@@ -43,7 +45,7 @@ def test_the_native_runtime_keeps_the_function(family, method, place):
     """Online transforms, the untied head and the quantized stream: an 8-bit model in the new basis is the old one."""
     out = place / f"{family}-{method}"
     said = done("quantize", place / family, "--method", method, "--dataset", place / "text.txt", *SMALL, "--out", out)
-    assert "rotate.online: is a transform" in said and "native" in said
+    assert "rotate.online: transforms inputs" in said and "native" in said
     expected = logits(plain_model(place / family))
     loaded = load_model(out, dtype=torch.float32)
     assert near(logits(loaded.model), expected)
@@ -102,7 +104,7 @@ def test_a_linear_transforms_its_input(dtype):
 def test_export_to_another_format_is_refused(place, tmp_path):
     done("quantize", place / "llama", "--method", "rotate", *SMALL, "--out", tmp_path / "out")
     message = refused("export", tmp_path / "out", "--format", "compressed-tensors", "--out", tmp_path / "no")
-    assert "runs before down_proj" in message
+    assert "transforms inputs while the model runs" in message
     words = ["--method", "cats", "--dataset", place / "text.txt", "--out", tmp_path / "no"]
     assert "input while it runs" in refused("sparsify", tmp_path / "out", *words)
     done("export", tmp_path / "out", "--format", "native", "--out", tmp_path / "again")
@@ -150,3 +152,28 @@ def test_a_tied_head_is_written_on_its_own(place, tmp_path):
     gain, table = source.model.norm.weight, source.model.embed_tokens.weight
     gram = (table * gain) @ table.T
     assert_close(model.lm_head.weight @ model.model.embed_tokens.weight.T, gram)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_oracle_8_queries_and_keys_turn_together(family, tmp_path, monkeypatch):
+    """8. R3: attention scores are unchanged, and the cache is quantized in the new basis; turned keys alone change
+    them."""
+    tiny(tmp_path / "float", family)
+    words = ["quantize", tmp_path / "float", "--method", "rotate"]
+    done(*words, "--scheme", "w8a16-gchannel", "--out", tmp_path / "plain")
+    done(*words, "--scheme", "w8a16kv8-gchannel", "--out", tmp_path / "kv")
+    plain = logits(load_model(tmp_path / "plain", dtype=torch.float32).model)
+    quantized = logits(load_model(tmp_path / "kv", dtype=torch.float32).model)
+    assert near(quantized, plain) and not torch.equal(quantized, plain)
+    cached: list[torch.Tensor] = []
+    monkeypatch.setattr(attention, "fake_quantize_inputs", lambda x, grid: (cached.append(x), x)[1])
+    assert_close(logits(load_model(tmp_path / "kv", dtype=torch.float32).model), plain)
+    turned = cached[0]
+    monkeypatch.setattr(attention, "hadamard_transform", lambda x, block: x)
+    logits(load_model(tmp_path / "kv", dtype=torch.float32).model)
+    assert torch.allclose(hadamard_transform(cached[4], turned.shape[-1]), turned, atol=1e-5)
+    calls = itertools.count()
+    monkeypatch.setattr(
+        attention, "hadamard_transform", lambda x, block: hadamard_transform(x, block) if next(calls) % 2 else x
+    )
+    assert not near(logits(load_model(tmp_path / "kv", dtype=torch.float32).model), plain)

@@ -142,8 +142,8 @@ def part_problems(layout: ModelLayout, format_name: str, held: tuple[str, ...] =
     """Tensors beside the codes, in a format without a place for them; it has one for those in ``held``."""
     parts = [name for name in layout.parts if name not in held]
     reason = f"are tensors beside the codes, and '{format_name}' has no place for them"
-    if layout.parts == ("hadamard",):
-        reason = f"is a transform that runs before down_proj, and '{format_name}' has no place for it"
+    if "hadamard" in layout.parts:
+        reason = f"transforms inputs while the model runs, and '{format_name}' has no place for that"
         return [Problem("rotate.online", reason, f"set online = false for rotate in a recipe, or {NATIVE}")]
     low_rank = set(LORA) <= set(layout.parts) and format_name == "compressed-tensors"
     fix = NATIVE + "; `ptq export --adapter` then writes a PEFT adapter beside this format" * low_rank

@@ -4,7 +4,8 @@ Three rotations leave the model's function as it is. R1 turns the residual strea
 read the stream; embedding, readers, writers and head are multiplied by Q. R2 turns attention values head by head,
 between v and o. Both are merged into weights. R4 transforms the input of down while the model runs, because what makes
 it (a product, a nonlinearity) does not commute with a rotation; likewise the input of the output projection where
-values are fused in a way that R2 cannot turn. LayerNorm models keep their norms: Q leaves the mean in place, see
+values are fused in a way that R2 cannot turn. R3 transforms queries and keys after the rotary embedding, where the KV
+cache is quantized. LayerNorm models keep their norms: Q leaves the mean in place, see
 `ptq.numerics.rotation`.
 """
 
@@ -26,7 +27,7 @@ from ptq.linears import ModelLayout
 from ptq.numerics.hadamard import block_size, hadamard_transform, odd_order
 from ptq.numerics.rotation import Kind, Rotation, make_rotation
 
-ONLINE = ("hadamard",)
+ONLINE = ("hadamard", "key_hadamard")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Rotate:
     Attributes:
         residual: R1.
         values: R2, one rotation for all heads.
-        online: R4; only native files hold it.
+        online: R4, and R3 where the scheme quantizes the KV cache; only native files hold them.
         kind: randomized Hadamard matrices, or uniformly distributed orthogonal ones (R1 and R2).
         seed: of both.
     """
@@ -135,8 +136,17 @@ class Rotate:
             w = segment.weight(linear)
             block = block_size(w.shape[1])
             segment.set_weight(linear, hadamard_transform(w.double(), block).to(w.dtype), exact=True)
-            part = {"hadamard": torch.tensor([block], dtype=torch.int32)}
-            segment.parts[linear] = {**segment.parts.get(linear, {}), **part}
+            segment.parts.setdefault(linear, {})["hadamard"] = torch.tensor([block], dtype=torch.int32)
+        self._turn_keys(segment)
+
+    def _turn_keys(self, segment: Segment) -> None:
+        """R3 changes no weight: the first linear of the block tells the runtime of it."""
+        widths = [group.heads.width for group in _value_groups(segment.spec) if group.heads]
+        linear = segment.spec.inputs[0].linears[0]
+        scheme = segment.schemes.get(linear)
+        if self.online and widths and scheme is not None and scheme.cache is not None:
+            block = torch.tensor([block_size(widths[0])], dtype=torch.int32)
+            segment.parts.setdefault(linear, {})["key_hadamard"] = block
 
     def _turn_residual(self, segment: Segment) -> None:
         for group in segment.spec.balance:

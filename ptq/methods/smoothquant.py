@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,6 +19,7 @@ from calibration.errors import Problem
 from calibration.passes import Phase, Stream
 from calibration.segment import Segment
 from calibration.statistics import AbsMax, Gram, Sample, Statistic
+from ptq.activations import ActivationQuant
 from ptq.methods.balancing import balance, by_value_channel, note_all, quantized_consumers, spread
 from ptq.numerics.awq import sample_rows
 from ptq.numerics.smoothquant import HALF_RANGE, activation_noise, smoothed_error, smoothing_scales
@@ -30,10 +31,9 @@ class SmoothQuant:
 
     Attributes:
         alpha: migration strength in [0, 1]; 0.5 suits OPT and BLOOM, 0.8 to 0.9 Llama with weights per channel.
-        search: choose alpha for every pair among 0, 1/grid, ..., 1 and "none" by the expected error of the outputs.
+        search: choose alpha for every pair among 0, 1/grid, ..., 1 and "none" by the expected error of the outputs,
+            with inputs as the scheme quantizes them (to 8 bits per token where it does not).
         grid: number of steps of the search.
-        activations: what shares an activation step in the search: each token, or the whole tensor.
-        bits: of activations, in the search.
         rows: rows per weight on which candidates are scored, evenly spaced; 0 takes all.
         down: also smooth up -> down.
         values: also smooth v -> o, tied across query heads that share a value.
@@ -42,8 +42,6 @@ class SmoothQuant:
     alpha: float = 0.5
     search: bool = False
     grid: int = 20
-    activations: Literal["token", "tensor"] = "token"
-    bits: int = 8
     rows: int = 512
     down: bool = False
     values: bool = False
@@ -64,8 +62,6 @@ class SmoothQuant:
             yield Problem("smoothquant.grid", f"{self.grid} is not positive", "use 20")
         if self.rows < 0:
             yield Problem("smoothquant.rows", f"{self.rows} is negative", "use 512, or 0 for all")
-        if not 2 <= self.bits <= 8:
-            yield Problem("smoothquant.bits", f"{self.bits}-bit activations are not on offer", "use 8 or 4")
 
     def forwards(self) -> int:
         return 0
@@ -104,12 +100,13 @@ class SmoothQuant:
         total = torch.zeros((), device=s.device)
         for names in inputs:
             gram, tokens = context.product_gram(names[0]), context.statistic(names[0], Gram).tokens
-            if self.activations == "token":
-                maxima = (context.statistic(names[0], Sample).rows / s).abs().amax(dim=1)
-            else:
+            inputs_quant = segment.schemes[names[0]].inputs or ActivationQuant()
+            if inputs_quant.granularity == "tensor":
                 maxima = (context.statistic(names[0], AbsMax).maximum / s).amax(dim=0, keepdim=True)
+            else:
+                maxima = (context.statistic(names[0], Sample).rows / s).abs().amax(dim=1)
             if maxima.numel():
-                noise = activation_noise(maxima, self.bits)
+                noise = activation_noise(maxima, inputs_quant.bits)
                 for name in names:
                     quant, w = segment.schemes[name].weights, segment.weight(name)
                     if quant.grouping.axis == "in":  # a sample of rows would tear groups of rows apart

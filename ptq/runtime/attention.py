@@ -17,6 +17,7 @@ import torch
 
 from ptq.activations import CacheQuant
 from ptq.numerics.activations import fake_quantize_inputs
+from ptq.numerics.hadamard import hadamard_transform
 
 _numbers = itertools.count()
 
@@ -29,17 +30,21 @@ def has_interface(config: Any) -> bool:
     return bool(model_class._can_set_attn_implementation())
 
 
-def quantize_cache(model: Any, layers: Mapping[int, CacheQuant]) -> None:
+def quantize_cache(model: Any, layers: Mapping[int, CacheQuant], turned: Mapping[int, int]) -> None:
     """Quantize keys and values of the given decoder layers of a transformers model from now on.
 
     The model must have passed `has_interface`.
+
+    Args:
+        turned: layer -> block size of Hadamard transforms that queries and keys go through first (rotation R3), which
+            leaves their products as they are.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     base = model.config._attn_implementation
     name = f"ptq-cache-{next(_numbers)}"
-    AttentionInterface.register(name, partial(_attention, base=base, layers=dict(layers)))
+    AttentionInterface.register(name, partial(_attention, base=base, layers=dict(layers), turned=dict(turned)))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])  # without it masks would be left out
     model.set_attn_implementation(name)
 
@@ -52,10 +57,14 @@ def _attention(
     *args: Any,
     base: str,
     layers: Mapping[int, CacheQuant],
+    turned: Mapping[int, int],
     **options: Any,
 ) -> Any:
     """query ``[B, heads, T, width]``, key and value ``[B, key/value heads, S, width]``."""
-    quant = layers.get(int(module.layer_idx))  # type: ignore[arg-type]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if layer in turned:
+        query, key = (hadamard_transform(x, turned[layer]) for x in (query, key))
+    quant = layers.get(layer)
     if quant is not None:
         key, value = (fake_quantize_inputs(x, quant.grid) for x in (key, value))
     return _function(base, module)(module, query, key, value, *args, **options)

@@ -111,6 +111,7 @@ def load_model(
         kernels: Counter[str] = Counter()
         reasons: Counter[tuple[str, str]] = Counter()
         activations: Counter[str] = Counter()
+        turned: dict[int, int] = {}
         taken: set[str] = set()
         adapter = read_adapter(folder)
         for name, (scheme, shape) in schemes.items():
@@ -118,6 +119,8 @@ def load_model(
             q = read_linear(reader, fmt, name, scheme, shape)
             if name in adapter:
                 q = dataclasses.replace(q, parts={**q.parts, **adapter[name]})
+            if "key_hadamard" in q.parts:
+                turned[int(name[len(spec.blocks) + 1 :].split(".")[0])] = int(q.parts["key_hadamard"])
             taken |= {f"{name}.{s}" for s in (*fmt.suffixes, "bias")}
             bias = reader.tensor(f"{name}.bias") if f"{name}.bias" in reader.infos else None
             path = spec.root_module_name(name + ".").removesuffix(".")
@@ -147,7 +150,7 @@ def load_model(
     network.eval().requires_grad_(False)
     layers = cache_layers(spec, {name: scheme for name, (scheme, _) in schemes.items()})
     if layers:
-        quantize_cache(network, layers)
+        quantize_cache(network, layers, turned)
     caches = tuple(sorted({str(cache) for cache in layers.values()}))
     return Loaded(network, folder, fmt.name if fmt else None, dict(kernels), dict(reasons), dict(activations), caches)
 
