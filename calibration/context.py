@@ -67,6 +67,12 @@ class Context:
         assert isinstance(found, kind)
         return found
 
+    def gather(self) -> None:
+        """Gather now what passes of this run will ask for, where that has not been done: a pass that changes the block
+        without asking for anything calls this first."""
+        if self._kinds and not self._store:
+            self._gather(self.segment.spec.inputs, self._kinds)
+
     def has(self, kind: type[Statistic]) -> bool:
         """Whether passes of this run gather ``kind``."""
         return kind in self._kinds

@@ -107,12 +107,14 @@ class Segment:
         leaves = [name.rpartition(".") for name, master in self.masters.items() if master.ndim == 1]
         return [f"{m}.{leaf}" for m, _, leaf in leaves if "." not in m and m not in linears]
 
-    def set_norm(self, name: str, value: torch.Tensor) -> None:
-        """Replace a gain or bias of a norm. It is stored in float32 from then on: small steps would be lost in less."""
-        self._keep(name)
+    def set_vector(self, name: str, value: torch.Tensor, exact: bool = False) -> None:
+        """Replace a gain or a bias. It is stored in float32 from then on: small steps would be lost in less. ``exact``
+        edits leave the block's function unchanged."""
+        if not exact:
+            self._keep(name)
         self.masters[name].copy_(value)
         self.stored_dtypes[name] = torch.float32
-        self._touch(name, exact=False)
+        self._touch(name, exact)
 
     def _keep(self, name: str) -> None:
         if self.keep_originals and name not in self.originals:

@@ -53,15 +53,15 @@ class Gram:
         return bool(torch.isfinite(self.matrix.diagonal()).all())
 
 
-class AbsMean:
-    """Sum over tokens of |x| per input channel, float32 ``[in]``; `mean` divides by the number of tokens."""
+class Mean:
+    """Sum over tokens of x per input channel, float32 ``[in]``; `mean` divides by the number of tokens."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.total = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.tokens = 0
 
     def update(self, x: torch.Tensor) -> None:
-        self.total += x.abs().sum(dim=0, dtype=torch.float32)
+        self.total += x.sum(dim=0, dtype=torch.float32)
         self.tokens += x.shape[0]
 
     def rescale(self, s: torch.Tensor) -> None:
@@ -73,6 +73,13 @@ class AbsMean:
     def mean(self) -> torch.Tensor:
         """``[in]``; zeros where no token was seen."""
         return self.total / max(self.tokens, 1)
+
+
+class AbsMean(Mean):
+    """Sum over tokens of |x| per input channel, float32 ``[in]``; `mean` divides by the number of tokens."""
+
+    def update(self, x: torch.Tensor) -> None:
+        super().update(x.abs())
 
 
 class AbsMax:

@@ -82,7 +82,7 @@ def test_a_gain_that_was_changed_comes_back(family, tmp_path):
     name = segment.norms()[0]
     expected = segment.masters[name].clone()
     offset = 1.0 if family == "gemma2" else 0.0
-    segment.set_norm(name, (expected + offset) * 1.05 - offset)
+    segment.set_vector(name, (expected + offset) * 1.05 - offset)
     segment.originals.clear()
     for rate in (3e-3, 3e-4):
         NormTweak(rate=rate, depth_scale=0, epochs=40).apply(segment, context)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from calibration.passes import Pass
 from ptq.methods.adadim import AdaDim, AdaDimPublished
+from ptq.methods.adaquant import AdaQuant
 from ptq.methods.awq import Awq
+from ptq.methods.bias_correct import BiasCorrect
+from ptq.methods.equalize import Equalize
 from ptq.methods.fp4 import Fp4
 from ptq.methods.gptq import Gptq
 from ptq.methods.lorc import Lorc
@@ -21,11 +24,14 @@ METHODS: dict[str, type[Pass]] = {
     "adadim": AdaDim,
     "adadim-published": AdaDimPublished,
     "fp4": Fp4,
+    "adaquant": AdaQuant,
+    "equalize": Equalize,
     "lorc": Lorc,
     "norm-tweak": NormTweak,
     "smoothquant": SmoothQuant,
     "rotate": Rotate,
     "ranges": Ranges,
+    "bias-correct": BiasCorrect,
 }
 
 COMBINATIONS: dict[str, tuple[str, ...]] = {"rtn-ada": ("adadim", "rtn"), "gptq-ada": ("adadim", "gptq")}
@@ -40,7 +46,10 @@ __all__ = [
     "METHODS",
     "AdaDim",
     "AdaDimPublished",
+    "AdaQuant",
     "Awq",
+    "BiasCorrect",
+    "Equalize",
     "Fp4",
     "Gptq",
     "Lorc",

@@ -74,7 +74,7 @@ class NormTweak:
                 optimizer.zero_grad()
                 distances.append(float(distance.detach()))
         for name, gain in gains.items():
-            segment.set_norm(name, gain.detach())
+            segment.set_vector(name, gain.detach())
         last = next(reversed(segment.schemes), None)
         if last is not None:
             moved = max(float((gains[n].detach() / segment.originals[n] - 1).abs().median()) for n in gains)

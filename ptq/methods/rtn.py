@@ -59,6 +59,7 @@ class Rtn:
         return 0
 
     def apply(self, segment: Segment, context: Context) -> None:
+        context.gather()
         shared = global_scales(segment)
         for linear, scheme in segment.schemes.items():
             gram = context.statistic(linear, Gram).matrix if context.has(Gram) else None
