@@ -7,7 +7,7 @@ import sys
 import typer
 
 from calibration.errors import ToolkitError
-from cli import compare, evaluate, export, generate, inspect, quantize, sparsify
+from cli import analyze, compare, evaluate, export, generate, inspect, quantize, sparsify
 
 app = typer.Typer(
     name="ptq",
@@ -23,6 +23,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
+app.command("analyze")(analyze.analyze)
 app.command("compare")(compare.compare)
 
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calibration.checkpoint import disk_errors
-from calibration.corpora import load_corpus
 from calibration.errors import ToolkitError
-from calibration.models import fingerprint, forward_dtype, load_tokenizer, locate, open_model
+from calibration.models import fingerprint, forward_dtype, locate, open_model
 from calibration.passes import Pass
 from calibration.progress import Progress
-from calibration.text import TokenBatches, calibration_tokens, check_tokenizer, read_tokens
+from calibration.samples import model_tokens
 from ptq.devices import parse_dtype, resolve_device
 from ptq.evaluation import context_length, default_dataset
 from ptq.pipeline import BATCH_TOKENS
@@ -59,7 +58,9 @@ def run_sparsify(
     device = resolve_device(options.device)
     stored = checkpoint_dtype(reader, spec)
     dtype = forward_dtype(stored, device) if options.dtype == "auto" else parse_dtype(options.dtype)
-    tokens = _tokens(folder, int(config.vocab_size), seq_len, options)
+    dataset = options.dataset or default_dataset(folder)
+    trust = options.trust_remote_code
+    tokens = model_tokens(folder, config, dataset, options.samples, seq_len, options.seed, trust)
     session.begin({"sparsify": fingerprint(reader), "method": step.name}, resume=False)
     with session.unless_done():
         gates = calibrate(
@@ -80,12 +81,3 @@ def run_sparsify(
         sparsity = write(session.partial, [step], gates, tokens.source)
         session.finish()
     return sparsity
-
-
-def _tokens(folder: Path, vocabulary: int, seq_len: int, options: SparsifyOptions) -> TokenBatches:
-    name = options.dataset or default_dataset(folder)
-    if Path(name).suffix == ".safetensors" and Path(name).is_file():
-        return read_tokens(Path(name), options.samples, seq_len, vocabulary)
-    tokenizer = load_tokenizer(folder, options.trust_remote_code)
-    check_tokenizer(tokenizer, vocabulary)
-    return calibration_tokens(load_corpus(name, "calibrate"), tokenizer, options.samples, seq_len, options.seed)

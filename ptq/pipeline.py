@@ -17,23 +17,22 @@ from typing import Any
 import torch
 
 from calibration.checkpoint import CheckpointReader
-from calibration.corpora import check_name, load_corpus
+from calibration.corpora import check_name
 from calibration.errors import ToolkitError
-from calibration.memory import return_freed
 from calibration.models import (
     DEMO,
     check_finite,
     fingerprint,
     forward_dtype,
-    load_tokenizer,
     locate,
     open_model,
 )
 from calibration.passes import Gates
 from calibration.progress import Progress, Silent
 from calibration.record import RunRecord
+from calibration.samples import model_tokens
 from calibration.skeleton import Skeleton
-from calibration.text import TokenBatches, calibration_tokens, check_tokenizer, read_tokens
+from calibration.text import TokenBatches
 from calibration.walk import Walk
 from ptq.committed import CommittedBlocks, Restore, encode_segment
 from ptq.devices import parse_dtype, resolve_device
@@ -260,17 +259,9 @@ def quantize(
 
 
 def _calibration(job: Job) -> TokenBatches:
-    vocabulary = int(job.config.vocab_size)
-    path = Path(job.dataset)
-    if path.suffix == ".safetensors" and path.is_file():
-        return read_tokens(path, job.options.samples, job.seq_len, vocabulary)
-    tokenizer = load_tokenizer(job.reader.folder, job.options.trust_remote_code)
-    check_tokenizer(tokenizer, vocabulary)
-    corpus = load_corpus(job.dataset, "calibrate")
-    tokens = calibration_tokens(corpus, tokenizer, job.options.samples, job.seq_len, job.options.seed)
-    del corpus
-    return_freed()
-    return tokens
+    o = job.options
+    folder = job.reader.folder
+    return model_tokens(folder, job.config, job.dataset, o.samples, job.seq_len, o.seed, o.trust_remote_code)
 
 
 def _check_disk(session: Session, plan: Plan) -> None:
