@@ -7,7 +7,7 @@ are the only truth: ``--resume`` replays finished blocks to get the hidden state
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +149,19 @@ class Walk:
         progress.stage("blocks", (n_blocks - done) * per_block + linears)
         for index in range(done, n_blocks):
             self._block(index, states, model_states, stream, progress)
+
+    @torch.no_grad()
+    def observe(self, tokens: TokenBatches, progress: Progress) -> Iterator[tuple[Segment, HiddenStates]]:
+        """Every block of the model as it is, loaded, with the states entering it; nothing is committed. The caller runs
+        the states through the block, looking at what it wants, before it asks for the next one."""
+        states = self.enter(tokens, progress)
+        progress.stage("blocks", self.skeleton.spec.n_blocks * len(states.batches))
+        for index in range(self.skeleton.spec.n_blocks):
+            segment = self.load(index)
+            yield segment, states
+            release(segment.module)
+            segment.masters.clear()  # the caller may still hold the segment while the next one is loaded
+            return_freed()
 
     def enter(self, tokens: TokenBatches, progress: Progress) -> HiddenStates:
         """The hidden states that enter the first block: load what comes before it, run every batch, drop it again."""

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from calibration.errors import ToolkitError
-from cli import bench, compare, evaluate, export, fit, generate, inspect, predict, quantize, sparsify
+from cli import analyze, bench, compare, evaluate, export, fit, generate, inspect, predict, quantize, sparsify
 
 app = typer.Typer(
     name="ptq",
@@ -24,6 +24,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
+app.command("analyze")(analyze.analyze)
 app.command("bench")(bench.bench)
 app.command("compare")(compare.compare)
 app.command("predict")(predict.predict)

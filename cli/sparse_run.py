@@ -6,17 +6,18 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from calibration.architectures import ArchitectureSpec
 from calibration.checkpoint import disk_errors
-from calibration.corpora import load_corpus
 from calibration.errors import ToolkitError
-from calibration.models import fingerprint, forward_dtype, load_tokenizer, locate, open_model
+from calibration.models import fingerprint, forward_dtype, locate, open_model
 from calibration.passes import Pass
 from calibration.progress import Progress
-from calibration.text import TokenBatches, calibration_tokens, check_tokenizer, read_tokens
+from calibration.samples import model_tokens
+from calibration.text import TokenBatches
 from ptq.devices import parse_dtype, resolve_device
 from ptq.evaluation import context_length, default_dataset, evaluation_dtype, logits_of
 from ptq.pipeline import BATCH_TOKENS
@@ -79,10 +80,10 @@ def run_sparsify(
     device = resolve_device(options.device)
     stored = checkpoint_dtype(reader, spec)
     dtype = forward_dtype(stored, device) if options.dtype == "auto" else parse_dtype(options.dtype)
-    tokens = _tokens(folder, options.dataset, int(config.vocab_size), seq_len, options.seed, options)
+    tokens = _tokens(folder, config, options.dataset, seq_len, options.seed, options)
     if options.max_increase is not None:
         text = options.search_text or options.dataset
-        held_out = _tokens(folder, text, int(config.vocab_size), seq_len, options.seed + 1, options)
+        held_out = _tokens(folder, config, text, seq_len, options.seed + 1, options)
     session.begin({"sparsify": fingerprint(reader), "method": step.name}, resume=False)
     with session.unless_done():
         gates = calibrate(
@@ -143,11 +144,7 @@ class Increase:
 
 
 def _tokens(
-    folder: Path, dataset: str | None, vocabulary: int, seq_len: int, seed: int, options: SparsifyOptions
+    folder: Path, config: Any, dataset: str | None, seq_len: int, seed: int, options: SparsifyOptions
 ) -> TokenBatches:
     name = dataset or default_dataset(folder)
-    if Path(name).suffix == ".safetensors" and Path(name).is_file():
-        return read_tokens(Path(name), options.samples, seq_len, vocabulary)
-    tokenizer = load_tokenizer(folder, options.trust_remote_code)
-    check_tokenizer(tokenizer, vocabulary)
-    return calibration_tokens(load_corpus(name, "calibrate"), tokenizer, options.samples, seq_len, seed)
+    return model_tokens(folder, config, name, options.samples, seq_len, seed, options.trust_remote_code)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from calibration.checkpoint import CheckpointReader
-from calibration.corpora import check_name, load_corpus
+from calibration.corpora import check_name
 from calibration.errors import ToolkitError
 from calibration.generated import BATCH, GENERATED, check_can_write, first_tokens, generate_tokens
 from calibration.memory import return_freed
@@ -33,8 +33,9 @@ from calibration.models import (
 from calibration.passes import Gates
 from calibration.progress import Progress, Silent
 from calibration.record import RunRecord
+from calibration.samples import model_tokens
 from calibration.skeleton import Skeleton
-from calibration.text import TokenBatches, calibration_tokens, check_tokenizer, read_tokens
+from calibration.text import TokenBatches, check_tokenizer
 from calibration.walk import Walk
 from ptq.committed import CommittedBlocks, Restore, encode_segment, input_quantizers
 from ptq.devices import parse_dtype, resolve_device
@@ -272,23 +273,17 @@ def quantize(
 
 def calibration_windows(job: Job, progress: Progress) -> TokenBatches:
     """The windows of the job's calibration text."""
-    vocabulary = int(job.config.vocab_size)
-    path = Path(job.dataset)
-    if path.suffix == ".safetensors" and path.is_file():
-        return read_tokens(path, job.options.samples, job.seq_len, vocabulary)
-    tokenizer = load_tokenizer(job.reader.folder, job.options.trust_remote_code)
-    check_tokenizer(tokenizer, vocabulary)
     if job.dataset == GENERATED:
-        return _written(job, tokenizer, progress)
-    corpus = load_corpus(job.dataset, "calibrate")
-    tokens = calibration_tokens(corpus, tokenizer, job.options.samples, job.seq_len, job.options.seed)
-    del corpus
-    return_freed()
-    return tokens
+        return _written(job, progress)
+    o = job.options
+    folder = job.reader.folder
+    return model_tokens(folder, job.config, job.dataset, o.samples, job.seq_len, o.seed, o.trust_remote_code)
 
 
-def _written(job: Job, tokenizer: Any, progress: Progress) -> TokenBatches:
+def _written(job: Job, progress: Progress) -> TokenBatches:
     """Text of the model's own; the model is gone again afterwards."""
+    tokenizer = load_tokenizer(job.reader.folder, job.options.trust_remote_code)
+    check_tokenizer(tokenizer, int(job.config.vocab_size))
     progress.stage("write", -(-job.options.samples // BATCH))
     loaded = load_model(
         job.reader.folder, dtype=job.dtype, device=job.device, trust_remote_code=job.options.trust_remote_code

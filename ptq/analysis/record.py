@@ -1,0 +1,170 @@
+"""The record of an analysis: plain data, from which every report is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class OutlierChannel:
+    """A channel whose mean |x| is more than `RATIO` times that of all channels (Nrusimha et al. 2024).
+
+    Attributes:
+        ratio: mean |x| of the channel over the mean of all channels.
+        max_abs: largest |x|, first tokens of sequences left out.
+        persistence: share of the texts in which the channel is an outlier by the same rule.
+    """
+
+    channel: int
+    ratio: float
+    max_abs: float
+    persistence: float
+
+
+@dataclass(frozen=True)
+class Peak:
+    """One value. ``position`` in its sequence; ``token`` is its text, None where it is not known (experts)."""
+
+    value: float
+    channel: int
+    position: int
+    token: str | None
+
+
+@dataclass(frozen=True)
+class Massive:
+    """Massive activations (Sun et al. 2024): ``|x| > 100`` and more than 1000 times the median of its sequence.
+
+    Attributes:
+        count: how many values.
+        channels, positions: ``(index, count)``, most frequent first.
+        largest: the largest in each of the first channels.
+    """
+
+    count: int
+    channels: tuple[tuple[int, int], ...]
+    positions: tuple[tuple[int, int], ...]
+    largest: tuple[Peak, ...]
+
+
+@dataclass(frozen=True)
+class SixSigma:
+    """Values further than six standard deviations from the mean of their sequence (Bondarenko et al. 2023).
+
+    Attributes:
+        count, share: how many, and of all values.
+        channels, positions: ``(index, count)``, most frequent first. ``tokens``: ``(text, count)``.
+        channels_hit: channels with at least one.
+    """
+
+    count: int
+    share: float
+    channels_hit: int
+    channels: tuple[tuple[int, int], ...]
+    positions: tuple[tuple[int, int], ...]
+    tokens: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """One tensor of one block. "Later" numbers leave out the first token of every sequence.
+
+    Attributes:
+        role: ``attention input``, ``o input``, ``mlp input``, ``down input``, ``attention output``, ``mlp output``,
+            ``block output`` (the residual stream).
+        linears: that read it, or the one that writes it; block-relative names, ``*`` for experts.
+        balanced: what a scale per channel could be moved into exactly: ``norm``, ``linear``, ``value`` or None.
+        max_abs: largest |x|, and `largest`, where it is.
+        inf_norm: max |x| of a sequence, averaged over sequences; None where parts of sequences were seen (experts).
+        kurtosis_sequence: of all values of a sequence, averaged over sequences (the paper's).
+        kurtosis_tensor: of all values. ``kurtosis_token``: over channels, averaged over tokens. ``kurtosis_channel``:
+            over tokens, the median channel. All three of later tokens.
+        channel_disparity: largest over median of the channels' max |x| (later). ``token_disparity``: of the tokens'
+            (all). ``percentile_ratio``: 99.99 % over 50 % quantile of |x| (later).
+        outlier_channels: largest ratio first (later).
+        emergent: channels with |x| >= 6 at 6 % of the positions or more (Dettmers et al. 2022).
+        sqnr: decibels of symmetric rounding to 8 and 4 bits with one scale per ``tensor`` (range of all text),
+            ``tensor-later``, ``token`` or ``channel``; keys like ``token-8``.
+        output_error: ||X W^T - Q(X) W^T|| / ||X W^T|| of the linears that read it, for the same keys.
+        octaves: ``(e, count)`` of later values with ``2^e <= |x| < 2^(e+1)``.
+        six_sigma_at: six deviations of all later values, for the histogram.
+        profile: max |x| (later) of equal runs of channels, for the heat map.
+    """
+
+    block: int
+    role: str
+    linears: tuple[str, ...]
+    balanced: str | None
+    width: int
+    tokens: int
+    max_abs: float
+    largest: Peak
+    inf_norm: float | None
+    inf_norm_later: float | None
+    kurtosis_sequence: float | None
+    kurtosis_sequence_later: float | None
+    kurtosis_tensor: float
+    kurtosis_token: float
+    kurtosis_channel: float
+    six_sigma: SixSigma | None
+    six_sigma_later: SixSigma | None
+    channel_disparity: float
+    token_disparity: float
+    percentile_ratio: float
+    outlier_channels: tuple[OutlierChannel, ...]
+    emergent: tuple[int, ...]
+    massive: Massive | None
+    sqnr: dict[str, float]
+    output_error: dict[str, float]
+    octaves: tuple[tuple[int, int], ...]
+    six_sigma_at: float
+    profile: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class WeightRecord:
+    """One weight ``[out, in]``.
+
+    Attributes:
+        kurtosis: of all its values. ``six_sigma``: values beyond six deviations.
+        row_disparity, column_disparity: largest over median of max |w| per row (output) and per column (input).
+        columns: outlier columns by the rule for channels, largest ratio first; ``persistence`` is 1.
+    """
+
+    name: str
+    block: int
+    shape: tuple[int, int]
+    max_abs: float
+    kurtosis: float
+    six_sigma: int
+    row_disparity: float
+    column_disparity: float
+    columns: tuple[OutlierChannel, ...]
+
+
+@dataclass(frozen=True)
+class AnalysisRecord:
+    """Everything that an analysis found; ``report.json`` as it is.
+
+    Attributes:
+        model: ``name``, ``architecture``, ``dtype``, ``fingerprint``, ``blocks``, ``format`` (None: float).
+        calibration: of the text, as in a run record.
+        summary: headline numbers, see `summarize`.
+    """
+
+    model: dict[str, Any]
+    calibration: dict[str, Any]
+    summary: dict[str, Any]
+    sites: tuple[SiteRecord, ...]
+    weights: tuple[WeightRecord, ...]
+    command: str
+    versions: dict[str, str]
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, allow_nan=False) + "\n"

@@ -1,0 +1,167 @@
+"""report.md of an analysis: the numbers that decide, and where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ptq.analysis.record import AnalysisRecord, SiteRecord
+from ptq.analysis.sites import ROLES
+from ptq.report import figures
+from ptq.report.figures import code, plain, table
+
+_SHOWN = 12
+
+
+def render(record: AnalysisRecord) -> str:
+    """GitHub-flavoured Markdown. The same record gives the same bytes."""
+    sections = [_title(record), _headline(record), _roles(record), _channels(record), _massive(record), _six(record)]
+    sections += [_weights(record), _reproduce(record)]
+    return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def number(value: float | None) -> str:
+    """Three significant digits."""
+    if value is None:
+        return figures.DASH
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _title(record: AnalysisRecord) -> str:
+    model, text = record.model, record.calibration
+    stored = (
+        f"quantized ({model['format']}), looked at as the float weights it stands for" if model["format"] else "float"
+    )
+    return (
+        f"# {plain(model['name'])}: outliers\n\n{plain(model['architecture'])}, {model['blocks']} blocks, {stored}, "
+        f"forward passes in {model['dtype']}. Text: {plain(text.get('dataset', '?'))}, {text.get('samples', '?')} × "
+        f"{text.get('seq_len', '?')} tokens, seed {text.get('seed', '?')}."
+    )
+
+
+def _headline(record: AnalysisRecord) -> str:
+    rows = []
+    for key, words in (
+        ("with_first_token", "all tokens"),
+        ("without_first_token", "first tokens left out"),
+    ):
+        found = record.summary[key]
+        if found:
+            rows.append(
+                (
+                    words,
+                    number(found["max_inf_norm"]),
+                    found["max_inf_norm_at"],
+                    number(found["avg_kurtosis"]),
+                    number(found["max_kurtosis"]),
+                )
+            )
+    header = ["", "Max infinity norm", "at", "Avg kurtosis", "Max kurtosis"]
+    note = (
+        "Infinity norm: largest |x| of a text, averaged over texts, largest over tensors. Kurtosis per text (a "
+        "Gaussian has 3), averaged and largest over tensors (Bondarenko et al. 2023)."
+    )
+    return f"## In short\n\n{table(header, rows, right=(1, 3, 4))}\n\n{note}"
+
+
+def _roles(record: AnalysisRecord) -> str:
+    rows = []
+    for role in ROLES:
+        sites = [s for s in record.sites if s.role == role]
+        if sites:
+            worst = max(sites, key=lambda s: s.max_abs)
+            rows.append(
+                (
+                    role,
+                    number(worst.max_abs),
+                    str(worst.block),
+                    number(max(s.channel_disparity for s in sites)),
+                    number(max(s.token_disparity for s in sites)),
+                    number(max(s.kurtosis_tensor for s in sites)),
+                    str(sum(len(s.outlier_channels) for s in sites)),
+                    _least(sites, "token-8"),
+                    _least(sites, "tensor-8"),
+                )
+            )
+    header = ["Tensor", "Max abs", "in block", "Channel disparity", "Token disparity", "Kurtosis", "Outlier channels"]
+    header += ["SQNR 8 bits per token", "per tensor"]
+    note = (
+        "Worst block of each column. Disparity: largest over median of the channels' (tokens') max |x|. An outlier "
+        "channel has a mean |x| above 6 times that of all channels. SQNR in dB; per tensor the range covers all text."
+    )
+    return f"## By tensor\n\n{table(header, rows, right=range(1, 9))}\n\n{note}"
+
+
+def _least(sites: Sequence[SiteRecord], key: str) -> str:
+    return f"{min(s.sqnr[key] for s in sites):.1f}"
+
+
+def _channels(record: AnalysisRecord) -> str:
+    found = [(s, c) for s in record.sites for c in s.outlier_channels]
+    if not found:
+        return "## Outlier channels\n\nNone."
+    found.sort(key=lambda pair: -pair[1].ratio)
+    rows = [
+        (str(s.block), s.role, str(c.channel), f"{c.ratio:.1f}", number(c.max_abs), figures.percent(c.persistence))
+        for s, c in found[:_SHOWN]
+    ]
+    header = ["Block", "Tensor", "Channel", "Ratio of means", "Max abs", "Texts in which it is one"]
+    return f"## Outlier channels\n\n{table(header, rows, right=(0, 2, 3, 4, 5))}{_more(len(found))}"
+
+
+def _massive(record: AnalysisRecord) -> str:
+    found = [(s, p) for s in record.sites if s.massive for p in s.massive.largest]
+    if not found:
+        return "## Massive activations\n\nNone: no |x| above 100 and 1000 times the median of the residual stream."
+    found.sort(key=lambda pair: -abs(pair[1].value))
+    rows = [
+        (str(s.block), str(p.channel), number(p.value), str(p.position), code(repr(p.token))) for s, p in found[:_SHOWN]
+    ]
+    header = ["After block", "Channel", "Largest", "Position", "Token"]
+    return f"## Massive activations\n\n{table(header, rows, right=(0, 1, 2, 3))}{_more(len(found))}"
+
+
+def _six(record: AnalysisRecord) -> str:
+    rows = []
+    for s in record.sites:
+        if s.role == "block output" and s.six_sigma is not None and s.six_sigma.count:
+            six = s.six_sigma
+            rows.append(
+                (
+                    str(s.block),
+                    figures.count(six.count),
+                    str(six.channels_hit),
+                    ", ".join(f"{c} ({n})" for c, n in six.channels[:4]),
+                    ", ".join(f"{p} ({n})" for p, n in six.positions[:4]),
+                    ", ".join(f"{code(repr(t))} ({n})" for t, n in six.tokens[:4]),
+                )
+            )
+    if not rows:
+        return ""
+    header = ["After block", "Values", "Channels hit", "Channels", "Positions", "Tokens"]
+    return f"## Values beyond six deviations in the residual stream\n\n{table(header, rows, right=(0, 1, 2))}"
+
+
+def _weights(record: AnalysisRecord) -> str:
+    worst = sorted(record.weights, key=lambda w: -w.kurtosis)[:_SHOWN]
+    rows = [
+        (
+            code(w.name),
+            number(w.max_abs),
+            number(w.kurtosis),
+            figures.count(w.six_sigma),
+            number(w.row_disparity),
+            number(w.column_disparity),
+            ", ".join(str(c.channel) for c in w.columns[:4]),
+        )
+        for w in worst
+    ]
+    header = ["Weight", "Max abs", "Kurtosis", "Beyond 6σ", "Row disparity", "Column disparity", "Outlier columns"]
+    return f"## Weights of largest kurtosis\n\n{table(header, rows, right=range(1, 6))}{_more(len(record.weights))}"
+
+
+def _more(n: int) -> str:
+    return f"\n\n{n - _SHOWN} more in report.json." if n > _SHOWN else ""
+
+
+def _reproduce(record: AnalysisRecord) -> str:
+    return f"## Reproduce\n\n{figures.block(record.command)}" if record.command else ""
