@@ -85,12 +85,18 @@ def parse_method(text: str, methods: Methods = METHODS) -> tuple[Pass, ...]:
     Raises:
         ToolkitError: a name that is no method, with the nearest one.
     """
-    names: list[str] = []
+    passes: list[Pass] = []
+    combined = False
     for name in (name.strip() for name in text.split("+")):
         if name not in methods and name not in COMBINATIONS:
             raise unknown_value("--method", name, [*methods, *COMBINATIONS])
-        names += COMBINATIONS.get(name, (name,))
-    return with_rounding([methods[name]() for name in names])
+        known = COMBINATIONS.get(name, (name,))
+        made = [methods[part]() for part in known]
+        if combined and len(made) == 1 and Phase.ROUND in made[0].phases:
+            passes.pop()  # the rounding that the combination ends with
+        passes += made
+        combined = len(made) > 1
+    return with_rounding(passes)
 
 
 def with_rounding(passes: Sequence[Pass]) -> tuple[Pass, ...]:

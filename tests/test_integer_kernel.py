@@ -8,9 +8,12 @@ import pytest
 import torch
 from runtime_layers import BF16, FP32, inputs, quantized
 
+from ptq.methods.rtn import round_to_nearest
 from ptq.numerics.activations import fake_quantize_inputs, quantize_inputs, ranges, step_and_zero
 from ptq.quantized import QuantizedTensor
 from ptq.runtime.kernels.dispatch import select
+from ptq.runtime.kernels.fp8 import FP8
+from ptq.runtime.kernels.integer import INTEGER
 from ptq.runtime.kernels.kernel import KernelQuery
 from ptq.runtime.linear import QuantLinear
 from ptq.scheme import parse_scheme
@@ -120,6 +123,36 @@ def test_products_keep_the_dtype_of_float32_codes_for_outliers():
 def test_refusals_say_why(scheme, width, reason):
     query = KernelQuery.of(parse_scheme(scheme), (16, width), FP32, "cpu", False)
     assert select(query).name == "reference"
-    from ptq.runtime.kernels.integer import INTEGER
-
     assert reason in INTEGER.supports(query)
+
+
+# --- FP8 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8-atensor", "fp8-astatic-wtensor"])
+@pytest.mark.parametrize(("out", "width", "tokens"), [(16, 128, 17), (7, 50, 3), (33, 77, 1)])
+def test_fp8_codes_multiply_to_the_simulation_within_the_bound(scheme, out, width, tokens):
+    """Products of E4M3 are exact in float32, so the bound is that of the integers with a float sum on both sides."""
+    x = inputs(2, tokens, width, dtype=FP32)
+    q = calibrated(quantized_floats(scheme, out, width), x)
+    bias = inputs(out, dtype=FP32)
+    assert QuantLinear(q, bias, FP32).kernel == "reference", "slow on CPUs, so only where it is asked for"
+    layer, simulated = (QuantLinear(q, bias, FP32, kernel=k) for k in ("fp8", "reference"))
+    assert (layer.activations, simulated.activations) == ("fp8", "simulated")
+    seen, weight = (
+        fake_quantize_inputs(x, q.scheme.inputs, q.parts.get("input_scale")).double(),
+        q.dequantize(torch.float64),
+    )
+    bound = U * (2 * (width + 6) * (seen.abs() @ weight.abs().T) + (seen @ weight.T + bias).abs())
+    assert ((layer(x).double() - simulated(x).double()).abs() <= bound).all()
+
+
+def quantized_floats(scheme: str, out: int, width: int) -> QuantizedTensor:
+    w = torch.randn(out, width, generator=torch.Generator().manual_seed(out)) * 0.05
+    return round_to_nearest(w, parse_scheme(scheme))
+
+
+def test_fp8_refuses_integers():
+    assert "E4M3 with E4M3" in FP8.supports(KernelQuery.of(parse_scheme("w8afp8"), (16, 64), FP32, "cpu", False))
+    reasons = QuantLinear(quantized_floats("fp8", 16, 64), None, FP32).reasons
+    assert "slow on cpu" in reasons["fp8"] and "floats" in reasons["integer"]

@@ -14,6 +14,7 @@ from ptq.methods.lorc import Lorc
 from ptq.methods.norm_tweak import NormTweak
 from ptq.methods.ranges import Ranges
 from ptq.methods.rotate import Rotate
+from ptq.methods.rs import Rs
 from ptq.methods.rtn import Rtn
 from ptq.methods.smoothquant import SmoothQuant
 
@@ -30,15 +31,26 @@ METHODS: dict[str, type[Pass]] = {
     "norm-tweak": NormTweak,
     "smoothquant": SmoothQuant,
     "rotate": Rotate,
+    "rs": Rs,
     "ranges": Ranges,
     "bias-correct": BiasCorrect,
 }
 
-COMBINATIONS: dict[str, tuple[str, ...]] = {"rtn-ada": ("adadim", "rtn"), "gptq-ada": ("adadim", "gptq")}
-"""Names in the literature for passes in a row, as ``--method`` takes them."""
+COMBINATIONS: dict[str, tuple[str, ...]] = {
+    "rtn-ada": ("adadim", "rtn"),
+    "gptq-ada": ("adadim", "gptq"),
+    "rrs": ("rotate", "rs", "gptq"),
+}
+"""Names in the literature for passes in a row, as ``--method`` takes them; the last one rounds. A rounding pass behind
+the name takes its place: ``rrs+rtn``."""
 
-DEFAULT_SCHEMES: dict[str, str] = {"fp4": "fp4-e2m1-g128"}
-"""What ``--method`` alone means, for methods that do not work on integers."""
+DEFAULT_SCHEMES: dict[str, str] = {
+    "fp4": "fp4-e2m1-g128",
+    "rotate": "w4a4",
+    "rs": "w4a4",
+    "smoothquant": "w8a8",
+}
+"""What ``--method`` alone means, for methods that are not about integer weights alone; the first pass decides."""
 
 __all__ = [
     "COMBINATIONS",
@@ -56,6 +68,7 @@ __all__ = [
     "NormTweak",
     "Ranges",
     "Rotate",
+    "Rs",
     "Rtn",
     "SmoothQuant",
 ]

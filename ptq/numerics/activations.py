@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from ptq.activations import ActivationQuant
-from ptq.numerics.smooth import smoothing_scales
+from ptq.numerics.smooth import channel_groups, channel_maxima, smoothing_scales
 
 E4M3_LARGEST = 448.0
 SMALLEST_STEP = 1e-8  # of an input that is zero everywhere; SmoothQuant's floor of 1e-5 on the range is about this
@@ -73,6 +73,23 @@ def quantize_inputs(
     if quant.granularity == "group":
         x = x.unflatten(-1, (-1, quant.group_size or 1))
     return encode(x, scale, zero, quant), scale, zero
+
+
+def quantize_smoothed(
+    x: torch.Tensor, quant: ActivationQuant
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Runtime Smooth over all tokens of ``x [tokens, in]``, channels in the order of their groups.
+
+    Returns:
+        codes int8 ``[tokens, in]`` in that order, order int64 ``[in]``, group scales float32 ``[groups]``, step float32
+        ``[tokens, 1]``.
+    """
+    assert quant.smooth is not None
+    x = x.float()
+    order, scales = channel_groups(channel_maxima(x, None)[0], quant.smooth)
+    divisors = scales.repeat_interleave(quant.smooth.group)[: x.shape[1]]
+    codes, step, _ = quantize_inputs(x.index_select(1, order) / divisors, quant)
+    return codes.to(torch.int8), order, scales, step
 
 
 def fake_quantize_inputs(

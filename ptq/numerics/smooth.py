@@ -36,7 +36,7 @@ def channel_groups(maxima: torch.Tensor, smooth: RuntimeSmooth) -> tuple[torch.T
     width = maxima.shape[-1]
     if smooth.reorder:
         ordered, order = maxima.sort(dim=-1, descending=True, stable=True)
-        return order, ordered[..., :: smooth.group]  # the first of a group is its largest
+        return order, ordered[..., :: smooth.group].contiguous()  # the first of a group is its largest
     padded = torch.nn.functional.pad(maxima, (0, -width % smooth.group))
     order = torch.arange(width, device=maxima.device).expand_as(maxima)
     return order, padded.unflatten(-1, (-1, smooth.group)).amax(dim=-1)

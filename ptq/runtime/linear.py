@@ -36,7 +36,7 @@ class QuantLinear(torch.nn.Module):
         kernel: name of the kernel that runs.
         reasons: kernel name to the reason why it was not taken, for every faster kernel.
         scheme: text of the scheme, e.g. ``w4a16-g128-sym``.
-        activations: ``""`` where inputs are not quantized, else ``"integer"`` or ``"simulated"``.
+        activations: ``""`` where inputs are not quantized, ``"simulated"``, or the kernel that multiplies their codes.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class QuantLinear(torch.nn.Module):
         self._inputs = q.scheme.inputs
         self._by_sequence = self._inputs is not None and self._inputs.smooth is not None
         self._simulated = self._inputs is not None and not self._kernel.integer
-        self.activations = "" if self._inputs is None else "simulated" if self._simulated else "integer"
+        self.activations = "" if self._inputs is None else "simulated" if self._simulated else self._kernel.name
         for name in INPUT_GRID:
             if name in q.parts:
                 self.register_buffer(name, q.parts[name].float().to(device), persistent=False)

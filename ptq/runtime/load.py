@@ -37,7 +37,8 @@ class Loaded:
         format: name of the quantized format, or None for a float checkpoint.
         kernels: kernel name -> number of linears that run on it.
         reasons: why faster kernels were not taken: (kernel, reason) -> number of linears.
-        activations: how linears with quantized inputs run: ``"integer"`` or ``"simulated"`` -> number of linears.
+        activations: how linears with quantized inputs run: ``"simulated"``, or the kernel that multiplies codes ->
+            number of linears.
         caches: texts of the grids of the KV cache, e.g. ``kv4``.
     """
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from calibration.errors import ToolkitError, unknown_value
+from ptq.runtime.kernels.fp8 import FP8
 from ptq.runtime.kernels.int4 import INT4
 from ptq.runtime.kernels.int8 import INT8
 from ptq.runtime.kernels.integer import INTEGER
 from ptq.runtime.kernels.kernel import Kernel, KernelQuery
 from ptq.runtime.kernels.reference import REFERENCE
+from ptq.runtime.kernels.triton_smooth import TRITON_SMOOTH
 
-KERNELS: tuple[Kernel, ...] = (INTEGER, INT4, INT8, REFERENCE)
+KERNELS: tuple[Kernel, ...] = (TRITON_SMOOTH, INTEGER, FP8, INT4, INT8, REFERENCE)
 """Fastest first. The last one supports everything."""
 
 
@@ -24,7 +26,7 @@ def select(query: KernelQuery, prefer: str | None = None) -> Kernel:
         ToolkitError: no kernel is called ``prefer``, or it cannot run this query (the error has its reason).
     """
     if prefer is None:
-        return next(kernel for kernel in KERNELS if kernel.supports(query) is None)
+        return next(k for k in KERNELS if k.supports(query) is None and query.device_type not in k.on_request)
     chosen = next((kernel for kernel in KERNELS if kernel.name == prefer), None)
     if chosen is None:
         raise unknown_value("kernel", prefer, _names())
@@ -39,4 +41,9 @@ def refusals(query: KernelQuery, chosen: Kernel) -> dict[str, str]:
     """Kernel name to the reason why it was not taken, for every kernel faster than ``chosen``. Integer products are no
     alternative where inputs are not quantized."""
     faster = [k for k in KERNELS[: KERNELS.index(chosen)] if query.inputs is not None or not k.integer]
-    return {kernel.name: kernel.supports(query) or f"'{chosen.name}' was asked for by name" for kernel in faster}
+
+    def reason(kernel: Kernel) -> str:
+        slow = f"it is slow on {query.device_type}" if query.device_type in kernel.on_request else None
+        return kernel.supports(query) or slow or f"'{chosen.name}' was asked for by name"
+
+    return {kernel.name: reason(kernel) for kernel in faster}

@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from ptq.numerics.activations import quantize_inputs
-from ptq.numerics.smooth import channel_groups, channel_maxima
+from ptq.numerics.activations import quantize_inputs, quantize_smoothed
 from ptq.quantized import INPUT_GRID, QuantizedTensor
 from ptq.runtime.kernels.kernel import Kernel, KernelQuery, Packed
 
@@ -109,11 +108,8 @@ def _smoothed(x: torch.Tensor, packed: Packed, query: KernelQuery) -> torch.Tens
     """Runtime Smooth over the tokens of ``x``; float32 ``[tokens, out]`` without the bias."""
     assert query.inputs is not None and query.inputs.smooth is not None
     smooth = query.inputs.smooth
-    x = x.float()
-    order, scales = channel_groups(channel_maxima(x, None)[0], smooth)
-    divisors = scales.repeat_interleave(smooth.group)[: x.shape[1]]
-    codes, step, _ = quantize_inputs(x[:, order] / divisors, query.inputs)
-    columns = codes.to(torch.int8).split(smooth.group, dim=1)
+    codes, order, scales, step = quantize_smoothed(x, query.inputs)
+    columns = codes.split(smooth.group, dim=1)
     weights = packed["codes"][:, order].split(smooth.group, dim=1)
     y = torch.zeros(x.shape[0], query.out_features, device=x.device)
     for q, c, scale in zip(columns, weights, scales, strict=True):

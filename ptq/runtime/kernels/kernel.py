@@ -89,6 +89,7 @@ class Kernel:
         any_dtype: one packing serves activations of every dtype.
         integer: it quantizes the activations itself and multiplies codes with codes. The others are handed activations
             that are quantized and dequantized already.
+        on_request: types of devices on which it is not the fastest, so that it runs only where it is asked for.
     """
 
     name: str
@@ -98,3 +99,4 @@ class Kernel:
     any_device: bool = False
     any_dtype: bool = False
     integer: bool = False
+    on_request: tuple[str, ...] = ()
