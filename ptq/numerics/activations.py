@@ -21,16 +21,16 @@ SMALLEST_STEP = 1e-8  # of an input that is zero everywhere; SmoothQuant's floor
 def ranges(x: torch.Tensor, quant: ActivationQuant) -> tuple[torch.Tensor, torch.Tensor]:
     """Smallest and largest value of everything that shares a step, broadcastable against ``x [..., in]`` (against
     ``[..., in / group, group]`` for groups)."""
-    if quant.granularity == "token":
-        low, high = torch.aminmax(x, dim=-1, keepdim=True)
-    elif quant.granularity == "group":
-        assert quant.group_size is not None
-        low, high = torch.aminmax(x.unflatten(-1, (-1, quant.group_size)), dim=-1, keepdim=True)
-    elif quant.granularity == "channel":
-        low, high = torch.aminmax(x.flatten(0, -2), dim=0)
-    else:
+    if quant.granularity == "tensor":
         low, high = torch.aminmax(x)
-    return low, high
+        return low, high
+    if quant.granularity == "channel":
+        return x.flatten(0, -2).amin(dim=0), x.flatten(0, -2).amax(dim=0)
+    if quant.granularity == "group":
+        assert quant.group_size is not None
+        x = x.unflatten(-1, (-1, quant.group_size))
+    # two reductions: torch.aminmax along a dimension takes 20 times as long on a CPU
+    return x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
 
 
 def step_and_zero(
