@@ -21,7 +21,7 @@ def bench(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = PROMPT,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode, greedily; at least 3.", min=3)] = 64,
-    repeats: Annotated[int, typer.Option(help="The fastest of so many runs counts.", min=1)] = 5,
+    repeats: Annotated[int, typer.Option(help="Runs of each; the fastest step counts.", min=1)] = 5,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto (bfloat16), float32, bfloat16 or float16.")] = "auto",
     kernel: Annotated[str | None, typer.Option(help="Sparse kernel; default: the fastest that can run.")] = None,
@@ -45,27 +45,26 @@ def bench(
     ids = load_tokenizer(folder, trust_remote_code)(prompt, return_tensors="pt").input_ids.to(where)
     peak = read_bandwidth() if where.type == "cpu" else None
     machine = f"{torch.get_num_threads()} threads" + ("" if peak is None else f", read bandwidth {peak / 1e9:.1f} GB/s")
-    print(f"{ids.shape[1]} tokens of prompt, {new_tokens} decoded, fastest of {repeats}; {machine}")
+    print(f"{ids.shape[1]} tokens of prompt, {new_tokens} decoded, fastest step of {repeats} runs; {machine}")
 
     def show(name: str, speed: Speed, read: float, rest: str = "") -> None:
         share = "" if peak is None else f", {read * speed.tokens_per_second / peak:.0%} of bandwidth"
         print(f"{name:<22}{speed.tokens_per_second:7.2f} tokens/s  {read / 1e6:9.2f} MB/token{share}{rest}")
 
     loaded = load_model(folder, dtype=width, device=where, trust_remote_code=trust_remote_code)
-    dense = measure_speed(loaded.model, ids, new_tokens, repeats)
+    (dense,) = measure_speed(loaded.model, ids, new_tokens, repeats)
     show(f"dense ({loaded.path})", dense, dense.weight_bytes)
     if sparsity is None:
         return
     del loaded
     sparse, decoder = load_with_sites(folder, sparsity.sites, width, where, kernel, trust_remote_code)
-    decoder.phase.masked = False
-    own = measure_speed(sparse.model, ids, new_tokens, repeats)
-    show("dense, same kernels", own, own.weight_bytes)
-    decoder.phase.masked = decoder.phase.counting = True
+    decoder.phase.counting = True
     decode_tokens(sparse.model, ids, new_tokens)
     decoder.phase.counting = False
+    settings = [lambda masked=masked: setattr(decoder.phase, "masked", masked) for masked in (False, True)]
+    own, speed = measure_speed(sparse.model, ids, new_tokens, repeats, settings)
+    show("dense, same kernels", own, own.weight_bytes)
     read = own.weight_bytes - decoder.bytes_skipped(new_tokens - 1)
-    speed = measure_speed(sparse.model, ids, new_tokens, repeats)
     gain = speed.tokens_per_second / max(own.tokens_per_second, dense.tokens_per_second)
     bound = own.weight_bytes / read
     show("sparse", speed, read, f"; {gain:.2f} x the faster dense, bound {bound:.2f}: {_share(gain, bound)}")

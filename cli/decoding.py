@@ -83,17 +83,14 @@ def load_with_sites(
 def int4_layers(
     modes: dict[str, Mode], phase: Phase, dtype: torch.dtype, device: torch.device, kernel: str | None
 ) -> LinearFactory:
-    """Builds `DecodeLinear` from codes of up to four bits with groups along the inputs, in the layout that serves dense
-    and sparse decoding."""
+    """Builds `DecodeLinear` in the layout that serves dense and sparse decoding, from what `fits_int4_rows`."""
     from sparsity.decode import DecodeLinear
-    from sparsity.kernels.int4 import Int4Rows, int4_problem
+    from sparsity.kernels.int4 import Int4Rows
 
     def build(path: str, q: QuantizedTensor, bias: torch.Tensor | None) -> DecodeLinear | None:
-        weights = q.scheme.weights
-        integers = weights.float_format is None and weights.bits <= 4
-        plain = integers and weights.grouping.axis == "in" and q.group_index is None and not q.parts
-        if path not in modes or not plain or int4_problem(q.shape[1], q.shape[1] // q.scale.shape[1]):
+        if path not in modes or not fits_int4_rows(q):
             return None
+        weights = q.scheme.weights
         # symmetric grids have the zero 2^(bits-1): moved to 8, so that no zeros are stored
         codes = q.codes if q.zero is not None else q.codes + (8 - 2 ** (weights.bits - 1))
         zero = None if q.zero is None else q.zero.to(device)
@@ -101,3 +98,19 @@ def int4_layers(
         return DecodeLinear(rows, modes[path], None if bias is None else bias.to(device), dtype, phase, kernel)
 
     return build
+
+
+def fits_int4_rows(q: QuantizedTensor) -> bool:
+    """Whether a weight is integer codes of up to four bits and nothing else: groups of columns in their order, scales
+    exact in bfloat16 (other tools' float16 scales need not be), inputs in the model's dtype."""
+    import torch
+
+    from sparsity.kernels.int4 import int4_problem
+
+    weights = q.scheme.weights
+    if weights.float_format is not None or weights.bits > 4 or weights.grouping.axis != "in" or q.parts:
+        return False
+    if q.group_index is not None or q.scheme.inputs is not None or q.scale.shape[0] != q.shape[0]:
+        return False
+    exact = torch.equal(q.scale.to(torch.bfloat16).to(q.scale.dtype), q.scale)
+    return exact and int4_problem(q.shape[1], q.shape[1] // q.scale.shape[1]) is None

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import contextmanager
 
 import pytest
 import torch
 from command import done, text_file, tiny
+from runtime_layers import quantized
 from transformers import DynamicCache
 
 from calibration.architectures import resolve
 from calibration.errors import ToolkitError
 from calibration.models import open_model
-from cli.decoding import load_with_sites
+from cli.decoding import fits_int4_rows, load_with_sites
 from ptq.runtime.load import load_model
+from ptq.scheme import parse_scheme
 from sparsity.attach import attach, decode_modes
 from sparsity.decode import DecodeLinear, Phase
 from sparsity.sites import Site, prune
@@ -239,6 +242,23 @@ def test_a_linear_without_sparse_kernel_is_pruned_and_named(quantized_folder):
     assert set(decoder.masked_only) == set(linears(architecture))
     assert "w8a16" in decoder.masked_only[linears(architecture)[0]]
     assert_close(run(loaded.model, ids_of(1)), expected)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "changes", "fits"),
+    [
+        ("w4a16-g32-asym", {}, True),
+        ("w2a16-gchannel-sym", {}, True),
+        ("w8a16-g32-sym", {}, False),
+        ("w4a16-ic32-sym", {}, False),
+        ("w4a16-g32-sym", {"group_index": torch.zeros(64, dtype=torch.int32)}, False),
+        ("w4a16-g32-sym", {"scale": torch.full((64, 2), 1 + 2.0**-10)}, False),
+        ("w4a16-g32-sym", {"parts": {"lora_a": torch.zeros(1, 64)}}, False),
+    ],
+)
+def test_only_plain_four_bit_codes_are_laid_out_in_rows(scheme, changes, fits):
+    q = dataclasses.replace(quantized(scheme.replace("ic32", "g32"), 64, 64), scheme=parse_scheme(scheme))
+    assert fits_int4_rows(dataclasses.replace(q, **changes)) == fits
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
-"""How fast a model decodes: the same tokens several times, the fastest counts."""
+"""How fast a model decodes: the same tokens several times, the fastest step counts."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,8 @@ from ptq.runtime.generate import decode_tokens, weight_bytes_per_token
 class Speed:
     """Attributes:
     prefill_seconds: of the whole prompt, the fastest repeat.
-    tokens_per_second: of decoding behind it, the fastest repeat: whatever else the machine does only adds time.
+    tokens_per_second: of the fastest decoding step behind it. Steps do the same work (but for a cache that grows by
+        one position), and whatever else the machine does only adds time.
     weight_bytes: read by one decoding step if nothing is skipped.
     """
 
@@ -23,12 +26,28 @@ class Speed:
     weight_bytes: int
 
 
-def measure_speed(model: Any, input_ids: torch.Tensor, new_tokens: int, repeats: int) -> Speed:
-    """Greedy decoding of ``new_tokens`` behind ``input_ids [1, n]``, once to warm up and then ``repeats`` times."""
-    decode_tokens(model, input_ids, min(4, new_tokens))
-    prefill, step = float("inf"), float("inf")
+def measure_speed(
+    model: Any,
+    input_ids: torch.Tensor,
+    new_tokens: int,
+    repeats: int,
+    settings: Sequence[Callable[[], None]] = (lambda: None,),
+) -> list[Speed]:
+    """Greedy decoding of ``new_tokens`` behind ``input_ids [1, n]``, once to warm up and then ``repeats`` times.
+
+    Args:
+        settings: called before each repeat, by turns, so that what is compared is measured in the same minutes.
+
+    Returns:
+        one speed for each setting.
+    """
+    decode_tokens(model, input_ids, 3)
+    prefill, step = [float("inf")] * len(settings), [float("inf")] * len(settings)
     for _ in range(repeats):
-        _, times = decode_tokens(model, input_ids, new_tokens)
-        prefill = min(prefill, times[1] - times[0])
-        step = min(step, (times[-1] - times[1]) / (len(times) - 2))
-    return Speed(prefill, 1 / step, weight_bytes_per_token(model))
+        for number, setting in enumerate(settings):
+            setting()
+            _, times = decode_tokens(model, input_ids, new_tokens)
+            prefill[number] = min(prefill[number], times[1] - times[0])
+            step[number] = min(step[number], *(b - a for a, b in itertools.pairwise(times[1:])))
+    size = weight_bytes_per_token(model)
+    return [Speed(first, 1 / seconds, size) for first, seconds in zip(prefill, step, strict=True)]

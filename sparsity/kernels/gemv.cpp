@@ -14,13 +14,14 @@
 
 namespace {
 
-constexpr int ROWS = 8;       // rows added per pass over the sums: eight streams, one load and store of a sum
-constexpr int WIDTH = 2048;   // columns per pass: their sums stay in the first-level cache
+constexpr int ROWS = 4;       // rows added per pass over the sums: four streams, one load and store of a sum
+constexpr int WIDTH = 4096;   // columns per pass: their sums stay in the first-level cache
 constexpr int LINE = 64;
 
+// Non-temporal: a weight is used once per token, and would only push out what is used again.
 template <class W> inline void prefetch(const W* p) {
     for (size_t byte = 0; byte < PAIR * sizeof(W); byte += LINE)
-        __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, 0, 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, 0, 0);
 }
 
 // sums[b, 0:width] (pair order, `stride` apart) += sum over the kept rows of value * wt[row, 0:width].

@@ -78,7 +78,7 @@ void add_rows(const uint8_t* const* row, const uint8_t* const* next, const float
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) {
                 Codes codes(row[r] + c / 2, part);
-                if (part == 0) __builtin_prefetch(next[r] + c / 2, 0, 2);
+                if (part == 0) __builtin_prefetch(next[r] + c / 2, 0, 0);
 #pragma GCC unroll 8
                 for (int k = 0; k < 8; k++) a[k] = a[k] + table[r](codes, k);
             }
@@ -159,7 +159,7 @@ void dot_rows(const uint8_t* const* row, const uint8_t* const* next, const bf16*
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
                 codes[r] = Codes(row[r] + c / 2, part);
-                if (part == 0) __builtin_prefetch(next[r] + c / 2, 0, 2);
+                if (part == 0) __builtin_prefetch(next[r] + c / 2, 0, 0);
             }
 #pragma GCC unroll 8
             for (int k = 0; k < 8; k++) {
