@@ -8,13 +8,15 @@ from typing import Any
 from calibration.corpora import load_corpus
 from calibration.memory import return_freed
 from calibration.models import load_tokenizer
+from calibration.random_tokens import RANDOM, random_tokens
 from calibration.text import TokenBatches, calibration_tokens, check_tokenizer, read_tokens
 
 
 def model_tokens(
     folder: Path, config: Any, dataset: str, samples: int, seq_len: int, seed: int, trust_remote_code: bool
 ) -> TokenBatches:
-    """Windows of ``dataset`` as the model in ``folder`` tokenizes it; of a ``.safetensors`` file the ids as they are.
+    """Windows of ``dataset`` as the model in ``folder`` tokenizes it; of a ``.safetensors`` file the ids as they are;
+    of ``random`` any ids.
 
     Args:
         config: of transformers; its ``vocab_size`` bounds the ids.
@@ -28,6 +30,8 @@ def model_tokens(
         return read_tokens(path, samples, seq_len, vocabulary)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     check_tokenizer(tokenizer, vocabulary)
+    if dataset == RANDOM:
+        return random_tokens(tokenizer, samples, seq_len, seed)
     corpus = load_corpus(dataset, "calibrate")
     tokens = calibration_tokens(corpus, tokenizer, samples, seq_len, seed)
     del corpus

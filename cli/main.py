@@ -7,7 +7,7 @@ import sys
 import typer
 
 from calibration.errors import ToolkitError
-from cli import analyze, bench, compare, evaluate, export, fit, generate, inspect, predict, quantize, sparsify
+from cli import analyze, bench, compare, evaluate, export, fit, generate, inspect, predict, quantize, sparsify, study
 
 app = typer.Typer(
     name="ptq",
@@ -28,6 +28,7 @@ app.command("analyze")(analyze.analyze)
 app.command("bench")(bench.bench)
 app.command("compare")(compare.compare)
 app.command("predict")(predict.predict)
+app.add_typer(study.app, name="study")
 
 
 def main() -> None:

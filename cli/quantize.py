@@ -33,8 +33,8 @@ def quantize(
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="Calibration text: wikitext2, c4, ptb, pileval, builtin, generated (by the model itself), or FILE "
-            "(text, .jsonl, .parquet, or input_ids in .safetensors)."
+            help="Calibration text: wikitext2, c4, ptb, pileval, builtin, generated (by the model itself), random "
+            "(tokens), or FILE (text, .jsonl, .parquet, or input_ids in .safetensors)."
         ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,

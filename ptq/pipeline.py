@@ -32,6 +32,7 @@ from calibration.models import (
 )
 from calibration.passes import Gates
 from calibration.progress import Progress, Silent
+from calibration.random_tokens import RANDOM
 from calibration.record import RunRecord
 from calibration.samples import model_tokens
 from calibration.skeleton import Skeleton
@@ -58,8 +59,8 @@ class Options:
     """Everything of a quantization run but the model, the recipe and the folder.
 
     Attributes:
-        dataset: calibration text, or ``generated`` to have the model write it; None: wikitext2, or the demo's own
-            text for the demo.
+        dataset: calibration text, ``generated`` to have the model write it, or ``random`` tokens; None: wikitext2, or
+            the demo's own text for the demo.
         samples, seq_len, seed: of calibration.
         device, dtype: of forward passes; ``auto`` is the GPU where there is one, and the checkpoint's dtype where the
             machine is fast at it.
@@ -162,7 +163,7 @@ def prepare(
         first_tokens(load_tokenizer(folder, options.trust_remote_code))
         notes.append("the model writes its calibration text, and is in memory for that")
         plan = replace(plan, sizes=replace(plan.sizes, peak_bytes=max(plan.sizes.peak_bytes, reader.total_bytes)))
-    elif plan.needs_data:
+    elif plan.needs_data and dataset != RANDOM:
         check_name(dataset)
     if options.evaluate is not None:
         check_name(options.evaluate)
@@ -172,9 +173,18 @@ def prepare(
 
 
 def run(
-    job: Job, out: str | Path, *, overwrite: bool = False, resume: bool = False, progress: Progress | None = None
+    job: Job,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    tokens: TokenBatches | None = None,
 ) -> RunRecord:
     """Carry out a prepared job and return its record.
+
+    Args:
+        tokens: calibration windows, where they have been made already; see `calibration_windows`.
 
     Raises:
         ToolkitError: see the message; DIR is then not there, and DIR.partial can be resumed where it is.
@@ -190,7 +200,8 @@ def run(
     if options.evaluate is not None:
         words = int(job.config.vocab_size)
         check_text(reader.folder, options.evaluate, job.seq_len, words, options.trust_remote_code)
-    tokens = calibration_windows(job, progress) if plan.needs_data else None
+    if plan.needs_data:
+        tokens = tokens or calibration_windows(job, progress)
     identity = {
         "model": fingerprint(reader),
         "recipe": plan.recipe.to_json(),

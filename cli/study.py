@@ -1,0 +1,91 @@
+"""``ptq study``: questions that many runs of one model answer."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, quiet_libraries
+
+app = typer.Typer(help="Questions that many runs of one model answer.", no_args_is_help=True, rich_markup_mode="rich")
+
+
+@app.command("calibration")
+def calibration(
+    model: Model,
+    out: Out,
+    method: Annotated[str, typer.Option(help="As of ptq quantize.")] = "gptq",
+    scheme: Annotated[str | None, typer.Option(help="As of ptq quantize.")] = None,
+    datasets: Annotated[
+        str, typer.Option(help="Comma-separated: names and files as of ptq quantize, generated, random.")
+    ] = "wikitext2,c4,generated,random",
+    samples: Annotated[str, typer.Option(help="Calibration windows, comma-separated.")] = "8,32,128",
+    seq_len: Annotated[str, typer.Option(help="Tokens per window, comma-separated.")] = "2048",
+    seeds: Annotated[int, typer.Option(help="Runs per setting, with seeds 0, 1, ...")] = 3,
+    eval: Annotated[str | None, typer.Option("--eval", help="Text to score on; as of ptq eval.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens per scoring window. Default: the longest --seq-len.")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="Score that many windows only.")] = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Of scoring: auto (float32 on CPU), float32, bfloat16, float16.")] = "auto",
+    overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted study.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """How much the choice of calibration text matters: perplexity over data sets, sizes, lengths and seeds.
+
+    Example:
+
+      ptq study calibration demo --scheme w3a16-g128 --datasets builtin,generated,random --samples 8,32 --seq-len 512 \\
+          --out study
+    """
+    from calibration.errors import ToolkitError
+    from cli.progress import TerminalProgress
+
+    sizes, lengths = _integers("--samples", samples), _integers("--seq-len", seq_len)
+    for name, value in (("--seeds", seeds), ("--window", window), ("--windows", windows)):
+        if value is not None and value < 1:
+            raise ToolkitError(f"{name} {value}: less than 1", f"give {name} a positive number")
+    quiet_libraries()
+    from ptq.report.calibration_markdown import render
+    from ptq.study.calibration import CalibrationOptions, study_calibration
+
+    options = CalibrationOptions(
+        datasets=_words("--datasets", datasets),
+        samples=sizes,
+        seq_lens=lengths,
+        seeds=seeds,
+        method=method,
+        scheme=scheme,
+        evaluate=eval,
+        window=window,
+        windows=windows,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    with TerminalProgress() as progress:
+        study = study_calibration(model, options, out, render, overwrite=overwrite, resume=resume, progress=progress)
+    print(render(study), end="")
+    print(f"\nwritten to {out}")
+
+
+def _words(option: str, text: str) -> tuple[str, ...]:
+    """The entries of a comma-separated list, each once."""
+    from calibration.errors import ToolkitError
+
+    found = [word.strip() for word in text.split(",")]
+    if not all(found) or len(set(found)) < len(found):
+        raise ToolkitError(f"{option} {text}: an entry is empty or there twice", "separate different entries by commas")
+    return tuple(found)
+
+
+def _integers(option: str, text: str) -> tuple[int, ...]:
+    from calibration.errors import ToolkitError
+
+    words = _words(option, text)
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise ToolkitError(f"{option} {text}: not positive whole numbers", "write them as 8 or 8,32,128")
+    return tuple(int(word) for word in words)
