@@ -23,6 +23,9 @@ from sparsity.sites import MODES, Mode, Site
 TENSORS_FILE = "sparsity.safetensors"
 SETTINGS_FILE = "sparsity.json"
 SCHEMA_VERSION = 1
+REACHED, SHARED = ".reached", ".shared"
+"""Beside the parts of a site in ``segment.gates``, for `Sparsity`: float32 ``[1]`` each."""
+
 AGAIN = "run `ptq sparsify` on this checkpoint again"
 
 
@@ -37,7 +40,9 @@ class Sparsity:
         sites: in execution order.
         settings: of the method, everything that decides the thresholds.
         calibration: of the text, as in a run record.
-        reached: site name -> share of values pruned on the calibration text.
+        reached: site name -> share of values pruned on the calibration text; more than was asked for where values
+            tie, as the zeros of ReLU do.
+        shared: names of sites of experts that saw too few tokens, and took the pool of all experts of their layer.
     """
 
     method: str
@@ -47,6 +52,7 @@ class Sparsity:
     settings: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     reached: dict[str, float] = field(default_factory=dict)
+    shared: tuple[str, ...] = ()
 
 
 def site_tensors(sites: Iterable[Site]) -> dict[str, torch.Tensor]:
@@ -59,11 +65,12 @@ def site_tensors(sites: Iterable[Site]) -> dict[str, torch.Tensor]:
 
 
 def sites_from(tensors: Mapping[str, torch.Tensor]) -> tuple[Site, ...]:
-    """The inverse of `site_tensors`, in the order of the thresholds.
+    """The inverse of `site_tensors`, in the order of the thresholds; what `REACHED` and `SHARED` name is left out.
 
     Raises:
         ToolkitError: a name that is none of ours; thresholds that are negative or not finite; parts that do not fit.
     """
+    tensors = {name: t for name, t in tensors.items() if not name.endswith((REACHED, SHARED))}
     sites = []
     known = set()
     for key in (k for k in tensors if k.endswith(".threshold")):
@@ -106,7 +113,13 @@ def save_sparsity(sparsity: Sparsity, folder: Path) -> None:
         "settings": sparsity.settings,
         "calibration": sparsity.calibration,
         "sites": [
-            {"linear": s.linear, "mode": s.mode, "reached": sparsity.reached.get(s.name)} for s in sparsity.sites
+            {
+                "linear": s.linear,
+                "mode": s.mode,
+                "reached": sparsity.reached.get(s.name),
+                "shared": s.name in sparsity.shared,
+            }
+            for s in sparsity.sites
         ],
     }
     write_atomically(folder / SETTINGS_FILE, (json.dumps(data, indent=1, sort_keys=True) + "\n").encode())
@@ -129,6 +142,7 @@ def load_sparsity(folder: Path) -> Sparsity | None:
                 f"{path}: schema version {version}, this version reads {SCHEMA_VERSION}", "use the ptq that wrote it"
             )
         listed = {f"{s['linear']}.{s['mode']}": s["reached"] for s in data["sites"]}
+        shared = tuple(f"{s['linear']}.{s['mode']}" for s in data["sites"] if s["shared"])
         settings = {key: data[key] for key in ("method", "target", "base", "settings", "calibration")}
     except (ValueError, KeyError, TypeError) as error:
         raise ToolkitError(f"{path}: damaged ({error!r})", AGAIN) from None
@@ -143,7 +157,7 @@ def load_sparsity(folder: Path) -> Sparsity | None:
     if set(sites) != set(listed):
         raise ToolkitError(f"{folder}: {SETTINGS_FILE} and {TENSORS_FILE} name different sites", AGAIN)
     reached = {name: share for name, share in listed.items() if share is not None}
-    return Sparsity(sites=tuple(sites[name] for name in listed), reached=reached, **settings)
+    return Sparsity(sites=tuple(sites[name] for name in listed), reached=reached, shared=shared, **settings)
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:

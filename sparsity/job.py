@@ -19,7 +19,7 @@ from calibration.skeleton import Skeleton
 from calibration.text import TokenBatches
 from calibration.walk import Walk
 from sparsity.budget import Choice
-from sparsity.files import Sparsity, save_sparsity, sites_from
+from sparsity.files import REACHED, SHARED, Sparsity, save_sparsity, sites_from
 from sparsity.rules import settings_of
 
 
@@ -113,6 +113,8 @@ def write(
         sites=sites_from(gates),
         settings=settings,
         calibration=dict(calibration),
+        reached={n.removesuffix(REACHED): float(t) for n, t in gates.items() if n.endswith(REACHED)},
+        shared=tuple(n.removesuffix(SHARED) for n in gates if n.endswith(SHARED)),
     )
     save_sparsity(sparsity, folder)
     return sparsity

@@ -28,10 +28,14 @@ MIN_TOKENS = 1024
 
 @dataclass
 class Pool:
-    """The distribution of the values of one site, and the number of tokens it was seen on."""
+    """The distribution of the values of one site, and the number of tokens it was seen on.
+
+    ``shared``: it is the pool of all experts of a layer, in place of that of an expert that saw too few tokens.
+    """
 
     histogram: Histogram = field(default_factory=Histogram)
     tokens: int = 0
+    shared: bool = False
 
     def update(self, rows: torch.Tensor) -> None:
         """Fold in ``[tokens, n]``."""
@@ -117,7 +121,7 @@ def checked(segment: Segment, pools: Mapping[K, Pool], groups: Mapping[K, int | 
             )
         group = groups[key]
         if group is not None:
-            everyone = together.setdefault(group, Pool())
+            everyone = together.setdefault(group, Pool(shared=True))
             everyone.histogram.add(pool.histogram)
             everyone.tokens += pool.tokens
     result = {}

@@ -12,9 +12,9 @@ import torch
 from calibration.architectures import ArchitectureSpec
 from calibration.errors import Problem, ToolkitError
 from calibration.segment import Segment
-from sparsity.files import site_tensors
+from sparsity.files import REACHED, SHARED, site_tensors
 from sparsity.histogram import Histogram
-from sparsity.pools import MIN_TOKENS
+from sparsity.pools import MIN_TOKENS, Pool
 from sparsity.sites import Mode, Site
 from sparsity.thresholds import channel_thresholds
 
@@ -29,6 +29,7 @@ class Rule:
         linear: block-relative checkpoint name; ``mode`` as in `Site`.
         histogram: of the values, or where there is ``importance`` ``[n]`` of |value| times importance.
         center: what pruned values become.
+        shared: the histogram is that of all experts of the layer, because this one saw too few tokens.
     """
 
     linear: str
@@ -36,6 +37,7 @@ class Rule:
     histogram: Histogram
     importance: torch.Tensor | None = None
     center: float = 0.0
+    shared: bool = False
 
     def threshold(self, share: float) -> torch.Tensor:
         """float32 ``[1]``, or ``[n]`` where channels differ in importance."""
@@ -43,6 +45,10 @@ class Rule:
         if self.importance is not None:
             return channel_thresholds(pooled, self.importance).cpu()
         return torch.tensor([pooled], dtype=torch.float32)
+
+    def reached(self, share: float) -> float:
+        """What is pruned of the pool itself."""
+        return self.histogram.share(self.center, self.histogram.threshold(share, self.center))
 
     def site(self, segment: Segment, share: float) -> Site:
         """The site, with the fold of its center into the bias: ``center * rowsum(W)`` in float64, kept in float32."""
@@ -54,11 +60,22 @@ class Rule:
         return Site(path, self.mode, self.threshold(share), center, (float(center) * rows).float().cpu())
 
 
+def pool_rule(linear: str, mode: Mode, pool: Pool) -> Rule:
+    """The rule that prunes the smallest values of a pool."""
+    return Rule(linear, mode, pool.histogram, shared=pool.shared)
+
+
 def put(segment: Segment, rules: Iterable[Rule], shares: Mapping[str, float]) -> tuple[Site, ...]:
     """Fix the shares (by linear) and leave the sites in the segment; where the share is 0 there is no site."""
-    sites = tuple(rule.site(segment, shares[rule.linear]) for rule in rules if shares[rule.linear] > 0.0)
-    segment.gates.update(site_tensors(sites))
-    return sites
+    sites = []
+    for rule in (rule for rule in rules if shares[rule.linear] > 0.0):
+        site = rule.site(segment, shares[rule.linear])
+        segment.gates.update(site_tensors([site]))
+        segment.gates[site.name + REACHED] = torch.tensor([rule.reached(shares[rule.linear])], dtype=torch.float32)
+        if rule.shared:
+            segment.gates[site.name + SHARED] = torch.ones(1)
+        sites.append(site)
+    return tuple(sites)
 
 
 def parse_targets(text: str) -> tuple[tuple[str, float], ...]:

@@ -238,3 +238,19 @@ def test_experts_have_thresholds_of_their_own_or_those_of_their_layer(family):
     assert len(set(own)) == 4 and all(len(t) > 1 for t in own)
     shared = thresholds(TokenBatches(TOKENS.input_ids[:40], {}))  # no expert sees 1024 tokens
     assert len(set(shared)) < 4 and any(len(t) == 1 for t in shared)
+
+
+def test_the_files_say_what_was_reached_and_shared(text, tmp_path):
+    model = tiny(tmp_path / "m", "qwen3_moe")
+    words = ("--method", "chess", "--target", "0.4", "--out", tmp_path / "out", "--dataset", text)
+    assert "experts with too few calibration tokens" in done("sparsify", model, *words, *FEW)
+    sparsity = load_sparsity(tmp_path / "out")
+    assert sparsity is not None and sparsity.shared and all(".experts." in name for name in sparsity.shared)
+    assert set(sparsity.reached) == {site.name for site in sparsity.sites}
+    assert all(share == pytest.approx(0.4, abs=1e-3) for share in sparsity.reached.values())
+
+
+def test_ties_beyond_the_target_are_said(text, tmp_path):
+    model = tiny(tmp_path / "m", "opt")
+    words = ("--method", "fatrelu", "--target", "0.1", "--out", tmp_path / "out", "--dataset", text)
+    assert "values that tie" in done("sparsify", model, *words, *FEW)

@@ -18,7 +18,7 @@ from calibration.passes import Phase, Stream
 from calibration.segment import Segment
 from calibration.statistics import Statistic
 from sparsity.pools import Pool, checked, gated
-from sparsity.rules import Rule, gate_problems, put, target_problems, token_problems
+from sparsity.rules import gate_problems, pool_rule, put, target_problems, token_problems
 
 
 def gate_pools(segment: Segment, context: Context, watches: Iterable[Watch] = ()) -> dict[str, Pool]:
@@ -66,7 +66,7 @@ class Cats:
 
     def apply(self, segment: Segment, context: Context) -> None:
         pools = checked(segment, gate_pools(segment, context), gate_groups(segment))
-        rules = [Rule(gate, "output", pools[gate].histogram) for gate in gated(segment)]
+        rules = [pool_rule(gate, "output", pools[gate]) for gate in gated(segment)]
         put(segment, rules, dict.fromkeys(pools, self.target))
 
     def masked(

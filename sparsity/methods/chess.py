@@ -23,7 +23,7 @@ from calibration.segment import Segment
 from calibration.statistics import Statistic
 from sparsity.methods.cats import gate_groups, gate_pools
 from sparsity.pools import MIN_TOKENS, ChannelMeans, Pool, checked, gated
-from sparsity.rules import Rule, gate_problems, put, target_problems, token_problems
+from sparsity.rules import Rule, gate_problems, pool_rule, put, target_problems, token_problems
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ class Chess:
             Watch(networks[gate].nonlinearity, pool.look(importance[gate]), output=True)
             for gate, pool in weighted.items()
         )
-        rules = [Rule(linear, "input", pool.histogram) for linear, pool in inputs.items()]
+        rules = [pool_rule(linear, "input", pool) for linear, pool in inputs.items()]
         for gate, network in networks.items():
             if network.expert is not None and means[gate].tokens < MIN_TOKENS:
-                rules.append(Rule(gate, "output", fallback[gate].histogram))
+                rules.append(pool_rule(gate, "output", fallback[gate]))
             else:
                 rules.append(Rule(gate, "output", weighted[gate].histogram, importance[gate]))
         put(segment, rules, {rule.linear: self.target for rule in rules})

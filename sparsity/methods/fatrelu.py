@@ -18,7 +18,7 @@ from calibration.segment import Segment
 from calibration.statistics import Statistic
 from sparsity.methods.cats import gate_groups, gate_pools
 from sparsity.pools import checked, gated, input_pools
-from sparsity.rules import ANY_LINEAR, Rule, put, target_problems, token_problems
+from sparsity.rules import ANY_LINEAR, pool_rule, put, target_problems, token_problems
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class FatRelu:
     def apply(self, segment: Segment, context: Context) -> None:
         if gated(segment):
             pools = checked(segment, gate_pools(segment, context), gate_groups(segment))
-            rules = [Rule(gate, "output", pools[gate].histogram) for gate in gated(segment)]
+            rules = [pool_rule(gate, "output", pools[gate]) for gate in gated(segment)]
         else:
             downs = [network.down for network in segment.spec.feed_forward]
-            rules = [Rule(n, "input", pool.histogram) for n, pool in input_pools(segment, context, downs).items()]
+            rules = [pool_rule(n, "input", pool) for n, pool in input_pools(segment, context, downs).items()]
         put(segment, rules, {rule.linear: self.target for rule in rules})
 
     def masked(

@@ -25,7 +25,7 @@ from calibration.statistics import Statistic
 from sparsity.files import sites_from
 from sparsity.masking import Masks, block_masked, block_watches
 from sparsity.pools import calibration_rows, input_pools
-from sparsity.rules import Rule, put, share_of, target_problems, token_problems
+from sparsity.rules import Rule, pool_rule, put, share_of, target_problems, token_problems
 from sparsity.sites import Site, prune
 from sparsity.thresholds import kernel_mode
 
@@ -78,7 +78,7 @@ class Scap:
             before = block_watches(Masks(), segment.architecture, segment.index, sites)
             pools = input_pools(segment, context, stage, before)
             shares = {linear: share_of(linear, self.target, self.targets) for linear in stage}
-            rules = [Rule(linear, "input", pools[linear].histogram) for linear in stage]
+            rules = [pool_rule(linear, "input", pools[linear]) for linear in stage]
             rules = self._centered(segment, context, rules, shares, before)
             sites += put(segment, rules, shares)
 

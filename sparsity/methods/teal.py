@@ -22,7 +22,7 @@ from calibration.segment import Segment
 from calibration.statistics import Statistic
 from sparsity.masking import Masks, block_watches
 from sparsity.pools import calibration_rows, input_pools
-from sparsity.rules import Rule, put, share_of, target_problems, token_problems
+from sparsity.rules import Rule, pool_rule, put, share_of, target_problems, token_problems
 
 Shares = dict[str, float]
 
@@ -113,7 +113,7 @@ class Teal:
 
     def apply(self, segment: Segment, context: Context) -> None:
         pools = input_pools(segment, context, segment.spec.linears)
-        rules = {linear: Rule(linear, "input", pool.histogram) for linear, pool in pools.items()}
+        rules = {linear: pool_rule(linear, "input", pool) for linear, pool in pools.items()}
         if self.allocation == "uniform" or self.targets:
             shares = {linear: share_of(linear, self.target, self.targets) for linear in rules}
         else:
