@@ -12,6 +12,7 @@ from ptq.methods.fp4 import Fp4
 from ptq.methods.gptq import Gptq
 from ptq.methods.lorc import Lorc
 from ptq.methods.norm_tweak import NormTweak
+from ptq.methods.outliertune import OutlierTune
 from ptq.methods.ranges import Ranges
 from ptq.methods.rotate import Rotate
 from ptq.methods.rtn import Rtn
@@ -32,13 +33,19 @@ METHODS: dict[str, type[Pass]] = {
     "rotate": Rotate,
     "ranges": Ranges,
     "bias-correct": BiasCorrect,
+    "outliertune": OutlierTune,
 }
 
 COMBINATIONS: dict[str, tuple[str, ...]] = {"rtn-ada": ("adadim", "rtn"), "gptq-ada": ("adadim", "gptq")}
 """Names in the literature for passes in a row, as ``--method`` takes them."""
 
-DEFAULT_SCHEMES: dict[str, str] = {"fp4": "fp4-e2m1-g128"}
-"""What ``--method`` alone means, for methods that do not work on integers."""
+DEFAULT_SCHEMES: dict[str, str] = {
+    "fp4": "fp4-e2m1-g128",
+    "smoothquant": "w8a8",
+    "outliertune": "w8a8-asym",
+    "rotate": "w4a4",
+}
+"""What ``--method`` alone means, for methods that were not made for 4-bit integer weights alone."""
 
 __all__ = [
     "COMBINATIONS",
@@ -54,6 +61,7 @@ __all__ = [
     "Gptq",
     "Lorc",
     "NormTweak",
+    "OutlierTune",
     "Ranges",
     "Rotate",
     "Rtn",
