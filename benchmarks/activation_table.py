@@ -32,13 +32,19 @@ FIXED = '[[pass]]\nname = "smoothquant"\n'
 ROTATE = '[[pass]]\nname = "rotate"\n'
 GPTQ = '[[pass]]\nname = "gptq"\n'
 
+OUTLIERTUNE = '[[pass]]\nname = "outliertune"\n'
+RTN = '[[pass]]\nname = "rtn"\n'
+
 ROWS: dict[str, tuple[str, str]] = {
+    "float": ("", ""),
     "naive-w8a8-tensor": ("w8a8-wtensor-atensor", ""),
     "naive-w8a8-token": ("w8a8", ""),
     "smoothquant-w8a8-alpha-0.5": ("w8a8", FIXED),
     "smoothquant-w8a8": ("w8a8", SMOOTH),
+    "outliertune-w8a8": ("w8a8-asym", OUTLIERTUNE),
     "naive-w6a6": ("w6a6", ""),
     "smoothquant-w6a6": ("w6a6", SMOOTH),
+    "outliertune-w6a6": ("w6a6-asym", OUTLIERTUNE),
     "naive-w4a4": ("w4a4", ""),
     "smoothquant-w4a4": ("w4a4", SMOOTH),
     "rotate+rtn-w4a4": ("w4a4", ROTATE),
@@ -72,7 +78,9 @@ def main() -> None:
         loaded = load_model(model, dtype=torch.float32, kernel="reference")
         return score(logits_of(loaded, torch.device("cpu")), text, scoring).perplexity
 
-    def quantized(model: Path, scheme: str, passes: str, place: Path) -> float:
+    def measured(model: Path, scheme: str, passes: str, place: Path) -> float:
+        if not scheme:
+            return perplexity(model)
         recipe = place / "recipe.toml"
         recipe.write_text(f'scheme = "{scheme}"\n{passes or RTN}')
         options = {"dataset": args.dataset, "samples": args.samples, "seq_len": args.seq_len, "dtype": "float32"}
@@ -82,16 +90,13 @@ def main() -> None:
     print(f"window {args.seq_len}, float32; calibration {args.samples} x {args.seq_len}, seed 0", flush=True)
     print("| method | " + " | ".join(m.name for m in args.models) + " |", flush=True)
     print("| --- |" + " ---: |" * len(args.models), flush=True)
-    print("| float | " + " | ".join(f"{perplexity(m):.2f}" for m in args.models) + " |", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         for row in args.rows.split(","):
             begin = time.perf_counter()
-            found = [quantized(model, *ROWS[row], Path(temporary)) for model in args.models]
+            found = [measured(model, *ROWS[row], Path(temporary)) for model in args.models]
             print(f"| {row} | " + " | ".join(f"{p:.2f}" for p in found) + " |", flush=True)
             print(f"{row}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
 
-
-RTN = '[[pass]]\nname = "rtn"\n'
 
 if __name__ == "__main__":
     main()

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from calibration.experts import Expert
-from calibration.statistics import Statistic
+from calibration.statistics import BySequence, Statistic
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and the keyword arguments of one call of a module."""
@@ -124,16 +124,24 @@ def accumulate(block: nn.Module, statistics: Mapping[str, Iterable[Statistic]]) 
             entry, under the name of any of them.
     """
 
+    length = 0
+
+    def entering(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        nonlocal length
+        length = args[0].shape[1]
+
     def hook_for(accumulators: tuple[Statistic, ...]):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0].flatten(0, -2)
-            if x.shape[0]:
-                for accumulator in accumulators:
+            for accumulator in accumulators if x.shape[0] else ():
+                if isinstance(accumulator, BySequence) and x.shape[0] % length == 0:
+                    accumulator.update_sequences(x.unflatten(0, (-1, length)))
+                else:
                     accumulator.update(x)
 
         return hook
 
-    handles = [
+    handles = [block.register_forward_pre_hook(entering)] + [
         block.get_submodule(path).register_forward_pre_hook(hook_for(tuple(accumulators)))
         for path, accumulators in statistics.items()
     ]

@@ -142,6 +142,12 @@ class Context:
                 statistic.rescale(s)
         self._products.clear()
 
+    def forget(self, linears: Sequence[str]) -> None:
+        """The inputs of ``linears`` changed in a way that no statistic follows; the next request gathers again."""
+        shared = {s for s in self.segment.spec.inputs if not set(linears).isdisjoint(s.linears)}
+        self._store = {key: found for key, found in self._store.items() if key[0] not in shared}
+        self._products.clear()
+
     def _gather(self, inputs: Sequence[SharedInput], kinds: Sequence[type[Statistic]]) -> None:
         segment, states = self.segment, self._states
         if self._propagate:

@@ -128,6 +128,15 @@ class TransformsInputs(Protocol):
 
 
 @runtime_checkable
+class AddsBiases(Protocol):
+    """A pass that needs biases which the checkpoint does not have."""
+
+    def new_biases(self, architecture: ArchitectureSpec, index: int, stored: Collection[str]) -> Collection[str]:
+        """Linears of a block that get a bias, zeros until a pass edits it, from the names that the block stores. (An
+        entry of ``config.json`` switches on biases of several linears, needed or not.)"""
+
+
+@runtime_checkable
 class ChangesModel(Protocol):
     """A pass that not every architecture admits, or that changes what ``config.json`` must say."""
 

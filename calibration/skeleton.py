@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,11 +101,12 @@ class Skeleton:
     def block(self, index: int) -> nn.Module:
         return self.model.get_submodule(self.spec.blocks)[index]
 
-    def check_complete(self, infos: Mapping[str, TensorInfo]) -> None:
+    def check_complete(self, infos: Mapping[str, TensorInfo], added: Collection[str] = ()) -> None:
         """Refuse a checkpoint that lacks parameters or has them in another shape, which would fail far from the cause.
 
         Args:
             infos: headers of all tensors of the checkpoint.
+            added: names in the checkpoint of parameters that passes make.
 
         Raises:
             ToolkitError: names what is missing, or the first shape that differs.
@@ -113,7 +114,8 @@ class Skeleton:
         stored = {self.spec.root_module_name(n): info for n, info in infos.items()}
         tied = self.model.all_tied_weights_keys  # {"lm_head.weight": "model.embed_tokens.weight"} where tied
         missing = [n for n, _ in self.model.named_parameters(remove_duplicate=False) if n not in stored]
-        missing = [n for n in missing if tied.get(n) not in stored]
+        made = {self.spec.root_module_name(n) for n in added}
+        missing = [n for n in missing if tied.get(n) not in stored and n not in made]
         if missing:
             more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
             raise ToolkitError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -182,3 +182,42 @@ class Extremes:
 
     def finite(self) -> bool:
         return bool(torch.isfinite(self.low).all() and torch.isfinite(self.high).all()) if self.tokens else True
+
+
+@runtime_checkable
+class BySequence(Protocol):
+    """A statistic that tells sequences apart, where the model keeps them together."""
+
+    def update_sequences(self, x: torch.Tensor) -> None:
+        """Fold in ``x [sequences, tokens, in]``, instead of `Statistic.update`."""
+
+
+class Midpoints:
+    """Extremes of every input channel, and the sum over sequences of the midpoint between a channel's extremes in that
+    sequence, float32 ``[in]`` (float64 where the inputs are). Where experts scatter the tokens of a batch, that batch
+    counts as one sequence."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.low = torch.full((in_features,), torch.inf, device=device)
+        self.high = torch.full((in_features,), -torch.inf, device=device)
+        self.total = torch.zeros(in_features, device=device)
+        self.sequences = 0
+        self.tokens = 0
+
+    def update(self, x: torch.Tensor) -> None:
+        self.update_sequences(x[None])
+
+    def update_sequences(self, x: torch.Tensor) -> None:
+        low, high = torch.aminmax(x if x.dtype == torch.float64 else x.float(), dim=1)
+        self.low = torch.minimum(self.low.to(low.dtype), low.amin(dim=0))
+        self.high = torch.maximum(self.high.to(low.dtype), high.amax(dim=0))
+        self.total = self.total.to(low.dtype) + ((low + high) / 2).sum(dim=0)
+        self.sequences += x.shape[0]
+        self.tokens += x.shape[0] * x.shape[1]
+
+    def rescale(self, s: torch.Tensor) -> None:
+        for tensor in (self.low, self.high, self.total):
+            tensor.div_(s.to(tensor.dtype))
+
+    def finite(self) -> bool:
+        return bool(torch.isfinite(self.total).all())

@@ -21,6 +21,7 @@ from calibration.context import Context
 from calibration.memory import return_freed
 from calibration.outside import Outside
 from calibration.passes import (
+    AddsBiases,
     Gates,
     Pass,
     Phase,
@@ -246,6 +247,11 @@ class Walk:
     def load(self, index: int, with_module: bool = True) -> Segment:
         """One block with float masters; ``with_module`` also fills the module for forward passes."""
         spec, stored = self.skeleton.spec, self._float_block(index)
+        for step in self.passes:
+            if isinstance(step, AddsBiases):
+                for linear in step.new_biases(self.skeleton.spec, index, stored):
+                    w = stored[f"{linear}.weight"]
+                    stored[f"{linear}.bias"] = w.new_zeros(w.shape[1 if self.skeleton.spec.conv1d else 0])
         masters = {n: t.to(self.skeleton.device, self.master_dtype) for n, t in stored.items()}
         if with_module:
             self._fill(index, {n: masters[n].to(self.skeleton.dtype) for n in masters})

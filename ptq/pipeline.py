@@ -41,6 +41,7 @@ from calibration.walk import Walk
 from ptq.committed import CommittedBlocks, Restore, encode_segment, input_quantizers
 from ptq.devices import parse_dtype, resolve_device
 from ptq.evaluation import check_text, context_length, default_dataset
+from ptq.export.loadable import check_keys
 from ptq.export.write import copy_small_files, verify_checkpoint, write_checkpoint
 from ptq.gating import SparseRuntime
 from ptq.methods import METHODS
@@ -214,8 +215,8 @@ def run(
     }
     if resume:
         session.begin(identity, resume=True)
-    skeleton = Skeleton(job.config, plan.spec, job.dtype, job.device)
-    skeleton.check_complete(reader.infos)
+    skeleton = Skeleton(plan.model_config(job.config), plan.spec, job.dtype, job.device)
+    skeleton.check_complete(reader.infos, plan.new_biases)
     with watch("check weights"):
         progress.stage("check weights", len(reader.infos))
         check_finite(reader, progress.advance)
@@ -254,6 +255,7 @@ def run(
     with watch("verify"):
         progress.stage("verify", len(plan.layout.quantized))
         verified = verify_checkpoint(blocks.blocks, fmt, session.partial, progress.advance)
+        check_keys(session.partial, reader.infos, options.trust_remote_code)
     gating = [step for step in plan.recipe.passes if isinstance(step, Gates)]
     if gating:
         assert job.sparse is not None and tokens is not None, "GATE passes come with their runtime"

@@ -5,6 +5,7 @@ Nothing here reads a tensor. ``--dry-run`` prints the plan.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from calibration.checkpoint import CheckpointReader
 from calibration.errors import PlanError, Problem, ToolkitError, unknown_value
 from calibration.outside import Outside
 from calibration.passes import (
+    AddsBiases,
     ChangesModel,
     Gates,
     RewritesOutside,
@@ -58,7 +60,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is decided before a weight is read."""
+    """Everything that is decided before a weight is read.
+
+    Attributes:
+        remarks: sentences about what a user may not expect.
+        new_biases: full names of biases that the checkpoint does not have and the output will.
+    """
 
     recipe: Recipe
     spec: ArchitectureSpec
@@ -68,6 +75,15 @@ class Plan:
     sizes: Sizes
     needs_data: bool
     remarks: tuple[str, ...]
+    new_biases: tuple[str, ...] = ()
+
+    def model_config(self, config: Any) -> Any:
+        """The transformers config of the model that runs while the passes work on it: with biases that they add."""
+        changed = copy.deepcopy(config)
+        for key, value in self.layout.config.items():
+            if self.new_biases and value is True and getattr(changed, key, None) is False:
+                setattr(changed, key, value)
+        return changed
 
     def with_schemes(self, schemes: Mapping[str, QuantScheme]) -> Plan:
         """The plan as it was carried out: passes chose these schemes, by full name."""
@@ -122,6 +138,8 @@ def make_plan(
     problems += check_order(recipe.passes)
     model_wide = [p for p in recipe.passes if isinstance(p, ChangesModel)]
     changes = {key: value for p in model_wide for key, value in p.config_changes(config).items()}
+    added = _new_biases(reader, spec, recipe)
+    linears = [replace(linear, bias=linear.bias or linear.name in added) for linear in linears]
     layout = ModelLayout(
         config={**reader.config, **changes},
         linears=tuple(linears),
@@ -146,7 +164,20 @@ def make_plan(
     sizes = _sizes(reader, config, spec, layout, recipe, forwards, tokens, forward_itemsize)
     remarks = [f"not balanced: {r}" for i in range(spec.n_blocks) for r in spec.block(i).unbalanced]
     remarks += [r for p in model_wide for r in p.remarks(spec, layout)]
-    return Plan(recipe, spec, layout, fmt, reason, sizes, forwards > 0, tuple(dict.fromkeys(remarks)))
+    biases = tuple(f"{name}.bias" for name in added)
+    return Plan(recipe, spec, layout, fmt, reason, sizes, forwards > 0, tuple(dict.fromkeys(remarks)), biases)
+
+
+def _new_biases(reader: CheckpointReader, spec: ArchitectureSpec, recipe: Recipe) -> list[str]:
+    """Full names of linears that passes give a bias."""
+    found = []
+    for step in recipe.passes:
+        if isinstance(step, AddsBiases):
+            for index in range(spec.n_blocks):
+                prefix = spec.prefix(index)
+                stored = [n[len(prefix) :] for n in reader.infos if n.startswith(prefix)]
+                found += [prefix + name for name in step.new_biases(spec, index, stored)]
+    return found
 
 
 def _stored_dtype(reader: CheckpointReader, linears: list[PlannedLinear]) -> torch.dtype:

@@ -64,6 +64,7 @@ def opt(config: Any) -> ArchitectureSpec:
         n_blocks=config.num_hidden_layers,
         norm="layer",
         block=lambda index: block,
+        bias_switches={"enable_bias": block.linears},
         residual=residual,
     )
 
@@ -138,6 +139,7 @@ def gpt_neox(config: Any) -> ArchitectureSpec:
         norm="layer",
         block=lambda index: block,
         root_renames=(("embed_out.", "lm_head."),),
+        bias_switches={"attention_bias": ("attention.query_key_value", "attention.dense")},
         residual=Residual(("gpt_neox.embed_in",), "gpt_neox.final_layer_norm", "embed_out"),
     )
 
@@ -193,5 +195,6 @@ def falcon(config: Any) -> ArchitectureSpec:
         norm="layer",
         block=lambda index: block,
         tuple_output=True,
+        bias_switches={"bias": block.linears},
         residual=Residual(("transformer.word_embeddings",), "transformer.ln_f"),
     )

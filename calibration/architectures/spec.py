@@ -6,7 +6,7 @@ decoder block (``self_attn.q_proj``, ``block_sparse_moe.experts.3.w1``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -166,6 +166,7 @@ class ArchitectureSpec:
         experts: index -> `Experts`, or None for a dense block.
         residual: what lies around the residual stream, where its basis can be changed exactly: every norm reads the
             stream and feeds linears only. Else the reason why not.
+        bias_switches: entry of ``config.json`` -> the block's linears whose biases it switches on.
         attention: implementation used to run calibration; ``sdpa`` where the family supports it.
     """
 
@@ -179,6 +180,7 @@ class ArchitectureSpec:
     tuple_output: bool = False
     conv1d: bool = False
     experts: Callable[[int], Experts | None] = field(default=lambda index: None)
+    bias_switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     residual: Residual | str = "the architecture table names nothing around its residual stream"
     attention: Literal["sdpa", "eager"] = "sdpa"
 

@@ -12,6 +12,7 @@ from ptq.methods.fp4 import Fp4
 from ptq.methods.gptq import Gptq
 from ptq.methods.lorc import Lorc
 from ptq.methods.norm_tweak import NormTweak
+from ptq.methods.outliertune import OutlierTune
 from ptq.methods.ranges import Ranges
 from ptq.methods.rotate import Rotate
 from ptq.methods.rs import Rs
@@ -34,6 +35,7 @@ METHODS: dict[str, type[Pass]] = {
     "rs": Rs,
     "ranges": Ranges,
     "bias-correct": BiasCorrect,
+    "outliertune": OutlierTune,
 }
 
 COMBINATIONS: dict[str, tuple[str, ...]] = {
@@ -46,9 +48,10 @@ the name takes its place: ``rrs+rtn``."""
 
 DEFAULT_SCHEMES: dict[str, str] = {
     "fp4": "fp4-e2m1-g128",
+    "smoothquant": "w8a8",
+    "outliertune": "w8a8-asym",
     "rotate": "w4a4",
     "rs": "w4a4",
-    "smoothquant": "w8a8",
 }
 """What ``--method`` alone means, for methods that are not about integer weights alone; the first pass decides."""
 
@@ -66,6 +69,7 @@ __all__ = [
     "Gptq",
     "Lorc",
     "NormTweak",
+    "OutlierTune",
     "Ranges",
     "Rotate",
     "Rs",

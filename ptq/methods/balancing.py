@@ -37,10 +37,12 @@ def spread(group: Balance, s: torch.Tensor) -> torch.Tensor:
     return s.view(heads.key_value, 1, heads.width).expand(-1, heads.repeats, -1).reshape(-1)
 
 
-def balance(segment: Segment, context: Context, group: Balance, s: torch.Tensor) -> None:
-    """Divide the producer's channels by ``s``, multiply the consumers' columns, and let the statistics follow."""
+def balance(segment: Segment, context: Context, group: Balance, s: torch.Tensor) -> torch.Tensor:
+    """Divide the producer's channels by ``s``, multiply the consumers' columns, and let the statistics follow; returns
+    the factors ``[in]`` of the columns."""
     absorbed = segment.absorb(group, s)
     context.rescale([name for name in group.consumers if name not in segment.spec.routers], absorbed)
+    return absorbed
 
 
 def note_all(segment: Segment, inputs: Sequence[Sequence[str]], **values: float | str) -> None:
