@@ -13,8 +13,9 @@ from typing import Literal
 
 from calibration.errors import ToolkitError, nearest
 
-Kind = Literal["int", "fp8-e4m3"]
+Kind = Literal["int", "fp8-e4m3", "fp4-e2m1"]
 Granularity = Literal["tensor", "token", "channel", "group"]
+FLOAT_KINDS: dict[str, Kind] = {"fp8": "fp8-e4m3", "fp4": "fp4-e2m1"}
 INPUT_BITS = (4, 6, 8)
 CACHE_BITS = (4, 8)
 FLOAT_INPUTS = 16  # "a16": inputs stay in the model's dtype
@@ -45,7 +46,7 @@ class ActivationQuant:
 
     Attributes:
         bits: of a code.
-        kind: integers, or the floats E4M3 (8 bits, largest value 448).
+        kind: integers, or the floats E4M3 (8 bits, largest value 448) or E2M1 (4 bits, 6).
         granularity: what shares a step: all of X, a token, an input channel, or ``group_size`` channels of a token.
         dynamic: ranges of the live input; otherwise calibrated ones, stored as the parts ``input_scale`` and
             ``input_zero``.
@@ -68,8 +69,8 @@ class ActivationQuant:
 
     @property
     def number(self) -> str:
-        """``a8`` or ``afp8``"""
-        return "afp8" if self.kind == "fp8-e4m3" else f"a{self.bits}"
+        """``a8``, ``afp8`` or ``afp4``"""
+        return f"a{self.bits}" if self.kind == "int" else f"afp{self.bits}"
 
     @property
     def suffix(self) -> str:
@@ -106,9 +107,9 @@ SHARED: dict[str, tuple[Granularity, bool]] = {
 
 WEIGHT_SYNONYMS = {"wtensor": "gtensor", "wchannel": "gchannel"}
 PRESETS = ("w8a8", "w6a6", "w4a8", "w4a4", "w4a4kv4", "fp8")
-_HEAD = re.compile(r"(w\d+)a(\d+|fp8)(?:kv(\d+|fp8))?")
+_HEAD = re.compile(r"(w\d+)a(\d+|fp8|fp4)(?:kv(\d+|fp8))?")
 _FLOAT = re.compile(r"e\dm\d")
-_WIDTH = re.compile(r"a(\d+|fp8)|kv(\d+|fp8)")
+_WIDTH = re.compile(r"a(\d+|fp8|fp4)|kv(\d+|fp8)")
 _GROUP = re.compile(r"ag(\d+)")
 _SMOOTH = re.compile(r"rs(\d+)(n?)(?:b(\d+))?")
 _OF_WEIGHTS = re.compile(r"(g|ic)\w+|a?sym\w*")
@@ -168,10 +169,10 @@ def _width_suffixes(words: list[str]) -> tuple[str, str | None]:
 
 
 def _inputs(text: str, number: str, suffixes: list[str]) -> ActivationQuant:
-    floats = number == "fp8"
+    floats = number.startswith("fp")
     if not floats and int(number) not in INPUT_BITS:
         choices = ", ".join(map(str, INPUT_BITS))
-        raise ToolkitError(f"scheme: '{text}' asks for {number}-bit inputs", f"use {choices}, fp8, or 16 for none")
+        raise ToolkitError(f"scheme: '{text}' asks for {number}-bit inputs", f"use {choices}, fp8, fp4, or 16 for none")
     shared = [w for w in suffixes if w in SHARED or _GROUP.fullmatch(w)]
     smooth = [found for w in suffixes if (found := _SMOOTH.fullmatch(w))]
     if len(shared) > 1 or len(smooth) > 1:
@@ -186,8 +187,8 @@ def _inputs(text: str, number: str, suffixes: list[str]) -> ActivationQuant:
     if 0 in widths:
         raise ToolkitError(f"scheme: '{text}' asks for groups of 0", "use a positive number, for example 128")
     quant = ActivationQuant(
-        bits=8 if floats else int(number),
-        kind="fp8-e4m3" if floats else "int",
+        bits=int(number.removeprefix("fp")),
+        kind=FLOAT_KINDS.get(number, "int"),
         granularity=granularity,
         dynamic=dynamic,
         symmetric="azp" not in suffixes,

@@ -8,6 +8,7 @@ from ptq.methods.adaquant import AdaQuant
 from ptq.methods.awq import Awq
 from ptq.methods.bias_correct import BiasCorrect
 from ptq.methods.equalize import Equalize
+from ptq.methods.exponent_shift import ExponentShift
 from ptq.methods.fp4 import Fp4
 from ptq.methods.gptq import Gptq
 from ptq.methods.lorc import Lorc
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Pass]] = {
     "fp4": Fp4,
     "adaquant": AdaQuant,
     "equalize": Equalize,
+    "exponent-shift": ExponentShift,
     "lorc": Lorc,
     "norm-tweak": NormTweak,
     "smoothquant": SmoothQuant,
@@ -65,6 +67,7 @@ __all__ = [
     "Awq",
     "BiasCorrect",
     "Equalize",
+    "ExponentShift",
     "Fp4",
     "Gptq",
     "Lorc",

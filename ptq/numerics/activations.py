@@ -3,8 +3,8 @@
 Symmetric integers (Xiao et al. 2022, arXiv 2211.10438, with clamping): ``s = max|x| / (2^(b-1) - 1)``, codes
 ``clamp(round(x / s), -2^(b-1), 2^(b-1) - 1)``. With zero points the range is first widened to hold 0:
 ``s = (max - min) / (2^b - 1)``, ``z = round(-2^(b-1) - min / s)``, codes ``clamp(round(x / s) + z, ...)``. E4M3:
-``s = max|x| / 448``, "codes" are the float8 values of ``x / s``, which do not overflow. Where a range is empty, s is
-``SMALLEST_STEP``. Everything is computed in float32.
+``s = max|x| / 448``, "codes" are the float8 values of ``x / s``, which do not overflow; E2M1 likewise with 6. Where a
+range is empty, s is ``SMALLEST_STEP``. Everything is computed in float32.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from __future__ import annotations
 import torch
 
 from ptq.activations import ActivationQuant
+from ptq.numerics import floats
 from ptq.numerics.smooth import channel_groups, channel_maxima, smoothing_scales
+from ptq.scheme import E2M1
 
 E4M3_LARGEST = 448.0
+LARGEST_FLOAT: dict[str, float] = {"fp8-e4m3": E4M3_LARGEST, "fp4-e2m1": E2M1.largest}
 SMALLEST_STEP = 1e-8  # of an input that is zero everywhere; SmoothQuant's floor of 1e-5 on the range is about this
 
 
@@ -40,7 +43,7 @@ def step_and_zero(
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     lowest, highest = quant.bounds
     if quant.symmetric:
-        largest = E4M3_LARGEST if quant.kind == "fp8-e4m3" else highest
+        largest = LARGEST_FLOAT.get(quant.kind, highest)
         return (torch.maximum(-low, high) / largest).clamp(min=SMALLEST_STEP), None
     scale = ((high - low) / (highest - lowest)).clamp(min=SMALLEST_STEP)
     return scale, (lowest - low / scale).round().clamp(lowest, highest)
@@ -51,6 +54,8 @@ def encode(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, quan
     codes = x / scale
     if quant.kind == "fp8-e4m3":
         return codes.clamp_(-E4M3_LARGEST, E4M3_LARGEST).to(torch.float8_e4m3fn).float()
+    if quant.kind == "fp4-e2m1":
+        return floats.nearest(codes, E2M1)
     codes = codes.round_()
     return (codes if zero is None else codes.add_(zero)).clamp_(*quant.bounds)
 
