@@ -12,6 +12,7 @@ from ptq.methods.fp4 import Fp4
 from ptq.methods.gptq import Gptq
 from ptq.methods.lorc import Lorc
 from ptq.methods.norm_tweak import NormTweak
+from ptq.methods.ptq161 import Ptq161
 from ptq.methods.ranges import Ranges
 from ptq.methods.rotate import Rotate
 from ptq.methods.rtn import Rtn
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Pass]] = {
     "adadim-published": AdaDimPublished,
     "fp4": Fp4,
     "adaquant": AdaQuant,
+    "ptq1.61": Ptq161,
     "equalize": Equalize,
     "lorc": Lorc,
     "norm-tweak": NormTweak,
@@ -37,7 +39,7 @@ METHODS: dict[str, type[Pass]] = {
 COMBINATIONS: dict[str, tuple[str, ...]] = {"rtn-ada": ("adadim", "rtn"), "gptq-ada": ("adadim", "gptq")}
 """Names in the literature for passes in a row, as ``--method`` takes them."""
 
-DEFAULT_SCHEMES: dict[str, str] = {"fp4": "fp4-e2m1-g128"}
+DEFAULT_SCHEMES: dict[str, str] = {"fp4": "fp4-e2m1-g128", "ptq1.61": "w1a16-salient20"}
 """What ``--method`` alone means, for methods that do not work on integers."""
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "Gptq",
     "Lorc",
     "NormTweak",
+    "Ptq161",
     "Ranges",
     "Rotate",
     "Rtn",
