@@ -34,6 +34,7 @@ from ptq.export.formats import FORMATS, PREFERRED, Format, choose
 from ptq.linears import ModelLayout, PlannedLinear
 from ptq.methods.choosing import ChoosesSchemes
 from ptq.methods.gptq import Gptq
+from ptq.methods.ptq161 import binary_problems
 from ptq.numerics.objective import ROW_BYTES
 from ptq.recipe import Recipe
 from ptq.scheme import QuantScheme
@@ -156,6 +157,7 @@ def make_plan(
     for whole in model_wide:
         problems += whole.refusals(spec)
     problems += activation_problems(layout, recipe.passes, spec, config)
+    problems += binary_problems(layout, recipe.passes)
     fmt, reason = _format(recipe, _possible_layouts(layout, recipe), problems)
     if problems:
         raise PlanError(dict.fromkeys(problems))

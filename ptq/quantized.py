@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ptq.numerics.binary import mixed_values, unpack_mask
 from ptq.numerics.grids import levels_of, step_of
 from ptq.numerics.groups import join, split
 from ptq.numerics.lowrank import factor_product
@@ -20,12 +21,19 @@ PARTS: dict[str, str] = {
     "key_hadamard": "int32 [1], queries and keys go through such transforms after the rotary embedding",
     "input_scale": "float32 [1] or [in], the step of static inputs",
     "input_zero": "float32 [1] or [in], their zero point, an integer; absent for symmetric grids",
+    "salient": "uint8 [ceil(in / 8)], bitmap of the columns that have 4 bits among one-bit weights, lowest bit first",
+    "binary_scale": "float16 [out], half the distance of the two values of a row",
+    "binary_mean": "float16 [out], their mean",
+    "column_scale": "float16 [in], by which one-bit columns are multiplied",
 }
 """Tensors that may stand beside the codes of a linear, by name, with shape and meaning. Native files store each as
 ``<linear>.<name>``; a pass that makes one lists it in ``Pass.parts``."""
 
 INPUT_GRID = ("input_scale", "input_zero")
 """The parts of a static grid of inputs."""
+
+BINARY = ("salient", "binary_scale", "binary_mean", "column_scale")
+"""The parts of one-bit weights with salient columns, see `ptq.numerics.binary.mixed_values`."""
 
 LORA = ("lora_b", "lora_a", "lora_scale")
 """The parts of a low-rank correction, in the order of `ptq.numerics.lowrank.factor_product`."""
@@ -90,6 +98,11 @@ class QuantizedTensor:
         """Level times step as ``[out, in]``: products in float32, then one cast to ``dtype``. The level of a code is
         ``code - zero``, or the float that the code stands for."""
         quant, zero, step = self.scheme.weights, self.zero, self.step
+        if quant.salient_percent is not None:
+            assert zero is not None
+            bitmap, scale, mean, column = (self.parts[name] for name in BINARY)
+            mask = unpack_mask(bitmap, self.shape[1])
+            return mixed_values(self.codes, step, zero, mask, scale, mean, column).to(dtype)
         if self.group_index is not None:
             index = self.group_index.long()
             zero = None if zero is None else zero[:, index]

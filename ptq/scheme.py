@@ -14,7 +14,7 @@ from ptq.activations import PRESETS, ActivationQuant, CacheQuant, take_activatio
 IntegerQuantizer = Literal["asym_minmax", "asym_zero_in", "sym_full", "sym_restricted", "sym_gptq"]
 """The five integer grids in common use (A to E of the literature's vocabulary; see `ptq.numerics.integers`)."""
 
-Quantizer = IntegerQuantizer | Literal["float"]
+Quantizer = IntegerQuantizer | Literal["float", "binary"]
 ScaleFormat = Literal["half", "bf16", "e8m0", "e4m3"]
 """How scales are stored: exact in bf16 and in fp16; in bf16; a power of two (MX formats); E4M3 beside one float32 for
 the whole tensor (NVFP4)."""
@@ -105,13 +105,20 @@ def float_formats(bits: int) -> tuple[FloatFormat, ...]:
 
 @dataclass(frozen=True)
 class TensorQuant:
-    """A grid for one tensor: integer, or the values of a small float format (``quantizer`` is then "float")."""
+    """A grid for one tensor: integer, the values of a small float format (``quantizer`` is then "float"), one bit a
+    weight with 4 bits in ``salient_percent`` of the columns ("binary", see `ptq.numerics.binary`)."""
 
     bits: int
     grouping: Grouping
     quantizer: Quantizer = "sym_gptq"
     float_format: FloatFormat | None = None
     scale_format: ScaleFormat = "half"
+    salient_percent: int | None = None
+
+    def salient_count(self, in_features: int) -> int:
+        """Salient columns of a row of this length: int(ratio * in) + 1, as published."""
+        percent = self.salient_percent or 0
+        return min(in_features, percent * in_features // 100 + 1) if percent else 0
 
     @staticmethod
     def of_floats(number: FloatFormat, grouping: Grouping, scale_format: ScaleFormat = "bf16") -> TensorQuant:
@@ -154,6 +161,8 @@ class QuantScheme:
             return preset
         if w.float_format is not None:
             return f"fp{w.bits}-{w.float_format}-{w.grouping}"
+        if w.salient_percent is not None:
+            return f"w1a16-salient{w.salient_percent}"
         suffix = {"sym_gptq": "sym", "asym_zero_in": "asym"}.get(w.quantizer, w.quantizer)
         return f"w{w.bits}a16-{w.grouping}-{suffix}"
 
@@ -161,6 +170,10 @@ class QuantScheme:
         """Stored bits over weights: codes, scales, ``bits``-wide zero points, the scale of the whole tensor where there
         is one, and an int32 group index per input column where groups follow an activation order (``reordered``)."""
         w = self.weights
+        if w.salient_percent is not None:  # rows of both kinds of codes fill whole words; a 4-bit grid per row
+            salient = w.salient_count(in_features)
+            words = -(-(in_features - salient) // 32) + -(-4 * salient // 32)
+            return (32 * words + SCALE_BITS["half"] + 4) / in_features
         per_group = SCALE_BITS[w.scale_format] + (0 if w.symmetric else w.bits)
         index = 32.0 / out_features if reordered else 0.0
         index += 32.0 / (out_features * in_features) if w.scale_format == "e4m3" else 0.0
@@ -169,7 +182,7 @@ class QuantScheme:
     def to_json(self) -> dict[str, Any]:
         w = self.weights
         data = {"bits": w.bits, "group_size": w.grouping.size, "axis": w.grouping.axis, "quantizer": w.quantizer}
-        if str(self) != self.weights_text or w.grouping.kind == "tensor":
+        if str(self) != self.weights_text or w.grouping.kind == "tensor" or w.salient_percent is not None:
             return {**data, "scheme": str(self)}
         if w.float_format is None:
             return data
@@ -214,12 +227,18 @@ def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantS
         ToolkitError: the text is no scheme, or the bits or the group size are not on offer.
     """
     choices = f"w{{{','.join(map(str, BITS))}}}a16-{{{','.join(f'g{g}' for g in GROUP_SIZES)},gchannel}}[-sym|-asym]"
-    choices += f", {', '.join(FLOAT_PRESETS)} or fp4-e2m1-g128; ic instead of g groups along the outputs"
+    choices += f", {', '.join(FLOAT_PRESETS)}, fp4-e2m1-g128 or w1a16-salient20"
+    choices += "; ic instead of g groups along the outputs"
     choices += f"; with quantized activations {', '.join(PRESETS)}"
     weights_text, inputs, cache = take_activations(SMOOTHQUANT_LEVELS.get(text.strip().lower(), text))
     plain = _grouping_first(weights_text.strip().lower())
     if plain in FLOAT_PRESETS:
         return QuantScheme(FLOAT_PRESETS[plain], inputs, cache)
+    if plain.startswith("w1a16-salient") and plain.removeprefix("w1a16-salient").isdigit():
+        percent = int(plain.removeprefix("w1a16-salient"))
+        if percent > 100:
+            raise ToolkitError(f"scheme: '{text}' has {percent} % salient columns", "use w1a16-salient20")
+        return QuantScheme(TensorQuant(1, Grouping("channel"), "binary", salient_percent=percent), inputs, cache)
     if plain.startswith("fp"):
         return QuantScheme(_parse_floats(text, plain, choices), inputs, cache)
     match = _SCHEME.fullmatch(plain)

@@ -14,6 +14,8 @@ suffix           dtype      shape                       content
 ``zero``         int32      ``[ceil(lines*G*b/32)]``    one dense stream, line after line; b = 8: uint8
                                                         ``[lines, G]``; absent for symmetric grids
 ``group_index``  int32      ``[in]``                    only where groups follow an activation order
+``salient_codes`` int32    ``[out, ceil(k*4/32)]``     one-bit weights: codes of the k salient columns; ``codes``
+                                                        are then those of the others, ``zero`` has 4 bits
 names of PARTS   their own  see `ptq.quantized.PARTS`   only where a pass made one
 ===============  =========  ==========================  ====================================================
 
@@ -34,6 +36,7 @@ from calibration.errors import Problem, ToolkitError
 from ptq.export.checks import group_problems, stored_scale
 from ptq.export.narrow_scales import decode_scale, encode_scale
 from ptq.linears import ModelLayout
+from ptq.numerics.binary import SALIENT_BITS, unpack_mask
 from ptq.numerics.bitstream import pack, unpack, words_per_row
 from ptq.quantized import PARTS, QuantizedTensor
 from ptq.scheme import NARROW_SCALES, QuantScheme
@@ -46,7 +49,9 @@ class Native:
     """Format-free checkpoint, read by this toolkit only."""
 
     name: ClassVar[str] = "native"
-    suffixes: ClassVar[frozenset[str]] = frozenset({"codes", "scale", "global_scale", "zero", "group_index", *PARTS})
+    suffixes: ClassVar[frozenset[str]] = frozenset(
+        {"codes", "scale", "global_scale", "zero", "group_index", "salient_codes", *PARTS}
+    )
 
     def check(self, layout: ModelLayout) -> list[Problem]:
         """Only groups that do not divide a row; no file can hold those."""
@@ -59,7 +64,11 @@ class Native:
     def encode(self, q: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Tensors of one linear. ``dtype`` is not used: bfloat16 holds our scales exactly."""
         bits, kind = q.scheme.weights.bits, q.scheme.weights.scale_format
-        tensors = {"codes": q.codes.clone() if bits == 8 else pack(q.codes, bits)}
+        if q.scheme.weights.salient_percent is not None:
+            mask, bits = unpack_mask(q.parts["salient"], q.shape[1]), SALIENT_BITS
+            tensors = {"codes": pack(q.codes[:, ~mask], 1), "salient_codes": pack(q.codes[:, mask], bits)}
+        else:
+            tensors = {"codes": q.codes.clone() if bits == 8 else pack(q.codes, bits)}
         if kind in NARROW_SCALES:
             tensors["scale"] = encode_scale(q.scale, kind)
         else:
@@ -80,8 +89,11 @@ class Native:
         """The inverse of `encode`, bit for bit."""
         bits, scale = scheme.weights.bits, decode_scale(tensors["scale"])
         codes, zero = tensors["codes"], tensors.get("zero")
-        if bits < 8:
+        if scheme.weights.salient_percent is not None:
+            codes, bits = _mixed_codes(tensors, shape), SALIENT_BITS
+        elif bits < 8:
             codes = unpack(codes, bits, shape[1])
+        if bits < 8:
             zero = None if zero is None else unpack(zero[None], bits, scale.numel()).view_as(scale)
         parts = {name: tensor for name, tensor in tensors.items() if name in PARTS}
         return QuantizedTensor(
@@ -114,6 +126,7 @@ class Native:
         for name, entry in data["layers"].items():
             scheme, (out, columns) = QuantScheme.from_json(entry), entry["shape"]
             bits = scheme.weights.bits
+            columns -= scheme.weights.salient_count(columns)
             expected = (out, columns if bits == 8 else words_per_row(columns, bits))
             info = infos.get(f"{name}.codes")
             if info is None or info.shape != expected:
@@ -121,10 +134,20 @@ class Native:
                     f"{name}.codes: {'missing' if info is None else info.shape}, config.json tells of {expected}",
                     "config.json and the safetensors files are of different runs: export again",
                 )
-            found[name] = (scheme, (out, columns))
+            found[name] = (scheme, (out, entry["shape"][1]))
         return found
 
     def loads_in(self, layout: ModelLayout) -> dict[str, str]:
         """Who opens the checkpoint."""
         only = "no: only this toolkit reads it; `ptq export` turns it into another format"
         return {"transformers": only, "vLLM": only, "llama.cpp": only}
+
+
+def _mixed_codes(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+    """Codes uint8 ``[out, in]`` of one-bit weights with salient columns."""
+    mask = unpack_mask(tensors["salient"], shape[1])
+    codes = torch.empty(shape, dtype=torch.uint8, device=mask.device)
+    salient = int(mask.sum())
+    codes[:, mask] = unpack(tensors["salient_codes"], SALIENT_BITS, salient)
+    codes[:, ~mask] = unpack(tensors["codes"], 1, shape[1] - salient)
+    return codes

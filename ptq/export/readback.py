@@ -95,8 +95,14 @@ def read_codes(
     else:
         assert format_name == "native", f"no reader for '{format_name}'"
         codes, scale, zero = array["codes"], _float(tensors["scale"]), array.get("zero")
-        if bits < 8:
+        if "salient_codes" in array:  # one bit, and four in the columns of a bitmap
+            salient = np.unpackbits(array["salient"], bitorder="little")[:columns].astype(bool)
+            codes, bits = np.empty(shape, dtype=np.uint8), 4
+            codes[:, salient] = _fields(array["salient_codes"], 4, int(salient.sum()))
+            codes[:, ~salient] = _fields(array["codes"], 1, int((~salient).sum()))
+        elif bits < 8:
             codes = _fields(codes, bits, columns)
+        if bits < 8:
             zero = None if zero is None else _fields(zero[None], bits, scale.size).reshape(scale.shape)
     return codes, scale, zero
 

@@ -14,6 +14,7 @@ from ptq.methods.gptq import Gptq
 from ptq.methods.lorc import Lorc
 from ptq.methods.norm_tweak import NormTweak
 from ptq.methods.outliertune import OutlierTune
+from ptq.methods.ptq161 import Ptq161
 from ptq.methods.ranges import Ranges
 from ptq.methods.rotate import Rotate
 from ptq.methods.rs import Rs
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Pass]] = {
     "adadim-published": AdaDimPublished,
     "fp4": Fp4,
     "adaquant": AdaQuant,
+    "ptq1.61": Ptq161,
     "equalize": Equalize,
     "exponent-shift": ExponentShift,
     "lorc": Lorc,
@@ -50,12 +52,13 @@ the name takes its place: ``rrs+rtn``."""
 
 DEFAULT_SCHEMES: dict[str, str] = {
     "fp4": "fp4-e2m1-g128",
+    "ptq1.61": "w1a16-salient20",
     "smoothquant": "w8a8",
     "outliertune": "w8a8-asym",
     "rotate": "w4a4",
     "rs": "w4a4",
 }
-"""What ``--method`` alone means, for methods that are not about integer weights alone; the first pass decides."""
+"""What ``--method`` alone means, for methods that are not about 4-bit integer weights alone; the first pass decides."""
 
 __all__ = [
     "COMBINATIONS",
@@ -73,6 +76,7 @@ __all__ = [
     "Lorc",
     "NormTweak",
     "OutlierTune",
+    "Ptq161",
     "Ranges",
     "Rotate",
     "Rs",

@@ -81,7 +81,7 @@ class Lorc:
             factors = quantize_factors(*low_rank(error, self.rank, self._weight(matrix)), self.bits)
             parts = dict(zip(LORA, factors, strict=True))
             segment.parts[linear] = {**segment.parts.get(linear, {}), **parts}
-            effective = dataclasses.replace(rounded, parts=parts).dequantize(w.dtype)
+            effective = dataclasses.replace(rounded, parts=segment.parts[linear]).dequantize(w.dtype)
             before = segment.errors[linear].get("output")
             segment.set_weight(linear, effective)
             record_errors(segment, linear, w, effective, matrix)

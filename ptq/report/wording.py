@@ -22,6 +22,7 @@ _GRIDS = {
     "sym_full": "symmetric grid with all levels in use",
     "sym_restricted": "symmetric grid without the lowest level",
     "sym_gptq": "symmetric grid",
+    "binary": "two values per row elsewhere, times a factor per column",
 }
 _PROTOCOLS = {
     "gptq": "disjoint windows",
@@ -41,6 +42,10 @@ _PASSES = {
     "clip": "narrows the range of each group where that lowers the output error",
     "lorc": "adds a low-rank correction of what rounding took away",
     "norm-tweak": "adjusts the norms so that outputs follow those of the float model",
+    "equalize": "evens the ranges of weights that follow each other",
+    "bias-correct": "takes the mean error of a rounded layer out of its bias",
+    "adaquant": "learns rounding, steps and zero points of every layer by gradient",
+    "ptq1.61": "keeps signs and a few 4-bit columns, and trains their scales block by block",
 }
 
 
@@ -143,6 +148,8 @@ def scheme_sentence(text: str) -> str:
     line, run = ("output row", "input columns of a row")
     if weights.grouping.axis == "out":
         line, run = ("input column", "output rows of a column")
+    if weights.salient_percent is not None:
+        return f"one-bit weights, 4 bits in {weights.salient_percent} % of the input columns, {_GRIDS['binary']}"
     share = line if weights.grouping.size is None else f"{weights.grouping.size} {run}"
     zero = "" if weights.symmetric else f" and one {weights.bits}-bit zero point"
     if weights.float_format is not None:

@@ -17,6 +17,8 @@ from ptq.runtime.kernels.kernel import Kernel, KernelQuery, Packed
 
 
 def _supports(query: KernelQuery) -> str | None:
+    if query.binary:
+        return "it knows no one-bit weights with salient columns"
     if query.float_format is not None:
         return f"it multiplies integers, not {query.float_format} floats"
     if query.device_type != "cpu":

@@ -26,6 +26,7 @@ class KernelQuery:
         axis: along which groups run: "in" for input columns of a row, "out" for output rows of a column.
         float_format: what codes stand for where they are no integers, else None.
         inputs: the grid of the activations, None where they are not quantized.
+        binary: one bit per weight, four in salient columns.
     """
 
     bits: int
@@ -39,6 +40,7 @@ class KernelQuery:
     axis: Axis = "in"
     float_format: FloatFormat | None = None
     inputs: ActivationQuant | None = None
+    binary: bool = False
 
     @property
     def channelwise(self) -> bool:
@@ -68,6 +70,7 @@ class KernelQuery:
             axis=weights.grouping.axis,
             float_format=weights.float_format,
             inputs=scheme.inputs,
+            binary=weights.salient_percent is not None,
         )
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from ptq.numerics.binary import mixed_values, unpack_mask
 from ptq.numerics.floats import levels_of
-from ptq.quantized import QuantizedTensor
+from ptq.quantized import BINARY, QuantizedTensor
 from ptq.runtime.kernels.kernel import Kernel, KernelQuery, Packed
 
 BLOCK_ELEMENTS = 2**19
@@ -28,6 +29,8 @@ def _pack(q: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> dict[
     dequantizing it does.
     """
     named = {"codes": q.codes, "step": q.step, "zero": q.zero, "group_index": q.group_index}
+    if q.scheme.weights.salient_percent is not None:
+        named |= {name: q.parts[name] for name in BINARY}
     return {name: tensor.to(device).contiguous() for name, tensor in named.items() if tensor is not None}
 
 
@@ -37,6 +40,11 @@ def dequantize_rows(packed: Packed, rows: slice, query: KernelQuery, dtype: torc
     The same products in the same order as `QuantizedTensor.dequantize`, so the same bits.
     """
     codes, step, zero = packed["codes"][rows], packed["step"], packed.get("zero")
+    if query.binary:
+        assert zero is not None
+        mask = unpack_mask(packed["salient"], query.in_features)
+        scale, mean = packed["binary_scale"][rows], packed["binary_mean"][rows]
+        return mixed_values(codes, step[rows], zero[rows], mask, scale, mean, packed["column_scale"]).to(dtype)
     index = packed.get("group_index")
     w = codes.float() if query.float_format is None else levels_of(codes, query.float_format)
     if query.axis == "out":  # line j belongs to column j, and a row takes the group it lies in
