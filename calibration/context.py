@@ -32,7 +32,8 @@ class Context:
             both, because nothing edited the block yet.
         allow_unseen: an expert without calibration tokens gets a zero Gram instead of an error.
         references: outputs of the float block, a tensor per batch, of every kind that a pass trains towards.
-        advance: called after every batch and every linear with what was done, for the progress display.
+        advance: called after every batch and every rounded linear with what was done, for the progress display.
+        show: called with what is at work and does not count: the searches before rounding.
     """
 
     def __init__(
@@ -44,10 +45,11 @@ class Context:
         allow_unseen: bool,
         advance: Callable[[str], None],
         references: Mapping[Reference, Sequence[torch.Tensor]] | None = None,
+        show: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.segment = segment
         self.forwards = 0
-        self.advance = advance
+        self.advance, self.show = advance, show
         self._states = states
         self._kinds = tuple(kinds)
         self._propagate = propagate

@@ -146,8 +146,8 @@ class Walk:
                     self._replay(index, model_states, False, progress)
         linears = sum(len(self.schemes(i)) for i in range(done, n_blocks))
         batches = len(states.batches) if states else 0
-        per_block = batches * forwards_per_block(self.passes)
-        progress.stage("blocks", (n_blocks - done) * per_block + linears)
+        forwards = (n_blocks - done) * forwards_per_block(self.passes) - (stream == "quantized" and done < n_blocks)
+        progress.stage("blocks", batches * forwards + linears)  # nothing follows the last block: it is not run again
         for index in range(done, n_blocks):
             self._block(index, states, model_states, stream, progress)
 
@@ -316,6 +316,7 @@ class Walk:
             allow_unseen=self.allow_unseen,
             advance=advance,
             references=self._references(segment, states, model_states, advance),
+            show=lambda detail: progress.advance(f"{where} {detail}", units=0),
         )
         for step in self.passes:
             if step.phases != (Phase.REBASE,):

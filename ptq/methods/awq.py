@@ -104,7 +104,7 @@ class Awq:
         best = int(losses.nan_to_num(torch.inf).argmin())
         balance(segment, context, group, scales[best])
         note_all(segment, inputs, **{"awq.alpha": alphas[best]})
-        context.advance(group.producer)
+        context.show(group.producer)
 
 
 def _channel_mean(statistics: Sequence[AbsMean]) -> torch.Tensor:

@@ -63,4 +63,4 @@ class ExponentShift:
             n, _ = channel_shifts(by_value_channel(group, maxima).amax(dim=0), number)
             balance(segment, context, group, torch.exp2(-n))
             note_all(segment, inputs, **{"exponent-shift.mean": float(n.mean())})
-            context.advance(group.producer)
+            context.show(group.producer)

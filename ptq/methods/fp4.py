@@ -80,7 +80,7 @@ class Fp4:
                 segment.note(linear, **{f"fp4.{name}": e for name, e in zip(names, errors, strict=True)})
             bounds = search_bounds(w, gram, best.weights, shared.get(linear), shortlist=self.shortlist)
             segment.schemes[linear], segment.ranges[linear] = best, bounds
-            context.advance(linear)
+            context.show(linear)
 
 
 def _coarse_error(w: torch.Tensor, gram: torch.Tensor, scheme: QuantScheme) -> float:

@@ -85,7 +85,7 @@ class OutlierTune:
             inputs = quantized_consumers(segment, group)
             if group.kind == "norm" and inputs:
                 self._tune(segment, context, group, [name for names in inputs for name in names])
-                context.advance(group.producer)
+                context.show(group.producer)
 
     def _tune(self, segment: Segment, context: Context, group: Balance, linears: Sequence[str]) -> None:
         inputs = segment.schemes[linears[0]].inputs

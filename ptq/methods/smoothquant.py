@@ -72,7 +72,7 @@ class SmoothQuant:
             inputs = quantized_consumers(segment, group)
             if wanted[group.kind] and inputs:
                 self._smooth(segment, context, group, inputs)
-                context.advance(group.producer)
+                context.show(group.producer)
 
     def _smooth(self, segment: Segment, context: Context, group: Balance, inputs: Sequence[Sequence[str]]) -> None:
         x_max = torch.stack([context.statistic(names[0], AbsMax).maximum for names in inputs]).amax(dim=0)
