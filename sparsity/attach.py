@@ -14,6 +14,7 @@ from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.skeleton import set_submodule
 from sparsity.decode import DecodeLinear, GatedFeedForward, MaskedLinear, Phase, row_slice
+from sparsity.kernels.pages import on_huge_pages
 from sparsity.sites import Mode, Site
 
 
@@ -103,11 +104,13 @@ def _network(architecture: ArchitectureSpec, site: Site) -> _Network:
     )
 
 
-def float_rows(module: nn.Module, mode: Mode) -> torch.Tensor:
-    """The weight of a float linear by rows of Wᵀ or W; a view where it is stored that way (GPT-2 stores Wᵀ)."""
+def float_rows(module: nn.Module, mode: Mode, shared: bool) -> torch.Tensor:
+    """The weight of a float linear by rows of Wᵀ or W, on huge pages; in place of ``shared`` weights (a tied head) no
+    copy is made where they are stored that way."""
     weight = module.get_parameter("weight").detach()
-    transposed = type(module).__name__ == "Conv1D"
-    return weight.contiguous() if transposed == (mode == "input") else weight.T.contiguous()
+    by_inputs = type(module).__name__ == "Conv1D"  # GPT-2 stores Wᵀ
+    rows = weight if by_inputs == (mode == "input") else weight.T
+    return rows if shared and rows.is_contiguous() else on_huge_pages(rows)
 
 
 def attach(
@@ -128,10 +131,11 @@ def attach(
     """
     sites = tuple(sites)
     modes = decode_modes(architecture, sites)
+    embedding = model.get_input_embeddings().weight
     for path, mode in (*modes.items(), ("lm_head", "output")):
         module = model.get_submodule(path)
         if not isinstance(module, DecodeLinear) and isinstance(getattr(module, "weight", None), nn.Parameter):
-            rows = float_rows(module, mode)
+            rows = float_rows(module, mode, module.weight is embedding)
             layer = DecodeLinear(rows, mode, getattr(module, "bias", None), rows.dtype, phase, kernel)
             set_submodule(model, path, layer)
     masked_only: dict[str, str] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from sparsity.kernels.build import cpu_level, library
 from sparsity.kernels.dispatch import KERNELS, refusals, select
 from sparsity.kernels.kernel import Mask, SparseQuery
 from sparsity.kernels.native import NATIVE
+from sparsity.kernels.pages import HUGE, on_huge_pages
 from sparsity.kernels.reference import REFERENCE, bag_sums, kept_values
 from sparsity.sites import small
 
@@ -203,6 +205,17 @@ def test_a_transposed_copy_serves_dense_products_without_a_second_one():
     wt = draw(40, 30).T.contiguous()
     assert wt.T.stride() == (1, 40)
     assert torch.allclose(torch.nn.functional.linear(draw(5, 30), wt.T), draw(5, 30) @ wt, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (1200, 1001)])
+def test_copies_on_huge_pages_are_copies(shape):
+    x = draw(*shape).T
+    copy = on_huge_pages(x)
+    assert torch.equal(copy, x) and copy.is_contiguous()
+    if x.nbytes >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        assert copy.data_ptr() % HUGE == 0
+    copy += 1
+    assert not torch.equal(copy, x)
 
 
 # --- the dispatcher and bad input ---------------------------------------------------------------------------------

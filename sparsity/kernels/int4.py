@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsity.kernels.pages import on_huge_pages
 from sparsity.sites import Mode
 
 PIECE = 128
@@ -63,7 +64,7 @@ class Int4Rows:
         lines, width = codes.shape
         padded = torch.nn.functional.pad(codes, (0, -width % PIECE))
         nibbles = padded.reshape(lines, -1, 8, 16).transpose(2, 3)  # [lines, pieces, word, nibble]
-        packed = (nibbles[..., ::2] | nibbles[..., 1::2] << 4).reshape(lines, -1).contiguous()
+        packed = on_huge_pages((nibbles[..., ::2] | nibbles[..., 1::2] << 4).reshape(lines, -1))
         zero = None if zero is None else zero.to(torch.uint8).contiguous()
         return Int4Rows(mode, packed, narrow.contiguous(), zero, width, group)
 
