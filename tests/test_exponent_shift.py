@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import done, refused, text_file, tiny
+from command import done, refused, run_ptq, text_file, tiny
 from test_exact_passes import logits_around
 from test_oracles_llm_fp4 import randn
 
@@ -118,8 +118,18 @@ def test_oracle_10_logits_stay_the_same_to_the_bit(tmp_path, family):
 
 
 def test_refusals(place):
+    for scheme in ("w4afp4-g32", "nvfp4-afp4"):
+        run = words(place, "rtn", scheme)
+        run[run.index("native")] = "compressed-tensors"
+        assert "has 4-bit float inputs" in _message(run)
     assert "exponent-shift.exponent_bits: 4" in _refused(place, "exponent_bits = 4")
     assert "exponent-shift.mantissa_bits: 9" in _refused(place, "mantissa_bits = 9")
+
+
+def _message(run: list[str | Path]) -> str:
+    result = run_ptq(*run)
+    assert result.code == 2
+    return result.err
 
 
 def _refused(place: Path, setting: str) -> str:

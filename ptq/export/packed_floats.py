@@ -44,7 +44,12 @@ def problems(layout: ModelLayout, format_name: str) -> list[Problem]:
     schemes = ", ".join(dict.fromkeys(str(linear.scheme) for linear in other))
     reason = f"'{format_name}' has no place for {schemes}: of floats it holds nvfp4, mxfp4 and fp8"
     experts = checks.matching(layout, lambda n: n.expert is not None and preset_of(n.scheme.weights) is not None)  # type: ignore[union-attr]
+    inputs = checks.matching(
+        layout,
+        lambda n: n.scheme.inputs is not None and n.scheme.inputs.kind == "fp4-e2m1",  # type: ignore[union-attr]
+    )
     return [
+        *checks.refuse(inputs, f"has 4-bit float inputs, which '{format_name}' does not know", checks.NATIVE),
         *checks.refuse(other, reason, f"use --scheme nvfp4 or mxfp4, or {checks.NATIVE}"),
         *checks.refuse(experts, f"experts in FP4 are not written to '{format_name}'", checks.NATIVE),
     ]
