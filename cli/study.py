@@ -72,6 +72,40 @@ def calibration(
     print(f"\nwritten to {out}")
 
 
+@app.command("sensitivity")
+def sensitivity(
+    model: Model,
+    out: Out,
+    schemes: Annotated[str, typer.Option(help="Weight schemes, comma-separated.")] = "w2a16,w3a16,w4a16",
+    dataset: Annotated[str | None, typer.Option(help="Calibration text, as of ptq quantize.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows of the layer objective.")] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window; cut to the model's context.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Of the calibration windows.")] = 0,
+    windows: Annotated[int, typer.Option(help="The first of them, on which divergence is measured.")] = 4,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Of forwards: auto, float32, bfloat16 or float16.")] = "auto",
+    overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """What rounding each linear alone costs: the layer objective, the divergence of the model, and their ranks."""
+    from calibration.errors import ToolkitError
+    from cli.progress import TerminalProgress
+
+    offered = _words("--schemes", schemes)
+    if windows < 1:
+        raise ToolkitError(f"--windows {windows}: less than 1", "give --windows a positive number")
+    quiet_libraries()
+    from ptq.pipeline import Options
+    from ptq.report.sensitivity_markdown import render
+    from ptq.study.sensitivity import study_sensitivity
+
+    options = Options(dataset, samples, seq_len, seed, device, dtype, trust_remote_code=trust_remote_code)
+    with TerminalProgress() as progress:
+        study = study_sensitivity(model, offered, options, windows, out, render, overwrite=overwrite, progress=progress)
+    print(render(study), end="")
+    print(f"\nwritten to {out}")
+
+
 def _words(option: str, text: str) -> tuple[str, ...]:
     """The entries of a comma-separated list, each once."""
     from calibration.errors import ToolkitError

@@ -120,19 +120,8 @@ class Fit:
         """One walk over the float blocks; see `ptq.fitting.sensitivity`."""
         job, options = self.job, {name: unit.options for unit in self.units for name in unit.names}
         probe = {name: min(found, key=_distance_from_probe) for name, found in options.items()}
-        walk = Walk(
-            reader=job.reader,
-            skeleton=Skeleton(job.config, job.plan.spec, job.dtype, job.device),
-            passes=(),
-            schemes=job.plan.schemes,
-            encode=lambda segment: {},
-            restore=lambda tensors, schemes, dtype: {},
-            folder=Path(),
-            batch_size=job.batch_size,
-        )
-        walk.skeleton.check_complete(job.reader.infos)
         sweep = Sweep(options, probe, feedback="gptq" in self.method)
-        return sweep.run(walk, calibration_windows(job, progress), progress)
+        return sweep.run(float_walk(job), calibration_windows(job, progress), progress)
 
     def solve(self, sensitivities: Sensitivities, budget: Budget) -> Choice:
         """The choice of least expected divergence under the budget.
@@ -187,6 +176,22 @@ class Fit:
             if scheme != usual:
                 lines += ["", "[[rule]]", f'match = "{name}"', f'scheme = "{scheme}"']
         return "\n".join(lines) + "\n"
+
+
+def float_walk(job: Job) -> Walk:
+    """A walk over the float blocks of a job that commits nothing."""
+    walk = Walk(
+        reader=job.reader,
+        skeleton=Skeleton(job.config, job.plan.spec, job.dtype, job.device),
+        passes=(),
+        schemes=job.plan.schemes,
+        encode=lambda segment: {},
+        restore=lambda tensors, schemes, dtype: {},
+        folder=Path(),
+        batch_size=job.batch_size,
+    )
+    walk.skeleton.check_complete(job.reader.infos)
+    return walk
 
 
 def prepare_fit(
