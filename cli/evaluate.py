@@ -37,6 +37,15 @@ def evaluate(
     kernel: Annotated[
         str | None, typer.Option(help="Kernel for quantized linears; default: the fastest that can run.")
     ] = None,
+    probabilities: Annotated[
+        str | None,
+        typer.Option(
+            help="Simulate a grid for attention probabilities: log2-4, log-sqrt2-4 or adalog20-4 (bits last)."
+        ),
+    ] = None,
+    mlp_values: Annotated[
+        str | None, typer.Option(help="The same for what enters the last linear of an MLP, with a sign bit.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score MODEL: perplexity, and with --reference the distance from another model.
@@ -70,6 +79,8 @@ def evaluate(
             device=device,
             dtype=dtype,
             kernel=kernel,
+            probabilities=probabilities,
+            mlp_values=mlp_values,
             trust_remote_code=trust_remote_code,
             sparse=sparse,
             progress=progress,

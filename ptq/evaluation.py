@@ -20,7 +20,9 @@ from calibration.text import check_tokenizer
 from calibration.windows import Scoring
 from ptq.devices import parse_dtype, resolve_device
 from ptq.gating import SparseRuntime
+from ptq.numerics.logarithmic import LogQuant
 from ptq.runtime.load import Loaded, load_model
+from ptq.runtime.log_values import parse_log_grid, quantize_mlp_values, quantize_probabilities
 
 TASK_BATCH = 8  # sequences per forward in lm-eval tasks
 EVAL_TOKENS = 2048  # tokens per forward
@@ -89,6 +91,8 @@ def evaluate(
     kernel: str | None = None,
     trust_remote_code: bool = False,
     sparse: SparseRuntime | None = None,
+    probabilities: str | None = None,
+    mlp_values: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Score a checkpoint; with ``reference`` also its KL divergence and top-1 agreement against another.
@@ -98,10 +102,17 @@ def evaluate(
         seq_len: window in tokens, cut to the model's context.
         sparse: prunes activations of checkpoints with thresholds: at all positions but the first of a window; under
             the protocol ``decode`` in its second half.
+        probabilities, mlp_values: logarithmic grids for attention probabilities and for what enters the last linear of
+            an MLP, simulated; see `parse_log_grid`. The reference keeps its own.
 
     Raises:
-        ToolkitError: unknown or broken model, data set, protocol; text shorter than a window.
+        ToolkitError: unknown or broken model, data set, protocol, grid; text shorter than a window.
     """
+    grids = {
+        option: parse_log_grid(f"--{option}", text)
+        for option, text in (("probabilities", probabilities), ("mlp-values", mlp_values))
+        if text is not None
+    }
     where = resolve_device(device)
     width = evaluation_dtype(dtype, where)
     folder = locate(model)
@@ -118,6 +129,7 @@ def evaluate(
     if reference is not None:
         other = load_model(reference, dtype=width, device=where, trust_remote_code=trust_remote_code)
     path = _attached(loaded, sparse, protocol, seq_len)
+    path += _with_log_grids(loaded.model, grids)
     if other is not None:
         _attached(other, sparse, protocol, seq_len)
     scoring = Scoring(
@@ -146,6 +158,15 @@ def _attached(loaded: Loaded, sparse: SparseRuntime | None, protocol: str, windo
     dense = window // 2 if protocol == "decode" else 1
     masks = sparse.attach(loaded.model, resolve(loaded.model.config), loaded.folder, dense)
     return f"{loaded.path}; {masks}" if masks else loaded.path
+
+
+def _with_log_grids(model: Any, grids: dict[str, LogQuant]) -> str:
+    """Install the grids of the options of these names; what to add to the path."""
+    if "probabilities" in grids:
+        quantize_probabilities(model, grids["probabilities"])
+    if "mlp-values" in grids:
+        quantize_mlp_values(model, resolve(model.config), grids["mlp-values"])
+    return "".join(f"; {option} of {grid.bits} bits simulated" for option, grid in grids.items())
 
 
 def window_ticks(progress: Progress) -> Callable[[int, int], None]:
