@@ -21,7 +21,7 @@ from calibration.errors import ToolkitError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-SHARD_BYTES = 4_000_000_000
+SHARD_BYTES = 500_000_000  # safetensors copies a shard to write it: twice this is less than one block needs
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -301,7 +301,7 @@ def _umask() -> int:
 
 
 class ShardWriter:
-    """Write a checkpoint shard by shard, holding one shard at most; the index comes last.
+    """Write a checkpoint shard by shard, holding one shard (twice while it is written) at most; the index comes last.
 
     ``add`` tensors in any order, then ``finish``: shards get their final names (``model-00001-of-00003.safetensors``,
     or ``model.safetensors`` for one) and the index is written. Two tensors of one name are an error of ours.
