@@ -54,6 +54,11 @@ def problems(layout: ModelLayout, format_name: str) -> list[Problem]:
         f"use -astatic or -atoken, or {native}",
     )
     refuse(
+        lambda s: s.inputs and s.inputs.kind == "fp4-e2m1",
+        "inputs are floats of 4 bits",
+        f"use a8, a4 or fp8, or {native}",
+    )
+    refuse(
         lambda s: layout_of(s) and s.inputs and (s.inputs.kind == "int") != (layout_of(s) == INT),
         "weights and inputs of 8 bits are integers on one side and floats on the other",
         f"use w8a8 or fp8, or {native}",
