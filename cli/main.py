@@ -7,7 +7,21 @@ import sys
 import typer
 
 from calibration.errors import ToolkitError
-from cli import analyze, bench, compare, evaluate, export, fit, generate, inspect, predict, quantize, sparsify, study
+from cli import (
+    analyze,
+    bench,
+    compare,
+    evaluate,
+    export,
+    fit,
+    generate,
+    inspect,
+    predict,
+    prepare,
+    quantize,
+    sparsify,
+    study,
+)
 
 app = typer.Typer(
     name="ptq",
@@ -28,6 +42,7 @@ app.command("analyze")(analyze.analyze)
 app.command("bench")(bench.bench)
 app.command("compare")(compare.compare)
 app.command("predict")(predict.predict)
+app.command("prepare")(prepare.prepare)
 app.add_typer(study.app, name="study")
 
 

@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _API = {
     "quantize": "ptq.pipeline",
     "evaluate": "ptq.evaluation",
+    "prepare_checkpoint": "ptq.preparation",
     "export_model": "ptq.convert",  # `export` is the package of formats
     "load_model": "ptq.runtime.load",
     "generate": "ptq.runtime.generate",
