@@ -148,6 +148,32 @@ class WeightRecord:
 
 
 @dataclass(frozen=True)
+class HeadRecord:
+    """One attention head; means over all queries behind the first token.
+
+    Attributes:
+        first_mass, delimiter_mass: probability on the first token, and on later full stops, commas and line breaks.
+        value_ratio: value norm of the key with the largest probability, over the median of its head.
+        entropy: of a row, over the logarithm of its visible keys: 1 is uniform.
+        logit_range: largest less smallest logit of a row.
+        contribution: ||O_h W_h|| over the norm of the residual stream.
+        no_op_score: first and delimiter mass, where ``value_ratio`` is below 0.3, else 0.
+        no_op_share: of the queries with 0.9 of their mass there and a contribution among the layer's lowest tenth.
+    """
+
+    block: int
+    head: int
+    first_mass: float
+    delimiter_mass: float
+    value_ratio: float
+    entropy: float
+    logit_range: float
+    contribution: float
+    no_op_score: float
+    no_op_share: float
+
+
+@dataclass(frozen=True)
 class AnalysisRecord:
     """Everything that an analysis found; ``report.json`` as it is.
 
@@ -155,6 +181,7 @@ class AnalysisRecord:
         model: ``name``, ``architecture``, ``dtype``, ``fingerprint``, ``blocks``, ``format`` (None: float).
         calibration: of the text, as in a run record.
         summary: headline numbers, see `summarize`.
+        no_heads: why attention was not looked at, None where it was.
     """
 
     model: dict[str, Any]
@@ -162,6 +189,8 @@ class AnalysisRecord:
     summary: dict[str, Any]
     sites: tuple[SiteRecord, ...]
     weights: tuple[WeightRecord, ...]
+    heads: tuple[HeadRecord, ...]
+    no_heads: str | None
     command: str
     versions: dict[str, str]
     schema_version: int = SCHEMA_VERSION
