@@ -21,6 +21,7 @@ from calibration.samples import model_tokens
 from calibration.skeleton import Skeleton
 from calibration.text import TokenBatches
 from calibration.walk import Walk
+from ptq.analysis.advice import advise
 from ptq.analysis.attention import AttentionRule, attention, unsupported
 from ptq.analysis.heads import HeadObserver
 from ptq.analysis.record import AnalysisRecord, HeadRecord, SiteRecord, WeightRecord
@@ -30,7 +31,7 @@ from ptq.analysis.weights import weight_records
 from ptq.devices import parse_dtype, resolve_device
 from ptq.evaluation import context_length, default_dataset
 from ptq.export.formats import format_of
-from ptq.report import analysis_markdown
+from ptq.report import analysis_html, analysis_markdown
 from ptq.reporting import versions
 from ptq.runtime.dequantized import float_weights
 from ptq.runtime.load import checkpoint_dtype
@@ -189,6 +190,7 @@ def analyze(
             weights=tuple(found.weights),
             heads=tuple(found.heads),
             no_heads=found.no_heads,
+            advice=advise(found.sites, found.weights),
             command=o.command,
             versions=versions(),
         )
@@ -200,9 +202,10 @@ def analyze(
 
 
 def write_report(record: AnalysisRecord, folder: Path) -> None:
-    """``report.json`` and ``report.md``."""
+    """``report.json``, ``report.md`` and ``report.html``."""
     write_atomically(folder / REPORT_FILE, record.to_json().encode())
     write_atomically(folder / "report.md", analysis_markdown.render(record).encode())
+    write_atomically(folder / "report.html", analysis_html.render(record).encode())
 
 
 def _token_texts(folder: Path, dataset: str, trust_remote_code: bool) -> Callable[[int], str]:

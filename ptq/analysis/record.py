@@ -87,6 +87,8 @@ class SiteRecord:
         channel_disparity: largest over median of the channels' max |x| (later). ``token_disparity``: of the tokens'
             (all). ``percentile_ratio``: 99.99 % over 50 % quantile of |x| (later).
         outlier_channels: largest ratio first (later).
+        standout: channels whose mean |x| is more than 10 times the median channel's (later): unlike the mean, the
+            median does not grow with the outliers, so that many of them do not hide each other.
         emergent: channels with |x| >= 6 at 6 % of the positions or more (Dettmers et al. 2022).
         sqnr: decibels of symmetric rounding to 8 and 4 bits with one scale per ``tensor`` (range of all text),
             ``tensor-later``, ``token`` or ``channel``; keys like ``token-8``.
@@ -117,6 +119,7 @@ class SiteRecord:
     token_disparity: float
     percentile_ratio: float
     outlier_channels: tuple[OutlierChannel, ...]
+    standout: tuple[int, ...]
     emergent: tuple[int, ...]
     massive: Massive | None
     sqnr: dict[str, float]
@@ -174,6 +177,24 @@ class HeadRecord:
 
 
 @dataclass(frozen=True)
+class Advice:
+    """What one rule says.
+
+    Attributes:
+        rule: its name. ``alarm``: whether something is wrong; the recipe to try is no alarm.
+        channels: that it is about.
+        helps, cannot: methods or scheme suffixes, and why.
+    """
+
+    rule: str
+    alarm: bool
+    finding: str
+    channels: tuple[int, ...]
+    helps: tuple[str, ...]
+    cannot: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class AnalysisRecord:
     """Everything that an analysis found; ``report.json`` as it is.
 
@@ -191,6 +212,7 @@ class AnalysisRecord:
     weights: tuple[WeightRecord, ...]
     heads: tuple[HeadRecord, ...]
     no_heads: str | None
+    advice: tuple[Advice, ...]
     command: str
     versions: dict[str, str]
     schema_version: int = SCHEMA_VERSION
