@@ -56,4 +56,10 @@ def analyze(
             )
     for role, channels in record.summary["outlier_channels"].items():
         print(f"outlier channels in {role}: {', '.join(map(str, list(channels)[:12]))}")
-    print(f"written to {out}: report.md, report.json, channels.safetensors")
+    for advice in record.advice:
+        print(f"{advice.rule}: {advice.finding}")
+        for words in advice.helps:
+            print(f"  {'helps' if advice.alarm else 'try'}: {words}")
+        for words in advice.cannot:
+            print(f"  cannot help: {words}")
+    print(f"written to {out}: report.html, report.md, report.json, channels.safetensors")

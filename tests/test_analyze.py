@@ -83,7 +83,7 @@ def test_command_on_float_and_quantized(tmp_path):
     printed = done("analyze", model, *few, "--out", tmp_path / "a")
     assert "max infinity norm" in printed
     assert {p.name for p in (tmp_path / "a").iterdir()} == {
-        "report.json", "report.md", "channels.safetensors", "plan.json",
+        "report.html", "report.json", "report.md", "channels.safetensors", "plan.json",
     }  # fmt: skip
     data = json.loads((tmp_path / "a" / "report.json").read_text())
     assert data["model"]["format"] is None and len(data["sites"]) == 2 * len(ROLES)

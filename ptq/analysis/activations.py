@@ -19,6 +19,7 @@ from ptq.analysis.moments import PAPER_EPSILON, Moments, deviation, kurtosis
 
 RATIO = 6.0
 """A channel is an outlier where its mean |x| is more than this many times the mean over channels."""
+STANDOUT = 10.0
 SIGMAS = 6.0
 EMERGENT_SIZE, EMERGENT_SHARE = 6.0, 0.06
 MASSIVE_SIZE, MASSIVE_RATIO = 100.0, 1000.0
@@ -28,6 +29,11 @@ SAMPLE_ROWS = 512
 def outlier_channels(abs_mean: torch.Tensor) -> torch.Tensor:
     """Indices of the channels whose mean |x| ``[channels]`` is above `RATIO` times the mean of all."""
     return (abs_mean > RATIO * abs_mean.mean()).nonzero().flatten()
+
+
+def standout_channels(abs_mean: torch.Tensor) -> torch.Tensor:
+    """Indices of the channels whose mean |x| ``[channels]`` is above `STANDOUT` times that of the median channel."""
+    return (abs_mean > STANDOUT * abs_mean.median()).nonzero().flatten()
 
 
 def massive(x: torch.Tensor) -> torch.Tensor:

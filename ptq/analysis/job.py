@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ from calibration.samples import model_tokens
 from calibration.skeleton import Skeleton
 from calibration.text import TokenBatches
 from calibration.walk import Walk
-from ptq.analysis.record import AnalysisRecord, SiteRecord, WeightRecord
+from ptq.analysis.advice import advise
+from ptq.analysis.attention import AttentionRule, attention, unsupported
+from ptq.analysis.heads import HeadObserver
+from ptq.analysis.record import AnalysisRecord, HeadRecord, SiteRecord, WeightRecord
 from ptq.analysis.sites import SiteObserver
 from ptq.analysis.summary import summarize
 from ptq.analysis.weights import weight_records
 from ptq.devices import parse_dtype, resolve_device
 from ptq.evaluation import context_length, default_dataset
 from ptq.export.formats import format_of
-from ptq.report import analysis_markdown
+from ptq.report import analysis_html, analysis_markdown
 from ptq.reporting import versions
 from ptq.runtime.dequantized import float_weights
 from ptq.runtime.load import checkpoint_dtype
@@ -64,11 +68,14 @@ class Subject:
 
 @dataclass
 class Findings:
-    """What one walk found. ``ranges``: per site, by full names, what `CHANNELS_FILE` holds."""
+    """What one walk found. ``ranges``: per site, by full names, what `CHANNELS_FILE` holds. ``no_heads``: why
+    attention was not looked at."""
 
     sites: list[SiteRecord]
     weights: list[WeightRecord]
+    heads: list[HeadRecord]
     ranges: dict[str, torch.Tensor]
+    no_heads: str | None
 
 
 @torch.no_grad()
@@ -94,22 +101,33 @@ def observe(
         folder=folder,
         batch_size=batch_size,
     )
-    found = Findings([], [], {})
-    ids = list(tokens.batches(batch_size))
-    for segment, states in walk.observe(tokens, progress):
-        observer = SiteObserver(segment, len(tokens))
-        with watching(segment.module, observer.watches()):
-            for i in range(len(states.batches)):
-                observer.ids = ids[i]
-                states.batches[i] = states.output(segment.module, segment.index, i)
-                progress.advance(f"block {segment.index + 1}/{subject.spec.n_blocks}")
-        _check_finite(segment.prefix, observer)
-        found.sites += observer.records(text)
-        found.weights += weight_records(segment)
-        for site, s in observer.statistics.items():
-            name = f"{segment.prefix}{site.role.replace(' ', '_')}"
-            ranges = {"low": s.low, "high": s.high, "abs_mean": s.abs_mean().float(), "first_token_max": s.first_max}
-            found.ranges.update({f"{name}.{key}": value.cpu() for key, value in ranges.items()})
+    found = Findings([], [], [], {}, unsupported(skeleton.model))
+    heads = HeadObserver(tokens, batch_size, text)
+    watched = attention(skeleton.model, AttentionRule(), heads.look) if found.no_heads is None else nullcontext()
+    with watched:
+        for segment, states in walk.observe(tokens, progress):
+            observer = SiteObserver(segment, len(tokens))
+            heads.begin(segment)
+            with watching(segment.module, observer.watches()):
+                for i, ids in enumerate(tokens.batches(batch_size)):
+                    observer.ids = ids
+                    heads.expect(i, states.batches[i])
+                    states.batches[i] = states.output(segment.module, segment.index, i)
+                    progress.advance(f"block {segment.index + 1}/{subject.spec.n_blocks}")
+            _check_finite(segment.prefix, observer)
+            found.sites += observer.records(text)
+            found.weights += weight_records(segment)
+            found.heads += heads.statistics.records(segment.index)
+            found.ranges.update(_ranges(segment.prefix, observer))
+    return found
+
+
+def _ranges(prefix: str, observer: SiteObserver) -> dict[str, torch.Tensor]:
+    found = {}
+    for site, s in observer.statistics.items():
+        ranges = {"low": s.low, "high": s.high, "abs_mean": s.abs_mean().float(), "first_token_max": s.first_max}
+        name = f"{prefix}{site.role.replace(' ', '_')}"
+        found.update({f"{name}.{key}": value.cpu() for key, value in ranges.items()})
     return found
 
 
@@ -170,6 +188,9 @@ def analyze(
             summary=summarize(found.sites, spec.n_blocks),
             sites=tuple(found.sites),
             weights=tuple(found.weights),
+            heads=tuple(found.heads),
+            no_heads=found.no_heads,
+            advice=advise(found.sites, found.weights),
             command=o.command,
             versions=versions(),
         )
@@ -181,9 +202,10 @@ def analyze(
 
 
 def write_report(record: AnalysisRecord, folder: Path) -> None:
-    """``report.json`` and ``report.md``."""
+    """``report.json``, ``report.md`` and ``report.html``."""
     write_atomically(folder / REPORT_FILE, record.to_json().encode())
     write_atomically(folder / "report.md", analysis_markdown.render(record).encode())
+    write_atomically(folder / "report.html", analysis_html.render(record).encode())
 
 
 def _token_texts(folder: Path, dataset: str, trust_remote_code: bool) -> Callable[[int], str]:

@@ -87,6 +87,8 @@ class SiteRecord:
         channel_disparity: largest over median of the channels' max |x| (later). ``token_disparity``: of the tokens'
             (all). ``percentile_ratio``: 99.99 % over 50 % quantile of |x| (later).
         outlier_channels: largest ratio first (later).
+        standout: channels whose mean |x| is more than 10 times the median channel's (later): unlike the mean, the
+            median does not grow with the outliers, so that many of them do not hide each other.
         emergent: channels with |x| >= 6 at 6 % of the positions or more (Dettmers et al. 2022).
         sqnr: decibels of symmetric rounding to 8 and 4 bits with one scale per ``tensor`` (range of all text),
             ``tensor-later``, ``token`` or ``channel``; keys like ``token-8``.
@@ -117,6 +119,7 @@ class SiteRecord:
     token_disparity: float
     percentile_ratio: float
     outlier_channels: tuple[OutlierChannel, ...]
+    standout: tuple[int, ...]
     emergent: tuple[int, ...]
     massive: Massive | None
     sqnr: dict[str, float]
@@ -148,6 +151,50 @@ class WeightRecord:
 
 
 @dataclass(frozen=True)
+class HeadRecord:
+    """One attention head; means over all queries behind the first token.
+
+    Attributes:
+        first_mass, delimiter_mass: probability on the first token, and on later full stops, commas and line breaks.
+        value_ratio: value norm of the key with the largest probability, over the median of its head.
+        entropy: of a row, over the logarithm of its visible keys: 1 is uniform.
+        logit_range: largest less smallest logit of a row.
+        contribution: ||O_h W_h|| over the norm of the residual stream.
+        no_op_score: first and delimiter mass, where ``value_ratio`` is below 0.3, else 0.
+        no_op_share: of the queries with 0.9 of their mass there and a contribution among the layer's lowest tenth.
+    """
+
+    block: int
+    head: int
+    first_mass: float
+    delimiter_mass: float
+    value_ratio: float
+    entropy: float
+    logit_range: float
+    contribution: float
+    no_op_score: float
+    no_op_share: float
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What one rule says.
+
+    Attributes:
+        rule: its name. ``alarm``: whether something is wrong; the recipe to try is no alarm.
+        channels: that it is about.
+        helps, cannot: methods or scheme suffixes, and why.
+    """
+
+    rule: str
+    alarm: bool
+    finding: str
+    channels: tuple[int, ...]
+    helps: tuple[str, ...]
+    cannot: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class AnalysisRecord:
     """Everything that an analysis found; ``report.json`` as it is.
 
@@ -155,6 +202,7 @@ class AnalysisRecord:
         model: ``name``, ``architecture``, ``dtype``, ``fingerprint``, ``blocks``, ``format`` (None: float).
         calibration: of the text, as in a run record.
         summary: headline numbers, see `summarize`.
+        no_heads: why attention was not looked at, None where it was.
     """
 
     model: dict[str, Any]
@@ -162,6 +210,9 @@ class AnalysisRecord:
     summary: dict[str, Any]
     sites: tuple[SiteRecord, ...]
     weights: tuple[WeightRecord, ...]
+    heads: tuple[HeadRecord, ...]
+    no_heads: str | None
+    advice: tuple[Advice, ...]
     command: str
     versions: dict[str, str]
     schema_version: int = SCHEMA_VERSION

@@ -11,7 +11,15 @@ import torch
 from calibration.architectures import ArchitectureSpec, BlockSpec, SharedInput
 from calibration.capture import Watch
 from calibration.segment import Segment
-from ptq.analysis.activations import EMERGENT_SHARE, SIGMAS, Extreme, OutlierCounts, SiteStatistics, outlier_channels
+from ptq.analysis.activations import (
+    EMERGENT_SHARE,
+    SIGMAS,
+    Extreme,
+    OutlierCounts,
+    SiteStatistics,
+    outlier_channels,
+    standout_channels,
+)
 from ptq.analysis.record import Massive, OutlierChannel, Peak, SiteRecord, SixSigma
 from ptq.analysis.rounding import rounding_costs
 
@@ -160,6 +168,7 @@ def site_record(block: int, site: Site, s: SiteStatistics, weight: torch.Tensor 
         token_disparity=disparity(tokens),
         percentile_ratio=_ratio(s.histogram.quantile(0.9999), s.histogram.quantile(0.5)),
         outlier_channels=_channels(s),
+        standout=tuple(standout_channels(s.abs_mean()).tolist()),
         emergent=tuple(emergent.nonzero().flatten().tolist()),
         massive=_massive(s, text) if s.residual else None,
         sqnr=sqnr,

@@ -14,8 +14,16 @@ _SHOWN = 12
 
 def render(record: AnalysisRecord) -> str:
     """GitHub-flavoured Markdown. The same record gives the same bytes."""
-    sections = [_title(record), _headline(record), _roles(record), _channels(record), _massive(record), _six(record)]
-    sections += [_weights(record), _reproduce(record)]
+    sections = [
+        _title(record),
+        _headline(record),
+        _advice(record),
+        _roles(record),
+        _channels(record),
+        _massive(record),
+        _six(record),
+    ]
+    sections += [_massive(record), _six(record), _heads(record), _weights(record), _reproduce(record)]
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
@@ -61,6 +69,48 @@ def _headline(record: AnalysisRecord) -> str:
         "Gaussian has 3), averaged and largest over tensors (Bondarenko et al. 2023)."
     )
     return f"## In short\n\n{table(header, rows, right=(1, 3, 4))}\n\n{note}"
+
+
+def _advice(record: AnalysisRecord) -> str:
+    lines = ["## What to do"]
+    if not any(a.alarm for a in record.advice):
+        lines.append("Nothing stands out.")
+    for a in record.advice:
+        channels = f" Channels {', '.join(map(str, a.channels[:_SHOWN]))}{' ...' if len(a.channels) > _SHOWN else ''}."
+        items = [f"- {'helps' if a.alarm else 'try'}: {plain(h)}" for h in a.helps]
+        items += [f"- cannot help: {plain(c)}" for c in a.cannot]
+        said = f"**{plain(a.rule)}**: {plain(a.finding)}.{channels if a.channels else ''}"
+        lines.append(said + "\n\n" + "\n".join(items))
+    return "\n\n".join(lines)
+
+
+def _heads(record: AnalysisRecord) -> str:
+    if record.no_heads is not None:
+        return f"## Attention\n\nNot looked at. {plain(record.no_heads)}."
+    busiest = sorted(record.heads, key=lambda h: (-h.no_op_score, -h.no_op_share))[:_SHOWN]
+    rows = [
+        (
+            str(h.block),
+            str(h.head),
+            figures.percent(h.first_mass),
+            figures.percent(h.delimiter_mass),
+            f"{h.value_ratio:.2f}",
+            f"{h.entropy:.2f}",
+            number(h.logit_range),
+            number(h.contribution),
+            f"{h.no_op_score:.2f}",
+            figures.percent(h.no_op_share),
+        )
+        for h in busiest
+    ]
+    header = ["Block", "Head", "On first token", "On delimiters", "Value norm", "Entropy", "Logit range"]
+    header += ["Contribution", "No-op score", "No-op queries"]
+    note = (
+        "Value norm: of the key looked at most, over the median key's. Entropy 1 is uniform. Contribution: output of "
+        "the head over the residual stream. A head does nothing where its mass is on keys without a value."
+    )
+    body = table(header, rows, right=range(10)) + _more(len(record.heads))
+    return f"## Attention heads that do least\n\n{body}\n\n{note}"
 
 
 def _roles(record: AnalysisRecord) -> str:

@@ -1,0 +1,149 @@
+"""From measurements to what should help: rules whose thresholds are constants, so that they can be tested and argued.
+
+A rule fires on inputs of linears only, because that is what gets quantized. It names where it fired; what it says of
+methods follows from how they work, not from a run of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from ptq.analysis.record import Advice, SiteRecord, WeightRecord
+
+TOKEN_DISPARITY = 20.0
+"""Largest over median |x| of tokens from which one range for all of them wastes more than four bits."""
+SAFE_8 = 0.05
+"""Relative output error of a linear with 8-bit inputs, one scale per token, up to which nothing need be done."""
+WEIGHT_KURTOSIS = 20.0
+COLUMN_DISPARITY = 20.0
+_NAMED = 6
+
+
+def advise(sites: Sequence[SiteRecord], weights: Sequence[WeightRecord]) -> tuple[Advice, ...]:
+    """What the rules say, alarms first; the last entry is the recipe to try."""
+    inputs = [s for s in sites if s.role.endswith("input")]
+    rules: tuple[Callable[[], Advice | None], ...] = (
+        lambda: _channels(inputs, balanced=True),
+        lambda: _channels(inputs, balanced=False),
+        lambda: _first_tokens(inputs),
+        lambda: _spikes(inputs),
+        lambda: _massive(sites),
+        lambda: _weights(weights),
+    )
+    found = [advice for advice in (rule() for rule in rules) if advice is not None]
+    return (*found, _recipe(inputs, found))
+
+
+def _channels(inputs: Iterable[SiteRecord], balanced: bool) -> Advice | None:
+    hit = [s for s in inputs if s.standout and (s.balanced is not None) == balanced]
+    if not hit:
+        return None
+    channels = sorted({c for s in hit for c in s.standout})
+    finding = f"{len(channels)} channels are far larger than the others in {_where(hit)}"
+    if balanced:
+        helps = (
+            "smoothquant: moves their size into the weights, exactly",
+            "rotate: spreads them over all channels",
+            "rs128: divides by live channel maxima",
+        )
+    else:
+        helps = ("rs128: divides by live channel maxima", "inputs of these linears in 16 bits, by a rule of the recipe")
+    cannot = ["atoken alone: a channel is large in every token, so its scale is too coarse for all others"]
+    if not balanced:
+        cannot.append("smoothquant: no norm or linear before these linears can take a scale exactly")
+    return Advice("channels", True, finding, tuple(channels), helps, tuple(cannot))
+
+
+def _first_tokens(inputs: Iterable[SiteRecord]) -> Advice | None:
+    hit = [s for s in inputs if s.token_disparity > TOKEN_DISPARITY and s.largest.position == 0]
+    if not hit:
+        return None
+    return Advice(
+        "first token",
+        True,
+        f"the first token of a text is up to {max(s.token_disparity for s in hit):.0f} times larger in {_where(hit)}",
+        (),
+        ("atoken: every token has its own scale",),
+        ("astatic and atensor: one range for all tokens is set by the first",),
+    )
+
+
+def _spikes(inputs: Iterable[SiteRecord]) -> Advice | None:
+    hit = [s for s in inputs if s.token_disparity > TOKEN_DISPARITY and s.largest.position != 0]
+    if not hit:
+        return None
+    return Advice(
+        "spikes",
+        True,
+        f"a few tokens have single values up to {max(s.token_disparity for s in hit):.0f} times larger than other "
+        f"tokens' largest in {_where(hit)}",
+        tuple(sorted({s.largest.channel for s in hit})),
+        ("rotate: spreads the value over all channels of its token", "atoken: keeps the damage to that token"),
+        (
+            "astatic and atensor: one range for all tokens is set by the spikes",
+            "smoothquant: its channels are small in all other tokens, whose share of the grid it takes away",
+        ),
+    )
+
+
+def _massive(sites: Iterable[SiteRecord]) -> Advice | None:
+    hit = [s for s in sites if s.massive and s.massive.count]
+    if not hit:
+        return None
+    channels = sorted({c for s in hit if s.massive for c, _ in s.massive.channels})
+    return Advice(
+        "massive activations",
+        True,
+        f"the residual stream holds massive activations behind {len(hit)} blocks",
+        tuple(channels),
+        ("ranges that cover them, or atoken",),
+        ("percentile clipping of ranges: without these few values the model is another one",),
+    )
+
+
+def _weights(weights: Iterable[WeightRecord]) -> Advice | None:
+    hit = [w for w in weights if w.kurtosis > WEIGHT_KURTOSIS or w.column_disparity > COLUMN_DISPARITY]
+    if not hit:
+        return None
+    names = ", ".join(w.name for w in hit[:_NAMED]) + (" ..." if len(hit) > _NAMED else "")
+    return Advice(
+        "weights",
+        True,
+        f"{len(hit)} weights have outliers: {names}",
+        (),
+        ("g64 or g128: a scale per group", "awq and gptq", "rotate"),
+        ("gtensor and gchannel at four bits: few weights set the scale of all others",),
+    )
+
+
+def _recipe(inputs: Sequence[SiteRecord], found: Sequence[Advice]) -> Advice:
+    worst = max((s.output_error.get("token-8", 0.0) for s in inputs), default=0.0)
+    rules = {advice.rule for advice in found}
+    if "channels" in rules:
+        recipe = "--method smoothquant+gptq --scheme w8a8; below eight bits --method rotate+gptq --scheme w4a8"
+    elif "spikes" in rules:
+        recipe = "--method rotate+gptq --scheme w8a8"
+    elif worst > SAFE_8:
+        recipe = "--method smoothquant+gptq --scheme w8a8"
+    else:
+        recipe = "--method rtn --scheme w8a8 should do; --method awq+gptq for four-bit weights"
+    return Advice(
+        "recipe",
+        False,
+        f"8-bit inputs with a scale per token change outputs by at most {100 * worst:.1f} % in any linear",
+        (),
+        (recipe,),
+        (),
+    )
+
+
+def _where(sites: Iterable[SiteRecord]) -> str:
+    """``attention input (blocks 0, 1, 2)``, by role."""
+    roles: dict[str, list[int]] = {}
+    for s in sites:
+        roles.setdefault(s.role, []).append(s.block)
+    parts = []
+    for role, blocks in roles.items():
+        named = ", ".join(map(str, blocks[:_NAMED])) + (" ..." if len(blocks) > _NAMED else "")
+        parts.append(f"{role} (block{'s' if len(blocks) > 1 else ''} {named})")
+    return ", ".join(parts)

@@ -1,0 +1,106 @@
+"""Advice: planted outliers are found exactly and name what fixes them; a plain model gives no alarm."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from tiny_models import save_tiny
+
+from calibration.checkpoint import CheckpointReader
+from calibration.models import locate, open_model
+from calibration.progress import Silent
+from calibration.samples import model_tokens
+from calibration.text import TokenBatches
+from ptq.analysis.advice import advise
+from ptq.analysis.job import Findings, Subject, observe
+
+CHANNELS = (3, 77, 130, 131, 200, 255)
+
+
+class Planted:
+    """The demo's tensors with channels of a norm multiplied, and divided again in every reader."""
+
+    def __init__(self, reader: CheckpointReader, gains: dict[str, torch.Tensor], columns: dict[str, torch.Tensor]):
+        self.infos, self._reader, self._gains, self._columns = reader.infos, reader, gains, columns
+
+    def tensor(self, name: str) -> torch.Tensor:
+        t = self._reader.tensor(name).float()
+        if name in self._gains:
+            s = self._gains[name]
+            t = t * (s if t.ndim == 1 else s[:, None])
+        return t / self._columns[name] if name in self._columns else t
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+def analysed(folder: Path, gains: dict[str, torch.Tensor], columns: dict[str, torch.Tensor]) -> Findings:
+    demo = locate("demo")
+    reader, config, spec = open_model(demo)
+    tokens = model_tokens(demo, config, "builtin", 4, 128, 0, False)
+    subject = Subject(Planted(reader, gains, columns), config, spec, torch.float32, torch.device("cpu"))
+    return observe(subject, tokens, folder / "scratch", str, Silent())
+
+
+def factors(width: int, channels: tuple[int, ...], factor: float) -> torch.Tensor:
+    s = torch.ones(width)
+    s[list(channels)] = factor
+    return s
+
+
+def test_no_alarm_on_a_plain_model(tmp_path):
+    found = analysed(tmp_path, {}, {})
+    advice = advise(found.sites, found.weights)
+    assert [a.rule for a in advice] == ["recipe"] and not advice[0].alarm
+    assert "rtn" in advice[0].helps[0] and not any(s.standout for s in found.sites)
+
+
+def test_exactly_the_planted_channels_and_what_moves_them(tmp_path):
+    s = factors(256, CHANNELS, 60.0)
+    prefix = "model.layers.{}."
+    gains = {prefix.format(i) + "input_layernorm.weight": s for i in range(3)}
+    readers = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    columns = {f"{prefix.format(i)}{r}.weight": s for i in range(3) for r in readers}
+    found = analysed(tmp_path, gains, columns)
+    for site in found.sites:
+        assert site.standout == (CHANNELS if site.role == "attention input" else ()), (site.block, site.role)
+    channels, recipe = (a for a in advise(found.sites, found.weights) if a.rule in ("channels", "recipe"))
+    assert channels.alarm and channels.channels == CHANNELS and "attention input (blocks 0, 1, 2)" in channels.finding
+    assert channels.helps[0].startswith("smoothquant") and channels.cannot[0].startswith("atoken")
+    assert "smoothquant" in recipe.helps[0]
+    inputs = [s for s in found.sites if s.role == "attention input"]
+    assert all(s.sqnr["channel-8"] > 30 for s in inputs) and all(s.output_error["token-8"] > 0.03 for s in inputs)
+
+
+def test_a_first_token_calls_for_a_scale_per_token(tmp_path):
+    found = analysed(tmp_path, {}, {})
+    first = dataclasses.replace(found.sites[0].largest, position=0)
+    sites = [dataclasses.replace(found.sites[0], token_disparity=300.0, largest=first), *found.sites[1:]]
+    advice = {a.rule: a for a in advise(sites, found.weights)}
+    assert advice["first token"].helps[0].startswith("atoken") and advice["first token"].cannot[0].startswith("astatic")
+    spike = dataclasses.replace(found.sites[0].largest, position=9)
+    sites[0] = dataclasses.replace(sites[0], largest=spike)
+    advice = {a.rule: a for a in advise(sites, found.weights)}
+    assert advice["spikes"].helps[0].startswith("rotate") and "rotate" in advice["recipe"].helps[0]
+
+
+def test_heads_are_seen_and_falcon_says_why_not(tmp_path):
+    found = analysed(tmp_path, {}, {})
+    assert {h.block for h in found.heads} == {0, 1, 2}
+    assert all(0 <= h.first_mass + h.delimiter_mass <= 1.0001 and 0 <= h.entropy <= 1.0001 for h in found.heads)
+    folder = save_tiny("falcon-rw", tmp_path / "falcon")
+    reader, config, spec = open_model(folder)
+    ids = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(0))
+    subject = Subject(reader, config, spec, torch.float32, torch.device("cpu"))
+    found = observe(subject, TokenBatches(ids, {}), tmp_path / "scratch", str, Silent())
+    assert found.no_heads is not None and "interface" in found.no_heads and not found.heads
+
+
+def test_unbalanced_inputs_do_not_name_smoothquant_as_a_cure(tmp_path):
+    found = analysed(tmp_path, {}, {})
+    sites = [dataclasses.replace(found.sites[0], standout=(5,), balanced=None), *found.sites[1:]]
+    (advice,) = (a for a in advise(sites, found.weights) if a.rule == "channels")
+    assert advice.channels == (5,) and not any(h.startswith("smoothquant") for h in advice.helps)
+    assert any(c.startswith("smoothquant") for c in advice.cannot)
