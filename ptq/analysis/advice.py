@@ -40,6 +40,7 @@ def _channels(inputs: Iterable[SiteRecord], balanced: bool) -> Advice | None:
         return None
     channels = sorted({c for s in hit for c in s.standout})
     finding = f"{len(channels)} channels are far larger than the others in {_where(hit)}"
+    helps: tuple[str, ...]
     if balanced:
         helps = (
             "smoothquant: moves their size into the weights, exactly",
