@@ -238,8 +238,8 @@ def test_the_plan_counts_forwards_and_memory(place):
 
 
 REFUSALS = {
-    "rate": ("rate = 2.0", "norm-tweak.rate: 2.0 is outside [0, 1)", "use 1e-5"),
-    "depth": ("depth_scale = -1.0", "-1.0 is negative", "use 5"),
+    "rate": ("rate = 2.0", "norm-tweak.rate: 2.0 is outside [0, 1)", "use 1e-4"),
+    "depth": ("depth_scale = -1.0", "-1.0 is negative", "use 1"),
     "epochs": ("epochs = -1", "norm-tweak.epochs: -1 is negative", "use 1"),
     "target": ('target = "imputs"', "unknown value 'imputs'", "did you mean 'inputs'?"),
 }

@@ -21,7 +21,10 @@ from ptq.numerics.distribution import channel_distance, learning_rate
 class NormTweak:
     """A few small Adam steps on gains (and LayerNorm biases) of the block's norms; integer codes stay as they are.
 
-    One step per calibration batch. The targets are the outputs of the float block.
+    One step per calibration batch of 2048 tokens, as published; 128 windows of 512 are 32 steps and take a larger rate
+    than the published 1e-5. The targets are the outputs of the float block. The gain is small: GPTQ at 2 bits in groups
+    of 128 went from perplexity 48.43 to 48.40 on the first 120 windows of WikiText-2's validation text (a Llama of 11
+    million parameters); at 1e-3 it was lost again (48.65), although the distance kept falling.
 
     Attributes:
         rate: of Adam, for the first block.
@@ -31,8 +34,8 @@ class NormTweak:
             on those of the float model, so that the error of earlier blocks is seen too.
     """
 
-    rate: float = 1e-5
-    depth_scale: float = 5.0
+    rate: float = 1e-4
+    depth_scale: float = 1.0
     epochs: int = 1
     target: Reference = "inputs"
 
@@ -48,9 +51,9 @@ class NormTweak:
 
     def check(self, view: Any) -> Iterable[Problem]:
         if not 0 <= self.rate < 1:
-            yield Problem("norm-tweak.rate", f"{self.rate} is outside [0, 1)", "use 1e-5")
+            yield Problem("norm-tweak.rate", f"{self.rate} is outside [0, 1)", "use 1e-4")
         if self.depth_scale < 0:
-            yield Problem("norm-tweak.depth_scale", f"{self.depth_scale} is negative", "use 5")
+            yield Problem("norm-tweak.depth_scale", f"{self.depth_scale} is negative", "use 1")
         if self.epochs < 0:
             yield Problem("norm-tweak.epochs", f"{self.epochs} is negative", "use 1")
 
