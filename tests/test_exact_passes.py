@@ -9,16 +9,17 @@ import torch
 from test_exactness import TOLERANCE, load_whole, open_walk, wide_inside
 from test_statistics import new_context
 from tiny_models import FAMILIES, save_tiny
-from transformers import AutoModelForCausalLM
+from tiny_runs import edit_config
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from calibration.architectures import Residual
+from calibration.architectures import Residual, resolve
 from calibration.skeleton import load_parameters
 from calibration.states import HiddenStates
 from calibration.text import TokenBatches
-from ptq.methods import Rotate, SmoothQuant
+from ptq.methods import OutlierTune, Rotate, SmoothQuant
 from ptq.scheme import parse_scheme
 
-SCHEME = parse_scheme("w8a16-gchannel")
+SCHEME = parse_scheme("w8a8-asym")
 SMOOTHING = {
     "smoothquant": SmoothQuant(),
     "smoothquant-all-pairs": SmoothQuant(alpha=0.85, down=True, values=True),
@@ -37,12 +38,16 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["
 def logits_around(family, step, dtype, folder, **changes):
     """Logits of plain transformers, and of the model after the pass; the walk, whose model it is, and its segments."""
     save_tiny(family, folder, dtype, **changes)
-    walk = open_walk(folder, dtype)
-    walk = replace(walk, passes=(step,), schemes=lambda i: dict.fromkeys(walk.skeleton.spec.block(i).linears, SCHEME))
-    segments, spec, model = load_whole(walk), walk.skeleton.spec, walk.skeleton.model
-    ids = torch.randint(0, 96, (4, 24), generator=torch.Generator().manual_seed(3))
+    config = AutoConfig.from_pretrained(folder)
+    spec = resolve(config)
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=spec.attention)
     stock.set_experts_implementation("eager")  # the grouped product has no float64
+    if isinstance(step, OutlierTune):
+        edit_config(folder, **step.config_changes(config))
+    walk = open_walk(folder, dtype)
+    walk = replace(walk, passes=(step,), schemes=lambda i: dict.fromkeys(walk.skeleton.spec.block(i).linears, SCHEME))
+    segments, model = load_whole(walk), walk.skeleton.model
+    ids = torch.randint(0, 96, (4, 24), generator=torch.Generator().manual_seed(3))
     with wide_inside(dtype):
         reference = stock(ids).logits
         outside = {spec.root_module_name(n): t.to(dtype) for n, t in walk.outside.tensors()}
@@ -71,6 +76,17 @@ def test_smoothing(name, family, dtype, tmp_path):
         before = walk.load(segment.index, with_module=False)
         changed = {n for n, t in segment.masters.items() if not torch.equal(t, before.masters[n])}
         assert bool(changed) == bool(smoothed)
+    assert (after - reference).abs().max() <= TOLERANCE[dtype] * reference.abs().max()
+
+
+@DTYPES
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outliertune(family, dtype, tmp_path):
+    """Shift and steps, with biases that the family lacks switched on."""
+    reference, after, walk, segments = logits_around(family, OutlierTune(), dtype, tmp_path)
+    admits = [g for s in segments for g in s.spec.balance if g.kind == "norm"]
+    moved = [n for s in segments for n, notes in s.notes.items() if notes.get("outliertune.shifted") == "true"]
+    assert bool(moved) == (walk.skeleton.spec.norm == "layer" and bool(admits))
     assert (after - reference).abs().max() <= TOLERANCE[dtype] * reference.abs().max()
 
 
