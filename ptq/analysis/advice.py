@@ -39,7 +39,9 @@ def _channels(inputs: Iterable[SiteRecord], balanced: bool) -> Advice | None:
     if not hit:
         return None
     channels = sorted({c for s in hit for c in s.standout})
+    alarm = max(s.output_error.get("token-8", 0.0) for s in hit) > SAFE_8
     finding = f"{len(channels)} channels are far larger than the others in {_where(hit)}"
+    finding += "" if alarm else "; eight bits per token still hold them, fewer may not"
     helps: tuple[str, ...]
     if balanced:
         helps = (
@@ -52,7 +54,7 @@ def _channels(inputs: Iterable[SiteRecord], balanced: bool) -> Advice | None:
     cannot = ["atoken alone: a channel is large in every token, so its scale is too coarse for all others"]
     if not balanced:
         cannot.append("smoothquant: no norm or linear before these linears can take a scale exactly")
-    return Advice("channels", True, finding, tuple(channels), helps, tuple(cannot))
+    return Advice("channels", alarm, finding, tuple(channels), helps, tuple(cannot))
 
 
 def _first_tokens(inputs: Iterable[SiteRecord]) -> Advice | None:
@@ -119,7 +121,7 @@ def _weights(weights: Iterable[WeightRecord]) -> Advice | None:
 
 def _recipe(inputs: Sequence[SiteRecord], found: Sequence[Advice]) -> Advice:
     worst = max((s.output_error.get("token-8", 0.0) for s in inputs), default=0.0)
-    rules = {advice.rule for advice in found}
+    rules = {advice.rule for advice in found if advice.alarm}
     if "channels" in rules:
         recipe = "--method smoothquant+gptq --scheme w8a8; below eight bits --method rotate+gptq --scheme w4a8"
     elif "spikes" in rules:
