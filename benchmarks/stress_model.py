@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 
 from calibration.architectures import Balance
-from calibration.checkpoint import CheckpointReader, ShardWriter
+from calibration.checkpoint import CheckpointReader
 from calibration.context import Context
 from calibration.corpora import load_corpus
 from calibration.errors import Problem, ToolkitError
@@ -34,6 +34,7 @@ from calibration.models import load_tokenizer, locate, open_model
 from calibration.passes import Phase, Stream
 from calibration.progress import Silent
 from calibration.segment import Segment
+from calibration.shards import ShardWriter
 from calibration.skeleton import Skeleton
 from calibration.statistics import Statistic
 from calibration.text import calibration_tokens

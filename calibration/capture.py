@@ -32,6 +32,11 @@ class Watch:
     look: Look
     output: bool = False
 
+    @staticmethod
+    def transforming(path: str, transform: Callable[[torch.Tensor], torch.Tensor]) -> Watch:
+        """What enters the submodule is replaced by ``transform(x)``, of the same shape and dtype."""
+        return Watch(path, lambda x, positions: transform(x))
+
 
 def place(block: nn.Module, watches: Iterable[Watch]) -> list[RemovableHandle]:
     """Hooks that run until they are removed. Watches of one place run in order, each on what the one before left.
@@ -144,32 +149,6 @@ def accumulate(block: nn.Module, statistics: Mapping[str, Iterable[Statistic]]) 
     handles = [block.register_forward_pre_hook(entering)] + [
         block.get_submodule(path).register_forward_pre_hook(hook_for(tuple(accumulators)))
         for path, accumulators in statistics.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def transformed_inputs(
-    block: nn.Module, transforms: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
-) -> Iterator[None]:
-    """While open, the input of every submodule named here goes through its function first.
-
-    Args:
-        transforms: module path below ``block`` -> function that keeps shape and dtype.
-    """
-
-    def hook_for(transform: Callable[[torch.Tensor], torch.Tensor]):  # type: ignore[no-untyped-def]
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            return (transform(args[0]), *args[1:])
-
-        return hook
-
-    handles = [
-        block.get_submodule(path).register_forward_pre_hook(hook_for(function)) for path, function in transforms.items()
     ]
     try:
         yield

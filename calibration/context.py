@@ -110,8 +110,9 @@ class Context:
         flows between its submodules and may replace it. Only for passes of the quantized stream."""
         assert self._states is not None and not self._propagate, "this stream does not keep the inputs of the block"
         self.segment.sync()
+        tell = self.advance if batches is None else self.show  # a part of the set is a search, not a step of the run
         with watching(self.segment.module, watches):
-            self._states.run(self.segment.module, self.segment.index, False, self.advance, batches)
+            self._states.run(self.segment.module, self.segment.index, False, tell, batches)
         self.forwards += 1
 
     @property

@@ -155,8 +155,7 @@ class Segment:
         else:
             self._divide_rows(group, s)
             if group.heads is not None:
-                heads = group.heads
-                s = s.view(heads.key_value, 1, heads.width).expand(-1, heads.repeats, -1).reshape(-1)
+                s = group.heads.spread(s)
         for consumer in group.consumers:
             self.weight(consumer).mul_(s)
             self._touch(f"{consumer}.weight", exact=True)

@@ -126,8 +126,9 @@ class Sample:
         return bool(torch.isfinite(self.rows).all())
 
 
-class Histogram:
-    """Counts of all values of the input in ``2 * BINS`` equal bins over ``[-limit, limit]``, and their extremes.
+class EqualBins:
+    """A histogram for choosing ranges: counts of all values of the input in ``2 * BINS`` equal bins over
+    ``[-limit, limit]``, and their extremes.
 
     The limit is a power of two that doubles when a value lies beyond it: bins are then merged in pairs, so that
     counts stay exact and the width of a bin is at most ``max|x| / (BINS / 2)``.

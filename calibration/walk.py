@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from calibration.capture import transform_input, transformed_inputs
+from calibration.capture import Watch, transform_input, watching
 from calibration.checkpoint import CheckpointReader, TensorSource, save_tensors, write_atomically
 from calibration.context import Context
 from calibration.memory import return_freed
@@ -224,7 +224,7 @@ class Walk:
         transforms = self._fill_written(index)
         block, gates = self.skeleton.block(index), self.gates(index)
         with ExitStack() as stack:
-            stack.enter_context(transformed_inputs(block, transforms))
+            stack.enter_context(watching(block, [Watch.transforming(path, f) for path, f in transforms.items()]))
             for step in self.passes:
                 if isinstance(step, Gates):
                     stack.enter_context(step.masked(block, self.skeleton.spec, index, gates))

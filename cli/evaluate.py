@@ -46,6 +46,13 @@ def evaluate(
     mlp_values: Annotated[
         str | None, typer.Option(help="The same for what enters the last linear of an MLP, with a sign bit.")
     ] = None,
+    softmax: Annotated[
+        str | None,
+        typer.Option(
+            help="Score with another softmax: gamma=-0.003,zeta=1.003 (clipped), alpha=4 (gamma = -alpha / window), "
+            "off-by-one, closed=0.9 (heads output 0 where the first token gets so much), normalise."
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score MODEL: perplexity, and with --reference the distance from another model.
@@ -81,6 +88,7 @@ def evaluate(
             kernel=kernel,
             probabilities=probabilities,
             mlp_values=mlp_values,
+            softmax=softmax,
             trust_remote_code=trust_remote_code,
             sparse=sparse,
             progress=progress,

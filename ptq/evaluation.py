@@ -21,8 +21,10 @@ from calibration.windows import Scoring
 from ptq.devices import parse_dtype, resolve_device
 from ptq.gating import SparseRuntime
 from ptq.numerics.logarithmic import LogQuant
+from ptq.numerics.softmax import SoftmaxRule
+from ptq.runtime.explicit_attention import exchange_softmax, parse_softmax
 from ptq.runtime.load import Loaded, load_model
-from ptq.runtime.log_values import parse_log_grid, quantize_mlp_values, quantize_probabilities
+from ptq.runtime.log_values import log_probabilities, parse_log_grid, quantize_mlp_values
 
 TASK_BATCH = 8  # sequences per forward in lm-eval tasks
 EVAL_TOKENS = 2048  # tokens per forward
@@ -93,6 +95,7 @@ def evaluate(
     sparse: SparseRuntime | None = None,
     probabilities: str | None = None,
     mlp_values: str | None = None,
+    softmax: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Score a checkpoint; with ``reference`` also its KL divergence and top-1 agreement against another.
@@ -104,6 +107,7 @@ def evaluate(
             the protocol ``decode`` in its second half.
         probabilities, mlp_values: logarithmic grids for attention probabilities and for what enters the last linear of
             an MLP, simulated; see `parse_log_grid`. The reference keeps its own.
+        softmax: what takes the place of softmax, see `parse_softmax`; the reference keeps its own.
 
     Raises:
         ToolkitError: unknown or broken model, data set, protocol, grid; text shorter than a window.
@@ -113,6 +117,8 @@ def evaluate(
         for option, text in (("probabilities", probabilities), ("mlp-values", mlp_values))
         if text is not None
     }
+    if softmax is not None:
+        parse_softmax(softmax, seq_len)
     where = resolve_device(device)
     width = evaluation_dtype(dtype, where)
     folder = locate(model)
@@ -129,7 +135,8 @@ def evaluate(
     if reference is not None:
         other = load_model(reference, dtype=width, device=where, trust_remote_code=trust_remote_code)
     path = _attached(loaded, sparse, protocol, seq_len)
-    path += _with_log_grids(loaded.model, grids)
+    rule = None if softmax is None else parse_softmax(softmax, seq_len)
+    path += _simulated(loaded.model, grids, rule)
     if other is not None:
         _attached(other, sparse, protocol, seq_len)
     scoring = Scoring(
@@ -160,13 +167,16 @@ def _attached(loaded: Loaded, sparse: SparseRuntime | None, protocol: str, windo
     return f"{loaded.path}; {masks}" if masks else loaded.path
 
 
-def _with_log_grids(model: Any, grids: dict[str, LogQuant]) -> str:
-    """Install the grids of the options of these names; what to add to the path."""
-    if "probabilities" in grids:
-        quantize_probabilities(model, grids["probabilities"])
+def _simulated(model: Any, grids: dict[str, LogQuant], rule: SoftmaxRule | None) -> str:
+    """Install another softmax and the grids of the options of these names; what to add to the path."""
+    if rule is not None or "probabilities" in grids:
+        softmax = rule or SoftmaxRule()
+        grid = grids.get("probabilities")
+        exchange_softmax(model, softmax if grid is None else log_probabilities(grid, softmax))
     if "mlp-values" in grids:
         quantize_mlp_values(model, resolve(model.config), grids["mlp-values"])
-    return "".join(f"; {option} of {grid.bits} bits simulated" for option, grid in grids.items())
+    said = [f"{option} of {grid.bits} bits simulated" for option, grid in grids.items()]
+    return "".join(f"; {words}" for words in (said if rule is None else [f"softmax: {rule}", *said]))
 
 
 def window_ticks(progress: Progress) -> Callable[[int, int], None]:

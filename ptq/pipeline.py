@@ -67,7 +67,8 @@ class Options:
             machine is fast at it.
         evaluate: data set to score the result and the float model on, or None.
         unseen_experts: ``error``, or ``rtn`` to round experts without calibration tokens without data.
-        verify_weights: read all weights first and refuse NaN and Inf.
+        trust_remote_code: run Python code that comes with the model.
+        command: the command line, for the record.
     """
 
     dataset: str | None = None

@@ -12,51 +12,27 @@ from typing import Any
 
 import torch
 
-from calibration.architectures import ArchitectureSpec, Residual
+from calibration.architectures import ArchitectureSpec
 from calibration.checkpoint import CheckpointReader
 from calibration.errors import PlanError, Problem, ToolkitError, unknown_value
-from calibration.outside import Outside
 from calibration.passes import (
     AddsBiases,
     ChangesModel,
     Gates,
-    RewritesOutside,
     StoresParts,
     TransformsInputs,
     check_order,
     forwards_per_block,
-    references_of,
-    repairs,
 )
-from calibration.statistics import Gram
 from ptq.activation_plan import activation_problems
 from ptq.export.formats import FORMATS, PREFERRED, Format, choose
 from ptq.linears import ModelLayout, PlannedLinear
 from ptq.methods.choosing import ChoosesSchemes
 from ptq.methods.gptq import Gptq
 from ptq.methods.ptq161 import binary_problems
-from ptq.numerics.objective import ROW_BYTES
 from ptq.recipe import Recipe
 from ptq.scheme import QuantScheme
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes, except for the two that say otherwise.
-
-    ``float_bytes`` and ``output_bytes`` are all tensors of the checkpoint before and after; ``quantized_bytes`` those
-    of the quantized linears. ``peak_bytes`` is memory above interpreter and libraries, ``disk_bytes`` what the
-    run needs at its fullest. ``forwards`` counts forward passes over the calibration set per block.
-    """
-
-    float_bytes: int
-    output_bytes: int
-    quantized_bytes: int
-    quantized_weights: int
-    bits_per_weight: float
-    peak_bytes: int
-    disk_bytes: int
-    forwards: int
+from ptq.sizes import Sizes, estimate
 
 
 @dataclass(frozen=True)
@@ -163,7 +139,7 @@ def make_plan(
         raise PlanError(dict.fromkeys(problems))
     forwards = forwards_per_block(recipe.passes)
     tokens = samples * seq_len, batch_size * seq_len
-    sizes = _sizes(reader, config, spec, layout, recipe, forwards, tokens, forward_itemsize)
+    sizes = estimate(reader, config, spec, layout, recipe, forwards, tokens, forward_itemsize)
     remarks = [f"not balanced: {r}" for i in range(spec.n_blocks) for r in spec.block(i).unbalanced]
     remarks += [r for p in model_wide for r in p.remarks(spec, layout)]
     biases = tuple(f"{name}.bias" for name in added)
@@ -316,54 +292,3 @@ def other_linears(config: Any, spec: ArchitectureSpec) -> Iterable[str]:
             yield spec.prefix(index) + router
     if getattr(config, "word_embed_proj_dim", None) not in (None, getattr(config, "hidden_size", None)):
         yield from ("model.decoder.project_in", "model.decoder.project_out")
-
-
-def _untied_bytes(reader: CheckpointReader, spec: ArchitectureSpec, recipe: Recipe) -> int:
-    """Size of tensors outside the blocks that passes add: a head that was tied to the embedding."""
-    if not any(isinstance(p, RewritesOutside) for p in recipe.passes) or not isinstance(spec.residual, Residual):
-        return 0
-    added = [n for n in Outside(reader, spec, recipe.passes).names if n not in reader.infos]
-    return len(added) * reader.infos[f"{spec.residual.embeddings[0]}.weight"].nbytes
-
-
-def _sizes(
-    reader: CheckpointReader,
-    config: Any,
-    spec: ArchitectureSpec,
-    layout: ModelLayout,
-    recipe: Recipe,
-    forwards: int,
-    calibration: tuple[int, int],
-    itemsize: int,
-) -> Sizes:
-    """``calibration``: tokens of the whole set and of one batch."""
-    tokens, batch_tokens = calibration
-    weights = sum(linear.numel for linear in layout.quantized)
-    replaced = sum(reader.infos[f"{linear.name}.weight"].nbytes for linear in layout.quantized)
-    quantized_bytes = round(layout.quantized_bits / 8)
-    output = reader.total_bytes - replaced + quantized_bytes + _untied_bytes(reader, spec, recipe)
-    block = sum(info.numel for n, info in reader.infos.items() if n.startswith(spec.prefix(0)))
-    hidden = int(getattr(config, "hidden_size", None) or config.n_embd)
-    statistics = 0
-    if any(Gram in p.statistics for p in recipe.passes):
-        shapes = {linear.name: linear.shape for linear in layout.linears if linear.block == 0}
-        inputs = [shapes.get(spec.prefix(0) + s.linears[0], (0, 0))[1] for s in spec.block(0).inputs]
-        statistics = sum(4 * n * n for n in inputs) + 4 * max(inputs, default=0) ** 2
-    references = len(references_of(recipe.passes))
-    states = (1 + references) * tokens * hidden * itemsize if forwards else 0
-    copies = 4 + (itemsize if itemsize != 4 else 0) + 2  # masters, forward copy, codes and scales being written
-    copies += 4 if repairs(recipe.passes) else 0  # weights before rounding
-    widths = sum(sum(linear.shape) for linear in layout.linears if linear.block == 0)
-    graph = 2 * batch_tokens * widths * itemsize if references else 0  # one batch, what its backward pass needs
-    peak = block * copies + statistics + states + graph + 6 * ROW_BYTES
-    stem = sum(i.nbytes for n, i in reader.infos.items() if not n.startswith(spec.blocks + "."))
-    return Sizes(
-        float_bytes=reader.total_bytes,
-        output_bytes=output,
-        quantized_bytes=quantized_bytes,
-        quantized_weights=weights,
-        bits_per_weight=layout.quantized_bits / weights if weights else 0.0,
-        peak_bytes=max(peak, stem + states),
-        disk_bytes=2 * output,
-        forwards=forwards,
-    )

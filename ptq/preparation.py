@@ -19,12 +19,13 @@ import torch
 from torch import nn
 
 from calibration.architectures import ArchitectureSpec
-from calibration.checkpoint import CheckpointReader, ShardWriter, write_atomically
+from calibration.checkpoint import CheckpointReader, write_atomically
 from calibration.corpora import check_name
 from calibration.errors import ToolkitError
 from calibration.models import fingerprint, locate, open_model
 from calibration.progress import Progress, Silent
 from calibration.samples import model_tokens
+from calibration.shards import ShardWriter
 from calibration.skeleton import build_model, load_parameters, set_submodule
 from calibration.text import TokenBatches
 from ptq.devices import resolve_device

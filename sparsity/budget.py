@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from calibration.architectures import ArchitectureSpec
 from calibration.capture import Watch
 from calibration.context import Context
 from calibration.errors import Problem
-from calibration.passes import Phase, Stream
 from calibration.segment import Segment
-from calibration.statistics import Statistic
 from sparsity.files import sites_from
+from sparsity.gate import GatePass
 from sparsity.masking import Masks, block_watches
 from sparsity.pools import calibration_rows
 from sparsity.sites import Site
@@ -38,7 +35,7 @@ ROUNDS = 12
 
 
 @dataclass(frozen=True)
-class Profile:
+class Profile(GatePass):
     """A method at every target of `GRID`, with the error that each block then makes; for `choose`.
 
     All blocks are calibrated on the dense model, also for methods that by themselves calibrate behind pruned blocks.
@@ -52,10 +49,6 @@ class Profile:
     batches: int = 4
 
     name: ClassVar[str] = "profile"
-    phases: ClassVar[tuple[Phase, ...]] = (Phase.GATE,)
-    stream: ClassVar[Stream] = "quantized"
-    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
-    parts: ClassVar[tuple[str, ...]] = ()
 
     def check(self, view: Any) -> Iterable[Problem]:
         yield from self.step.check(view)
@@ -66,7 +59,7 @@ class Profile:
         yield from self.step.check_architecture(spec, tokens)
 
     def forwards(self) -> int:
-        return 1 + (len(GRID) - 1) * (self.step.forwards() + 1)
+        return (len(GRID) - 1) * int(self.step.forwards())
 
     def apply(self, segment: Segment, context: Context) -> None:
         entering, dense = self._run(segment, context, ())
@@ -81,11 +74,6 @@ class Profile:
             profile.update({_key(target, name): tensor for name, tensor in segment.gates.items()})
         profile[f"{segment.prefix}errors"] = torch.tensor(errors, dtype=torch.float32)
         segment.gates = profile
-
-    def masked(
-        self, block: nn.Module, spec: ArchitectureSpec, index: int, gates: Mapping[str, torch.Tensor]
-    ) -> AbstractContextManager[Any]:
-        return nullcontext()
 
     def _run(self, segment: Segment, context: Context, sites: Iterable[Site]) -> tuple[torch.Tensor, torch.Tensor]:
         """What enters the block and what leaves it, float32 ``[tokens, hidden]``."""

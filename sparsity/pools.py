@@ -16,8 +16,8 @@ from calibration.architectures import FeedForward, SharedInput
 from calibration.capture import Look, Watch
 from calibration.context import Context
 from calibration.errors import ToolkitError
+from calibration.histogram import Histogram
 from calibration.segment import Segment
-from sparsity.histogram import Histogram
 from sparsity.masking import FIRST
 
 K = TypeVar("K", bound=Hashable)

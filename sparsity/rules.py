@@ -11,9 +11,9 @@ import torch
 
 from calibration.architectures import ArchitectureSpec
 from calibration.errors import Problem, ToolkitError
+from calibration.histogram import Histogram
 from calibration.segment import Segment
 from sparsity.files import REACHED, SHARED, site_tensors
-from sparsity.histogram import Histogram
 from sparsity.pools import MIN_TOKENS, Pool
 from sparsity.sites import Mode, Site
 from sparsity.thresholds import channel_thresholds

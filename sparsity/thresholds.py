@@ -7,18 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from sparsity.histogram import Histogram
+from calibration.histogram import Histogram
 
 TINY = 1e-30  # importance of a channel that never fires: its threshold is huge, not infinite
-
-
-def kth_magnitude(values: torch.Tensor, share: float) -> float:
-    """The kth smallest |value|, k = int(numel * share): pruning what is at most it prunes exactly k values (no ties).
-
-    0 where k is 0. This is the exact form of `Histogram.threshold` for pools that fit in memory.
-    """
-    k = int(values.numel() * share)
-    return float(values.abs().flatten().kthvalue(k).values) if k else 0.0
 
 
 def channel_thresholds(pooled: float, importance: torch.Tensor) -> torch.Tensor:

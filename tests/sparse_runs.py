@@ -27,6 +27,15 @@ VOCABULARY = 96
 TOKENS = TokenBatches(torch.randint(0, VOCABULARY, (48, 32), generator=torch.Generator().manual_seed(5)), {})
 
 
+def kth_magnitude(values: torch.Tensor, share: float) -> float:
+    """The kth smallest |value|, k = int(numel * share): pruning what is at most it prunes exactly k values (no ties).
+
+    0 where k is 0. This is the exact form of `Histogram.threshold` for pools that fit in memory.
+    """
+    k = int(values.numel() * share)
+    return float(values.abs().flatten().kthvalue(k).values) if k else 0.0
+
+
 @dataclass(frozen=True)
 class Sparse:
     """A checkpoint, its sites, and how to run it."""

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calibration.checkpoint import DTYPES, CheckpointReader, ShardWriter, read_config, save_tensors, write_atomically
+from calibration.checkpoint import DTYPES, CheckpointReader, read_config, save_tensors, write_atomically
 from calibration.errors import ToolkitError
+from calibration.shards import ShardWriter
 
 INDEX = "model.safetensors.index.json"
 

@@ -14,7 +14,7 @@ from tiny_runs import IDS, plain_model
 from calibration.record import read_record
 from ptq.methods.rtn import round_to_nearest
 from ptq.numerics import floats
-from ptq.numerics.float_search import OFFSETS, published_offsets, search_bounds
+from ptq.numerics.float_search import OFFSETS, search_bounds
 from ptq.numerics.grids import own_global_scale
 from ptq.numerics.objective import rounding_error
 from ptq.runtime.load import load_model
@@ -22,6 +22,12 @@ from ptq.scheme import E2M1, parse_scheme
 
 torch.set_num_threads(1)
 GRIDS = ["fp4-e2m1-g32", "fp4-e1m2-g64", "fp4-e3m0-gchannel", "fp6-e3m2-g128", "mxfp4", "nvfp4", "fp4-e2m1-ic32"]
+
+
+def published_offsets(bias: float, n: int = 100, low: float = 0.01, high: float = 1.2) -> list[float]:
+    """The paper's candidates for a bias as offsets to it: (c - 1) bias with c = low + i (high - low) / n, i < n, and
+    c = 1, which its grid leaves out."""
+    return [(low + i * (high - low) / n - 1) * bias for i in range(n)] + [0.0]
 
 
 def problem(rows: int = 64, columns: int = 128) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,11 +11,17 @@ import ptq
 from calibration.architectures import resolve
 from calibration.errors import ToolkitError
 from ptq.numerics.logarithmic import LogQuant, log_sqrt2
+from ptq.numerics.softmax import SoftmaxRule
+from ptq.runtime.explicit_attention import exchange_softmax, explicit_attention
 from ptq.runtime.load import load_model
-from ptq.runtime.log_values import explicit_attention, parse_log_grid, quantize_mlp_values, quantize_probabilities
+from ptq.runtime.log_values import log_probabilities, parse_log_grid, quantize_mlp_values
 
 FINE = LogQuant(12, 1)  # 2^(1/37) from one value to the next, 2^-110 at the end
 FAMILIES = ["llama", "qwen2", "gemma2", "gpt2", "opt", "gpt_neox", "phi3", "mixtral"]
+
+
+def quantize_probabilities(model, grid):
+    exchange_softmax(model, log_probabilities(grid, SoftmaxRule()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -42,7 +48,8 @@ def test_causal_attention_stays_causal(tmp_path):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 6, 8, generator=generator) for heads in (4, 2, 2))
     mask = torch.full((6, 6), torch.finfo(torch.float32).min).triu(1)[None, None]
-    _, p = explicit_attention(torch.nn.Module(), q, k, v, mask, 8**-0.5, grid=log_sqrt2(4))
+    attention = explicit_attention(log_probabilities(log_sqrt2(4), SoftmaxRule()))
+    _, p = attention(torch.nn.Module(), q, k, v, mask, 8**-0.5)
     assert (p.triu(1) == 0).all() and (p.diagonal(dim1=-1, dim2=-2)[..., 0] == 1).all()
 
 
@@ -53,6 +60,10 @@ def test_the_command_says_what_it_simulated(tmp_path):
     found = done(*words, "--probabilities", "adalog20-6", "--mlp-values", "log2-8", "--reference", folder)
     assert "probabilities of 6 bits simulated; mlp-values of 8 bits simulated" in found and "KL mean" in found
     assert plain.splitlines()[-1] != found.splitlines()[-1]
+    assert done(*words, "--softmax", "gamma=0,zeta=1").splitlines()[-1] == plain.splitlines()[-1]
+    clipped = done(*words, "--softmax", "gamma=-0.03")
+    assert "softmax: gamma -0.03" in clipped and clipped.splitlines()[-1] != plain.splitlines()[-1]
+    assert "gamma is outside" in refused(*words, "--softmax", "gamma=0.1")
     assert "unknown grid 'log3-4'" in refused(*words, "--probabilities", "log3-4")
 
 
@@ -66,7 +77,7 @@ def test_other_grids_are_refused(text):
 
 def test_what_cannot_be_exchanged_is_refused(tmp_path):
     bloom = tiny_checkpoint("bloom", tmp_path / "bloom")
-    with pytest.raises(ToolkitError, match="cannot be exchanged"):
+    with pytest.raises(ToolkitError, match="not on transformers' attention interface"):
         ptq.evaluate(bloom, dataset=str(text_file(tmp_path / "t.txt")), seq_len=32, probabilities="log2-4")
     folder = tiny_checkpoint("llama", tmp_path / "llama")
     quantize(folder, tmp_path / "kv", method="rtn", scheme="w8a8kv4", format="native")

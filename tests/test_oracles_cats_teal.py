@@ -9,7 +9,7 @@ import pytest
 import torch
 from sparse_runs import make_sparse
 
-from sparsity.histogram import Histogram
+from calibration.histogram import Histogram
 from sparsity.masking import skipped_weights
 from sparsity.methods import Cats, FatRelu, Teal
 from sparsity.methods.teal import greedy_shares

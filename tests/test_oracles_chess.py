@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sparse_runs import TOKENS, make_sparse
+from sparse_runs import TOKENS, kth_magnitude, make_sparse
 
 from sparsity.methods import Cats, Chess, ChessWithAttention
 from sparsity.sites import prune, small
-from sparsity.thresholds import channel_thresholds, kth_magnitude
+from sparsity.thresholds import channel_thresholds
 
 GENERATOR = torch.Generator().manual_seed(0)
 D, M, T = 32, 96, 400

@@ -1,4 +1,4 @@
-"""Oracles of clipped softmax, softmax1 and gates, and of attention through transformers' interface."""
+"""Oracles of clipped softmax and softmax1, and of attention through transformers' interface."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import torch
 from tiny_models import FAMILIES, tiny_model
 
 from calibration.errors import ToolkitError
-from ptq.analysis.attention import AttentionRule, Scores, attention, unsupported
 from ptq.analysis.heads import HeadStatistics, Probe, head_projections, is_delimiter
-from ptq.numerics.softmax import clipped, clipped_softmax, gamma_of, gate, renormalised, softmax1
+from ptq.numerics.softmax import SoftmaxRule, clipped, gamma_of, renormalised, softmax1
+from ptq.runtime.explicit_attention import Scores, exchanged_softmax, parse_softmax, unsupported
 
 IDS = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
 def logits(*shape: int) -> torch.Tensor:
     return 4 * torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def clipped_softmax(logits: torch.Tensor, gamma: float, zeta: float = 1.0) -> torch.Tensor:
+    return SoftmaxRule(gamma, zeta)(logits)
 
 
 def test_gamma_0_zeta_1_is_softmax_bit_for_bit():
@@ -76,16 +80,6 @@ def test_renormalised_rows():
     assert float(renormalised(torch.zeros(3)).sum()) == 0
 
 
-def test_open_gates_change_nothing():
-    x, weight = logits(2, 7, 4, 8), logits(4, 8)
-    assert torch.equal(gate(x, weight, torch.full((4,), torch.inf).double()), torch.ones(2, 7, 4).double())
-    openness = 0.25
-    bias = torch.full((4,), openness, dtype=torch.float64).logit()
-    torch.testing.assert_close(gate(x, 0 * weight, bias, openness), torch.ones(2, 7, 4).double())
-    expected = torch.sigmoid((x[1, 3, 2] * weight[2]).sum() + 0.5)
-    torch.testing.assert_close(gate(x, weight, torch.full((4,), 0.5).double())[1, 3, 2], expected)
-
-
 def test_clipped_rows_have_no_gradient():
     a = torch.zeros(60, dtype=torch.float64, requires_grad=True)
     clipped_softmax(a, -0.05).sum().backward()
@@ -100,23 +94,39 @@ def test_the_plain_rule_is_eager_attention_bit_for_bit(family):
     model = tiny_model(family)
     if unsupported(model):
         assert family.startswith(("falcon", "bloom"))
-        with pytest.raises(ToolkitError, match="interface"), attention(model, AttentionRule()):
+        with pytest.raises(ToolkitError, match="interface"), exchanged_softmax(model, SoftmaxRule()):
             pass
         return
     with torch.no_grad():
         model.set_attn_implementation("eager")
         expected = model(IDS, use_cache=False).logits
-        for rule in (AttentionRule(), AttentionRule(gamma=0.0, zeta=1.0)):
-            with attention(model, rule):
+        for rule in (SoftmaxRule(), SoftmaxRule(gamma=0.0, zeta=1.0)):
+            with exchanged_softmax(model, rule):
                 assert torch.equal(model(IDS, use_cache=False).logits, expected)
-        with attention(model, AttentionRule(gamma=-0.01)):
+        with exchanged_softmax(model, SoftmaxRule(gamma=-0.01)):
             assert not torch.equal(model(IDS, use_cache=False).logits, expected)
         assert torch.equal(model(IDS, use_cache=False).logits, expected), "what was there before is there again"
 
 
+def test_rules_as_text():
+    assert parse_softmax("gamma=-0.003,zeta=1.003", 512) == SoftmaxRule(-0.003, 1.003)
+    assert parse_softmax("alpha=4", 512) == SoftmaxRule(-4 / 512)
+    assert parse_softmax("off-by-one,normalise", 512) == SoftmaxRule(off_by_one=True, normalise=True)
+    assert parse_softmax("closed=0.9", 512) == SoftmaxRule(closed_from=0.9)
+    for text in ("gama=-0.1", "gamma=x", "gamma=0.1", "zeta=0.9", "closed=2", "gamma=-0.1,alpha=4", "", "normalise=1"):
+        with pytest.raises(ToolkitError, match="--softmax") as caught:
+            parse_softmax(text, 512)
+        assert "gamma=-0.003" in caught.value.fix
+
+
+def test_a_gate_closes_where_the_first_key_gets_much():
+    p = SoftmaxRule(closed_from=0.5)(torch.tensor([[4.0, 0.0, 0.0], [0.0, 4.0, 0.0]]))
+    assert not bool(p[0].any()) and torch.equal(p[1], torch.tensor([0.0, 4.0, 0.0]).softmax(-1))
+
+
 def test_decoding_with_a_cache_is_consistent():
     model = tiny_model("llama")
-    with torch.no_grad(), attention(model, AttentionRule(gamma=-0.02)):
+    with torch.no_grad(), exchanged_softmax(model, SoftmaxRule(gamma=-0.02)):
         whole = model(IDS, use_cache=False).logits
         cache, rows = None, []
         for i in range(IDS.shape[1]):

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from calibration.histogram import Histogram
 from ptq.analysis.activations import SiteStatistics, massive, outlier_channels
-from ptq.analysis.histogram import LogHistogram
 from ptq.analysis.moments import PAPER_EPSILON, Moments, kurtosis
 from ptq.analysis.record import SiteRecord
 from ptq.analysis.rounding import rounded, sqnr
@@ -115,12 +115,12 @@ def test_ratios_do_not_depend_on_scale():
 
 def test_percentiles_of_the_histogram():
     x = draw(200_000)
-    histogram = LogHistogram(CPU)
+    histogram = Histogram()
     for part in x.split(70_000):
         histogram.update(part)
     for share in (0.5, 0.99, 0.9999):
         exact = float(torch.quantile(x.abs(), share))
-        assert histogram.quantile(share) == pytest.approx(exact, rel=5e-3)
+        assert histogram.threshold(share) == pytest.approx(exact, rel=5e-3)
     assert sum(n for _, n in histogram.octaves()) == len(x)
     assert dict(histogram.octaves())[0] == int(((x.abs().float() >= 1) & (x.abs().float() < 2)).sum())
 

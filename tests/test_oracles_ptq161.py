@@ -20,11 +20,11 @@ from ptq.methods import Ptq161
 from ptq.methods.ptq161 import SALIENT, MixedLinear
 from ptq.methods.rtn import round_to_nearest
 from ptq.numerics.binary import (
+    SALIENT_BITS,
     binary_start,
     binary_weight,
     block_loss,
     pack_mask,
-    published_bits,
     salient_mask,
     signs,
     unpack_mask,
@@ -38,6 +38,12 @@ torch.set_num_threads(1)
 WORDS = ("--samples", "6", "--seq-len", "24", "--scheme", "w1a16-salient20")
 SCHEME = parse_scheme("w1a16-salient20")
 EPOCHS = '[[pass]]\nname = "ptq1.61"\nepochs = 2\n'
+
+
+def published_bits(out_features: int, in_features: int, salient: float, vectors: int) -> float:
+    """Bits per weight of the method's own accounting: codes, mask, and ``vectors`` 16-bit numbers per matrix."""
+    weights = out_features * in_features
+    return 1 + (SALIENT_BITS - 1) * salient + 1 / out_features + 16 * vectors / weights
 
 
 def randn(seed: int, *shape: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calibration.statistics import Extremes, Histogram
+from calibration.statistics import EqualBins, Extremes
 from ptq.activations import ActivationQuant
 from ptq.numerics.activations import fake_quantize_inputs, step_and_zero
 from ptq.numerics.ranges import static_range
@@ -13,14 +13,14 @@ from ptq.numerics.ranges import static_range
 CPU = torch.device("cpu")
 
 
-def histogram(*batches: torch.Tensor) -> Histogram:
-    seen = Histogram(batches[0].shape[1], CPU)
+def histogram(*batches: torch.Tensor) -> EqualBins:
+    seen = EqualBins(batches[0].shape[1], CPU)
     for batch in batches:
         seen.update(batch)
     return seen
 
 
-def ends(seen: Histogram, quant: ActivationQuant, how: str, share: float = 99.99) -> tuple[float, float]:
+def ends(seen: EqualBins, quant: ActivationQuant, how: str, share: float = 99.99) -> tuple[float, float]:
     return static_range(seen.counts, seen.limit, seen.low, seen.high, quant, how, share)
 
 

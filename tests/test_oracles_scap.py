@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sparse_runs import TOKENS, make_sparse
+from sparse_runs import TOKENS, kth_magnitude, make_sparse
 
-from sparsity.histogram import Histogram
+from calibration.histogram import Histogram
 from sparsity.methods import Scap, Teal
 from sparsity.rules import Rule
 from sparsity.sites import prune, small
-from sparsity.thresholds import kernel_mode, kth_magnitude
+from sparsity.thresholds import kernel_mode
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(500, 64, generator=GENERATOR)

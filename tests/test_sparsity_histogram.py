@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from sparse_runs import kth_magnitude
 
-from sparsity.histogram import Histogram
-from sparsity.thresholds import kernel_mode, kth_magnitude
+from calibration.histogram import Histogram
+from sparsity.thresholds import kernel_mode
 
 
 def pool(*parts: torch.Tensor) -> Histogram:

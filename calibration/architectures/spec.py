@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 NormKind = Literal["rms", "rms_plus_one", "layer"]
 
 
@@ -38,6 +40,11 @@ class Heads:
     def repeats(self) -> int:
         """Query heads that share one key/value head."""
         return self.query // self.key_value
+
+    def spread(self, channels: torch.Tensor) -> torch.Tensor:
+        """Numbers per value channel ``[key/value heads * width]`` for the channels that the output projection reads,
+        ``[query heads * width]``."""
+        return channels.view(self.key_value, 1, self.width).expand(-1, self.repeats, -1).reshape(-1)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ptq.analysis.histogram import LogHistogram
+from calibration.histogram import Histogram
 from ptq.analysis.moments import PAPER_EPSILON, Moments, deviation, kurtosis
 
 RATIO = 6.0
@@ -117,7 +117,7 @@ class SiteStatistics:
         self.first_max = zeros(torch.float32)
         self.large = zeros(torch.int64)
         self.flagged = zeros(torch.int64)
-        self.histogram = LogHistogram(device)
+        self.histogram = Histogram()
         self.token_max: list[torch.Tensor] = []
         self.token_kurtosis = 0.0
         self.whole = SequenceAverages(OutlierCounts(zeros(torch.int64)))

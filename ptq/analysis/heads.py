@@ -12,9 +12,9 @@ import torch
 
 from calibration.segment import Segment
 from calibration.text import TokenBatches
-from ptq.analysis.attention import Scores
 from ptq.analysis.record import HeadRecord
 from ptq.analysis.sites import short, sites_of
+from ptq.runtime.explicit_attention import Scores
 
 SMALL_VALUE = 0.3
 """A key whose value norm is below this share of the median carries nothing."""

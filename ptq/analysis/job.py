@@ -22,7 +22,6 @@ from calibration.skeleton import Skeleton
 from calibration.text import TokenBatches
 from calibration.walk import Walk
 from ptq.analysis.advice import advise
-from ptq.analysis.attention import AttentionRule, attention, unsupported
 from ptq.analysis.heads import HeadObserver
 from ptq.analysis.record import AnalysisRecord, HeadRecord, SiteRecord, WeightRecord
 from ptq.analysis.sites import SiteObserver
@@ -31,9 +30,11 @@ from ptq.analysis.weights import weight_records
 from ptq.devices import parse_dtype, resolve_device
 from ptq.evaluation import context_length, default_dataset
 from ptq.export.formats import format_of
+from ptq.numerics.softmax import SoftmaxRule
 from ptq.report import analysis_html, analysis_markdown
 from ptq.reporting import versions
 from ptq.runtime.dequantized import float_weights
+from ptq.runtime.explicit_attention import exchanged_softmax, unsupported
 from ptq.runtime.load import checkpoint_dtype
 from ptq.session import Session
 
@@ -103,7 +104,7 @@ def observe(
     )
     found = Findings([], [], [], {}, unsupported(skeleton.model))
     heads = HeadObserver(tokens, batch_size, text)
-    watched = attention(skeleton.model, AttentionRule(), heads.look) if found.no_heads is None else nullcontext()
+    watched = exchanged_softmax(skeleton.model, SoftmaxRule(), heads.look) if found.no_heads is None else nullcontext()
     with watched:
         for segment, states in walk.observe(tokens, progress):
             observer = SiteObserver(segment, len(tokens))

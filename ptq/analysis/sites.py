@@ -166,7 +166,7 @@ def site_record(block: int, site: Site, s: SiteStatistics, weight: torch.Tensor 
         six_sigma_later=_six_sigma(s.rest.six_sigma, text) if rest else None,
         channel_disparity=disparity(channel_max),
         token_disparity=disparity(tokens),
-        percentile_ratio=_ratio(s.histogram.quantile(0.9999), s.histogram.quantile(0.5)),
+        percentile_ratio=_ratio(s.histogram.threshold(0.9999), s.histogram.threshold(0.5)),
         outlier_channels=_channels(s),
         standout=tuple(standout_channels(s.abs_mean()).tolist()),
         emergent=tuple(emergent.nonzero().flatten().tolist()),

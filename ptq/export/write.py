@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from calibration.checkpoint import CheckpointReader, ShardWriter, disk_errors, write_atomically
+from calibration.checkpoint import CheckpointReader, disk_errors, write_atomically
 from calibration.errors import ToolkitError
+from calibration.shards import ShardWriter
 from ptq.export.formats import Format
 from ptq.export.readback import compare
 from ptq.linears import ModelLayout

@@ -31,10 +31,7 @@ def by_value_channel(group: Balance, columns: torch.Tensor) -> torch.Tensor:
 
 def spread(group: Balance, s: torch.Tensor) -> torch.Tensor:
     """Scales of the producer's channels as factors of the consumers' input columns."""
-    if group.heads is None:
-        return s
-    heads = group.heads
-    return s.view(heads.key_value, 1, heads.width).expand(-1, heads.repeats, -1).reshape(-1)
+    return s if group.heads is None else group.heads.spread(s)
 
 
 def balance(segment: Segment, context: Context, group: Balance, s: torch.Tensor) -> torch.Tensor:

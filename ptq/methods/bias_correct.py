@@ -74,17 +74,16 @@ def expected_inputs(segment: Segment) -> dict[str, torch.Tensor]:
     for group in segment.spec.balance:
         if group.kind != "norm":
             continue
-        gain = segment.masters[f"{group.producer}.weight"]
+        gain = segment.gain(group.producer)
         mean = segment.masters.get(f"{group.producer}.bias", torch.zeros_like(gain))
         for name in group.consumers:
             found[name], deviations[name] = mean, gain.abs()
     for group in segment.spec.balance:
         if group.heads is None or group.producer not in found:
             continue
-        rows, heads = slice(*group.rows) if group.rows else slice(None), group.heads
+        rows = slice(*group.rows) if group.rows else slice(None)
         values = _mean_output(segment, group.producer, found[group.producer])[rows]
-        spread = values.view(heads.key_value, 1, heads.width).expand(-1, heads.repeats, -1).reshape(-1)
-        found[group.consumers[0]] = spread
+        found[group.consumers[0]] = group.heads.spread(values)
     for network in segment.spec.feed_forward:
         if network.gate is None and network.activation == "relu" and network.up in found:
             mean = _mean_output(segment, network.up, found[network.up])

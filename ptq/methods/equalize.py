@@ -77,10 +77,9 @@ def move_value_bias(segment: Segment, group: Balance) -> None:
     source, target = f"{group.producer}.bias", f"{group.consumers[0]}.bias"
     if group.heads is None or source not in segment.masters or target not in segment.masters:
         return
-    rows, heads = slice(*group.rows) if group.rows else slice(None), group.heads
+    rows = slice(*group.rows) if group.rows else slice(None)
     values = segment.masters[source][rows]
-    spread = values.view(heads.key_value, 1, heads.width).expand(-1, heads.repeats, -1).reshape(-1)
-    moved = segment.masters[target] + segment.weight(group.consumers[0]) @ spread
+    moved = segment.masters[target] + segment.weight(group.consumers[0]) @ group.heads.spread(values)
     left = segment.masters[source].clone()
     left[rows] = 0
     segment.set_vector(source, left, exact=True)

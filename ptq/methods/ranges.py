@@ -12,7 +12,7 @@ from calibration.context import Context
 from calibration.errors import Problem, ToolkitError
 from calibration.passes import Phase, Stream
 from calibration.segment import Segment
-from calibration.statistics import Extremes, Histogram, Statistic
+from calibration.statistics import EqualBins, Extremes, Statistic
 from ptq.activations import ActivationQuant
 from ptq.numerics.activations import step_and_zero
 from ptq.numerics.integers import round_scale
@@ -62,7 +62,7 @@ class Ranges:
         if not grids:
             return
         channelwise = any(grid.granularity == "channel" for grid in grids.values())
-        context.refresh(None, Histogram, *([Extremes] if channelwise else []))
+        context.refresh(None, EqualBins, *([Extremes] if channelwise else []))
         for linear, grid in grids.items():
             ends = self._range(context, segment, linear, grid)
             scale, zero = step_and_zero(*ends, grid)
@@ -74,7 +74,7 @@ class Ranges:
     def _range(
         self, context: Context, segment: Segment, linear: str, grid: ActivationQuant
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        seen = context.statistic(linear, Histogram)
+        seen = context.statistic(linear, EqualBins)
         if seen.tokens == 0:
             raise ToolkitError(
                 f"{segment.full_name(linear)}: saw no calibration tokens, and a static range needs some",

@@ -94,9 +94,3 @@ def block_loss(model: torch.Tensor, inputs: torch.Tensor, y: torch.Tensor) -> to
         cosine = torch.nn.functional.cosine_similarity(y, target, dim=-1).mean()
         total = total + (y - target).square().mean() - cosine.abs().log()
     return total
-
-
-def published_bits(out_features: int, in_features: int, salient: float, vectors: int) -> float:
-    """Bits per weight of the method's own accounting: codes, mask, and ``vectors`` 16-bit numbers per matrix."""
-    weights = out_features * in_features
-    return 1 + (SALIENT_BITS - 1) * salient + 1 / out_features + 16 * vectors / weights

@@ -29,12 +29,6 @@ COARSE = tuple(i / 5 for i in range(-3, 6))
 SHORTLIST = 8
 
 
-def published_offsets(bias: float, n: int = 100, low: float = 0.01, high: float = 1.2) -> list[float]:
-    """The paper's candidates for a bias as offsets to it: (c - 1) bias with c = low + i (high - low) / n, i < n, and
-    c = 1, which its grid leaves out."""
-    return [(low + i * (high - low) / n - 1) * bias for i in range(n)] + [0.0]
-
-
 def _bound_of(scale: torch.Tensor, quant: TensorQuant, global_scale: torch.Tensor | None) -> torch.Tensor:
     """What the largest level stands for with this stored scale, as `floats.scales` takes it."""
     assert quant.float_format is not None

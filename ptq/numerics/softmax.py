@@ -1,10 +1,12 @@
-"""Softmaxes that can output zero, and gates: how a head can leave the residual stream alone.
+"""Softmaxes that can output zero: how a head can leave the residual stream alone.
 
 Bondarenko, Nagel, Blankevoort, "Quantizable Transformers: Removing Outliers by Helping Attention Heads Do Nothing"
-(NeurIPS 2023, arXiv 2306.12929), equations 4 and 5; Miller, "Attention is off by one" (2023) for `softmax1`.
+(NeurIPS 2023, arXiv 2306.12929), equation 4; Miller, "Attention is off by one" (2023) for `softmax1`.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -19,11 +21,6 @@ def clipped(p: torch.Tensor, gamma: float, zeta: float = 1.0) -> torch.Tensor:
     """
     assert gamma <= 0 and zeta >= 1, (gamma, zeta)
     return (p * (zeta - gamma) + gamma).clamp(0.0, 1.0)
-
-
-def clipped_softmax(logits: torch.Tensor, gamma: float, zeta: float = 1.0) -> torch.Tensor:
-    """`clipped` of the softmax over the last axis. Masked logits (-inf) have probability 0, which is clipped to 0."""
-    return clipped(logits.softmax(-1), gamma, zeta)
 
 
 def gamma_of(alpha: float, length: int) -> float:
@@ -43,15 +40,31 @@ def renormalised(p: torch.Tensor, smallest: float = 1e-12) -> torch.Tensor:
     return p / p.sum(-1, keepdim=True).clamp_min(smallest)
 
 
-def gate(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, openness: float = 1.0) -> torch.Tensor:
-    """``sigmoid(x_h w_h + b_h) / openness``: the gate of every head and token that its output is multiplied by.
+@dataclass(frozen=True)
+class SoftmaxRule:
+    """What takes the place of softmax; as it is, softmax itself, bit for bit.
 
-    Args:
-        x: input of the attention, split into heads, ``[..., tokens, heads, head width]``.
-        weight: ``[heads, head width]``; ``bias``: ``[heads]``.
-        openness: ``sigmoid(b)`` at the start of fine-tuning, so that a gate of weight 0 changes nothing.
-
-    Returns:
-        ``[..., tokens, heads]``.
+    Attributes:
+        gamma, zeta: of the clipped softmax.
+        off_by_one: `softmax1` instead.
+        normalise: rows sum to 1 again after clipping.
+        closed_from: a gate is closed where the first key gets at least this much: the head's output is 0 there.
     """
-    return torch.sigmoid((x * weight).sum(-1) + bias) / openness
+
+    gamma: float = 0.0
+    zeta: float = 1.0
+    off_by_one: bool = False
+    normalise: bool = False
+    closed_from: float | None = None
+
+    def __str__(self) -> str:
+        changed = [f"{f.name} {getattr(self, f.name):g}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return ", ".join(changed) or "plain"
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """Probabilities ``[..., queries, keys]`` of masked logits."""
+        p = softmax1(logits) if self.off_by_one else logits.softmax(-1)
+        first = p[..., :1]
+        p = clipped(p, self.gamma, self.zeta)
+        p = renormalised(p) if self.normalise else p
+        return p if self.closed_from is None else torch.where(first >= self.closed_from, 0.0, p)

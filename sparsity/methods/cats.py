@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
-
-import torch
-from torch import nn
 
 from calibration.architectures import ArchitectureSpec, BlockSpec
 from calibration.capture import Watch
 from calibration.context import Context
 from calibration.errors import Problem
-from calibration.passes import Phase, Stream
 from calibration.segment import Segment
-from calibration.statistics import Statistic
+from sparsity.gate import GatePass
 from sparsity.pools import Pool, checked, gated
 from sparsity.rules import gate_problems, pool_rule, put, target_problems, token_problems
 
@@ -36,7 +31,7 @@ def gate_groups(segment: Segment) -> dict[str, int | None]:
 
 
 @dataclass(frozen=True)
-class Cats:
+class Cats(GatePass):
     """Prune the smallest ``target`` of |act(gate(x))| of each layer; rows of up and columns of down are skipped.
 
     Thresholds are quantiles of one pool of all tokens and channels, where the published code takes the left edge of a
@@ -46,10 +41,6 @@ class Cats:
     target: float = 0.5
 
     name: ClassVar[str] = "cats"
-    phases: ClassVar[tuple[Phase, ...]] = (Phase.GATE,)
-    stream: ClassVar[Stream] = "quantized"
-    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
-    parts: ClassVar[tuple[str, ...]] = ()
 
     def check(self, view: Any) -> Iterable[Problem]:
         yield from target_problems(self.target)
@@ -68,8 +59,3 @@ class Cats:
         pools = checked(segment, gate_pools(segment, context), gate_groups(segment))
         rules = [pool_rule(gate, "output", pools[gate]) for gate in gated(segment)]
         put(segment, rules, dict.fromkeys(pools, self.target))
-
-    def masked(
-        self, block: nn.Module, spec: ArchitectureSpec, index: int, gates: Mapping[str, torch.Tensor]
-    ) -> AbstractContextManager[Any]:
-        return nullcontext()

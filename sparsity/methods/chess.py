@@ -6,28 +6,25 @@ layer's threshold T0 is the quantile of all |G_i| a_i, and channel i prunes wher
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
 
 from calibration.architectures import ArchitectureSpec, BlockSpec
 from calibration.capture import Watch
 from calibration.context import Context
 from calibration.errors import Problem
-from calibration.passes import Phase, Stream
 from calibration.segment import Segment
-from calibration.statistics import Statistic
+from sparsity.gate import GatePass
 from sparsity.methods.cats import gate_groups, gate_pools
 from sparsity.pools import MIN_TOKENS, ChannelMeans, Pool, checked, gated
 from sparsity.rules import Rule, gate_problems, pool_rule, put, target_problems, token_problems
 
 
 @dataclass(frozen=True)
-class Chess:
+class Chess(GatePass):
     """Prune the ``target`` of the gate's values that matter least.
 
     Attributes:
@@ -43,10 +40,6 @@ class Chess:
     attention: bool = False
 
     name: ClassVar[str] = "chess"
-    phases: ClassVar[tuple[Phase, ...]] = (Phase.GATE,)
-    stream: ClassVar[Stream] = "quantized"
-    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
-    parts: ClassVar[tuple[str, ...]] = ()
 
     def check(self, view: Any) -> Iterable[Problem]:
         yield from target_problems(self.target)
@@ -92,11 +85,6 @@ class Chess:
             else:
                 rules.append(Rule(gate, "output", weighted[gate].histogram, importance[gate]))
         put(segment, rules, {rule.linear: self.target for rule in rules})
-
-    def masked(
-        self, block: nn.Module, spec: ArchitectureSpec, index: int, gates: Mapping[str, torch.Tensor]
-    ) -> AbstractContextManager[Any]:
-        return nullcontext()
 
     @staticmethod
     def _means(segment: Segment, up: str) -> ChannelMeans:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
-
-import torch
-from torch import nn
 
 from calibration.architectures import ArchitectureSpec, BlockSpec
 from calibration.context import Context
 from calibration.errors import Problem
-from calibration.passes import Phase, Stream
 from calibration.segment import Segment
-from calibration.statistics import Statistic
+from sparsity.gate import GatePass
 from sparsity.methods.cats import gate_groups, gate_pools
 from sparsity.pools import checked, gated, input_pools
 from sparsity.rules import ANY_LINEAR, pool_rule, put, target_problems, token_problems
 
 
 @dataclass(frozen=True)
-class FatRelu:
+class FatRelu(GatePass):
     """Raise the threshold of ReLU until ``target`` of its outputs are zero, or no further than its own zeros reach.
 
     Behind a ReLU nothing is negative, so that keeping x >= T is pruning |x| < T: without a gate the input of down is
@@ -32,10 +27,6 @@ class FatRelu:
     target: float = 0.5
 
     name: ClassVar[str] = "fatrelu"
-    phases: ClassVar[tuple[Phase, ...]] = (Phase.GATE,)
-    stream: ClassVar[Stream] = "quantized"
-    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
-    parts: ClassVar[tuple[str, ...]] = ()
 
     def check(self, view: Any) -> Iterable[Problem]:
         yield from target_problems(self.target)
@@ -64,8 +55,3 @@ class FatRelu:
             downs = [network.down for network in segment.spec.feed_forward]
             rules = [pool_rule(n, "input", pool) for n, pool in input_pools(segment, context, downs).items()]
         put(segment, rules, {rule.linear: self.target for rule in rules})
-
-    def masked(
-        self, block: nn.Module, spec: ArchitectureSpec, index: int, gates: Mapping[str, torch.Tensor]
-    ) -> AbstractContextManager[Any]:
-        return nullcontext()

@@ -19,10 +19,9 @@ from calibration.architectures import ArchitectureSpec, BlockSpec
 from calibration.capture import Watch
 from calibration.context import Context
 from calibration.errors import Problem
-from calibration.passes import Phase, Stream
 from calibration.segment import Segment
-from calibration.statistics import Statistic
 from sparsity.files import sites_from
+from sparsity.gate import GatePass
 from sparsity.masking import Masks, block_masked, block_watches
 from sparsity.pools import calibration_rows, input_pools
 from sparsity.rules import Rule, pool_rule, put, share_of, target_problems, token_problems
@@ -34,7 +33,7 @@ NEAR_ZERO = 1e-6
 
 
 @dataclass(frozen=True)
-class Scap:
+class Scap(GatePass):
     """Prune a share of the input of every linear of the feed-forward networks (or of all linears).
 
     Stage by stage: thresholds of a stage are taken from what arrives behind the pruned stages before it, as published.
@@ -54,10 +53,6 @@ class Scap:
     linears: Literal["ffn", "all"] = "ffn"
 
     name: ClassVar[str] = "scap"
-    phases: ClassVar[tuple[Phase, ...]] = (Phase.GATE,)
-    stream: ClassVar[Stream] = "quantized"
-    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
-    parts: ClassVar[tuple[str, ...]] = ()
 
     def check(self, view: Any) -> Iterable[Problem]:
         yield from target_problems(self.target, self.targets)

@@ -6,20 +6,17 @@ Thresholds are quantiles of |x|, which for symmetric inputs are the published F^
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
 
 from calibration.architectures import ArchitectureSpec, BlockSpec
 from calibration.capture import Watch
 from calibration.context import Context
 from calibration.errors import Problem
-from calibration.passes import Phase, Stream
 from calibration.segment import Segment
-from calibration.statistics import Statistic
+from sparsity.gate import GatePass
 from sparsity.masking import Masks, block_watches
 from sparsity.pools import calibration_rows, input_pools
 from sparsity.rules import Rule, pool_rule, put, share_of, target_problems, token_problems
@@ -71,7 +68,7 @@ def greedy_shares(
 
 
 @dataclass(frozen=True)
-class Teal:
+class Teal(GatePass):
     """Prune a share of what every linear of the blocks reads.
 
     Attributes:
@@ -90,10 +87,6 @@ class Teal:
     batches: int = 1
 
     name: ClassVar[str] = "teal"
-    phases: ClassVar[tuple[Phase, ...]] = (Phase.GATE,)
-    stream: ClassVar[Stream] = "quantized"
-    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
-    parts: ClassVar[tuple[str, ...]] = ()
 
     def check(self, view: Any) -> Iterable[Problem]:
         yield from target_problems(self.target, self.targets)
@@ -119,11 +112,6 @@ class Teal:
         else:
             shares = self._search(segment, context, rules)
         put(segment, rules.values(), shares)
-
-    def masked(
-        self, block: nn.Module, spec: ArchitectureSpec, index: int, gates: Mapping[str, torch.Tensor]
-    ) -> AbstractContextManager[Any]:
-        return nullcontext()
 
     def _search(self, segment: Segment, context: Context, rules: Mapping[str, Rule]) -> Shares:
         """Shares per linear. Experts of one kind get one share: a group counts with all its weights."""

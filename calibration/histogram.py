@@ -66,7 +66,8 @@ class Histogram:
         return (self._below(high) - self._below(low) + at_zero) / max(self.count, 1)
 
     def threshold(self, share: float, center: float = 0.0) -> float:
-        """The smallest t with ``share(center, t) >= share``; 0 where exact ties at the center suffice, or share is 0.
+        """The quantile of |x - center|: the smallest t with ``share(center, t) >= share``; 0 where exact ties at the
+        center suffice, or share is 0.
 
         Args:
             share: in [0, 1).
@@ -98,6 +99,15 @@ class Histogram:
         index = min(int(torch.searchsorted(total, torch.tensor(rank, dtype=torch.float64))), len(counts) - 1)
         inside = (rank - float(total[index] - counts[index])) / max(float(counts[index]), 1.0)
         return float(edges[index] + inside * (edges[index + 1] - edges[index]))
+
+    def octaves(self) -> tuple[tuple[int, int], ...]:
+        """``(e, count)``: values with ``2^e <= |x| < 2^(e + 1)``, in order, empty octaves inside included; zeros and
+        subnormal numbers are left out."""
+        per_octave = (self.positive + self.negative)[:INFINITE].view(-1, 1 << (23 - DROPPED_BITS)).sum(1)
+        filled = per_octave[1:].nonzero().flatten() + 1
+        if not len(filled):
+            return ()
+        return tuple((i - 127, int(per_octave[i])) for i in range(int(filled[0]), int(filled[-1]) + 1))
 
     def masses(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Middle of every bin that holds values, and its count: both float64 ``[bins]``, in order of value."""
