@@ -134,6 +134,7 @@ def make_plan(
         problems += whole.refusals(spec)
     problems += activation_problems(layout, recipe.passes, spec, config)
     problems += binary_problems(layout, recipe.passes)
+    problems = problems or list(_size_problems(reader, linears))  # a wrong setting is not refused for its size as well
     fmt, reason = _format(recipe, _possible_layouts(layout, recipe), problems)
     if problems:
         raise PlanError(dict.fromkeys(problems))
@@ -185,17 +186,18 @@ def _resolve_linears(
                 missing.append(f"{prefix}{name}.weight")
                 continue
             rule = next(r for r in recipe.rules if r.matches(prefix + name))
+            shape = (info.shape[1], info.shape[0]) if spec.conv1d else (info.shape[0], info.shape[1])
             linears.append(
                 PlannedLinear(
                     name=prefix + name,
                     block=index,
-                    shape=(info.shape[1], info.shape[0]) if spec.conv1d else (info.shape[0], info.shape[1]),
+                    shape=shape,
                     scheme=rule.scheme,
                     why="" if rule.scheme else f"rule '{rule.match}' = float",
                     conv1d=spec.conv1d,
                     expert=experts[name],
                     bias=f"{prefix}{name}.bias" in reader.infos,
-                    part_bits=_part_bits(recipe, info.shape) + 32 * (name in transformed) if rule.scheme else 0,
+                    part_bits=_part_bits(recipe, shape) + 32 * (name in transformed) if rule.scheme else 0,
                 )
             )
         missing += [
@@ -225,11 +227,11 @@ def _resolve_linears(
             example = linears[0].name if linears else spec.prefix(0) + "..."
             fix = f"patterns match full names such as '{example}'; '*' stands for any text"
             problems.append(Problem(f"rule '{rule.match}'", "matches no linear", fix))
-    return linears, problems + list(_size_problems(reader, linears))
+    return linears, problems
 
 
-def _part_bits(recipe: Recipe, shape: tuple[int, ...]) -> int:
-    return sum(p.part_bits(shape[0], shape[1]) for p in recipe.passes if isinstance(p, StoresParts))
+def _part_bits(recipe: Recipe, shape: tuple[int, int]) -> int:
+    return sum(p.part_bits(*shape) for p in recipe.passes if isinstance(p, StoresParts))
 
 
 def _some(names: list[str]) -> str:

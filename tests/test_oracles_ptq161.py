@@ -10,7 +10,7 @@ from command import done, refused, run_ptq, text_file, tiny
 from runtime_layers import inputs
 from safetensors.torch import load_file
 from test_statistics import new_context, open_block, tokens
-from tiny_runs import assert_close, logits
+from tiny_runs import assert_close, logits, tiny_checkpoint
 
 from calibration.context import Context
 from calibration.record import read_record
@@ -29,6 +29,7 @@ from ptq.numerics.binary import (
     signs,
     unpack_mask,
 )
+from ptq.pipeline import prepare
 from ptq.quantized import QuantizedTensor
 from ptq.runtime.linear import QuantLinear
 from ptq.runtime.load import load_model
@@ -209,6 +210,14 @@ def test_whole_runs(place):
     assert 0 <= total - counted < 14 * 32
     done("export", place / "out", "--format", "native", "--out", place / "copy")
     assert_close(logits(load_model(place / "copy").model), logits(load_model(place / "out").model))
+
+
+def test_parts_are_counted_for_transposed_weights(tmp_path):
+    """GPT-2 stores ``[in, out]``; rows and columns have different vectors."""
+    job = prepare(tiny_checkpoint("gpt2", tmp_path), method="ptq1.61", scheme="w1a16-salient20")
+    for linear in job.plan.layout.quantized:
+        assert linear.part_bits == Ptq161().part_bits(*linear.shape)
+    assert any(linear.shape[0] != linear.shape[1] for linear in job.plan.layout.quantized)
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(place, monkeypatch):
