@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from table import remembered
 
 from calibration.corpora import load_corpus
 from calibration.encoding import EncodedText
 from calibration.models import forward_dtype, load_tokenizer, locate, open_model
 from calibration.passes import Pass
-from calibration.perplexity import LogitsModel, encode_for, score
+from calibration.perplexity import encode_for, score
 from calibration.progress import Silent
 from calibration.text import TokenBatches, calibration_tokens
 from calibration.windows import Scoring
@@ -70,19 +71,6 @@ def sites_of(folder: Path, step: Pass, tokens: TokenBatches, batch_size: int) ->
             progress=Silent(),
         )
     return sites_from(gates)
-
-
-def remembered(logits: LogitsModel) -> LogitsModel:
-    """The same function, computing each batch once (the windows of a small model's test text fit in memory)."""
-    known: dict[bytes, torch.Tensor] = {}
-
-    def lookup(ids: torch.Tensor) -> torch.Tensor:
-        key = ids.numpy().tobytes()
-        if key not in known:
-            known[key] = logits(ids)
-        return known[key]
-
-    return lookup
 
 
 class Bench:
