@@ -75,6 +75,30 @@ class Walk:
     allow_unseen: bool = False
     inputs: Callable[[Tensors, Mapping[str, str]], Transforms] = no_transforms
 
+    @staticmethod
+    def of_float_blocks(
+        reader: TensorSource,
+        skeleton: Skeleton,
+        batch_size: int,
+        schemes: Callable[[int], Mapping[str, Any]] = lambda index: {},
+    ) -> Walk:
+        """A walk that looks at the blocks as they are (`observe`, `load`) and commits nothing.
+
+        Raises:
+            ToolkitError: the checkpoint lacks parameters of the model.
+        """
+        skeleton.check_complete(reader.infos)
+        return Walk(
+            reader=reader,
+            skeleton=skeleton,
+            passes=(),
+            schemes=schemes,
+            encode=lambda segment: {},
+            restore=lambda tensors, schemes, dtype: {},
+            folder=Path(),
+            batch_size=batch_size,
+        )
+
     def tensors_path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
 

@@ -14,7 +14,13 @@ def quantize(
     model: Model,
     out: Annotated[Path | None, typer.Option(help="Output folder; appears whole or not at all.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="rtn, gptq, awq, awq+gptq. Without a rounding pass, rtn is appended.")
+        str | None,
+        typer.Option(
+            help="Passes joined by +; without one that rounds, rtn is appended. Before rounding: equalize, rotate, "
+            "smoothquant, exponent-shift, awq, outliertune, adadim, adadim-published, fp4, rs, ranges. Rounding: rtn, "
+            "gptq, adaquant, ptq1.61; rtn-ada, gptq-ada and rrs are combinations. Behind it: lorc, norm-tweak, "
+            "bias-correct; cats, chess, chess-qo, scap, teal, fatrelu with --target."
+        ),
     ] = None,
     target: Annotated[
         str | None, typer.Option(help="Share of activations that cats, chess, scap or teal prune: awq+scap, 0.5.")
@@ -22,7 +28,10 @@ def quantize(
     recipe: Annotated[Path | None, typer.Option(help="TOML file with passes and schemes, instead of --method.")] = None,
     scheme: Annotated[
         str | None,
-        typer.Option(help="w{2,3,4,5,6,8}a16-{g32,g64,g128,gchannel}[-sym|-asym]. Default: w4a16-g128-sym."),
+        typer.Option(
+            help="w{2,3,4,5,6,8}a16-{g32,g64,g128,gchannel}[-sym|-asym], floats (fp4-e2m1-g128, mxfp4, nvfp4), with "
+            "quantized inputs w8a8, w4a8, w4a4, w4a4kv4, fp8. Default: the method's, mostly w4a16-g128-sym."
+        ),
     ] = None,
     format: Annotated[
         str | None,

@@ -41,7 +41,7 @@ def analysed(folder: Path, gains: dict[str, torch.Tensor], columns: dict[str, to
     reader, config, spec = open_model(demo)
     tokens = model_tokens(demo, config, "builtin", 4, 128, 0, False)
     subject = Subject(Planted(reader, gains, columns), config, spec, torch.float32, torch.device("cpu"))
-    return observe(subject, tokens, folder / "scratch", str, Silent())
+    return observe(subject, tokens, str, Silent())
 
 
 def factors(width: int, channels: tuple[int, ...], factor: float) -> torch.Tensor:
@@ -94,7 +94,7 @@ def test_heads_are_seen_and_falcon_says_why_not(tmp_path):
     reader, config, spec = open_model(folder)
     ids = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(0))
     subject = Subject(reader, config, spec, torch.float32, torch.device("cpu"))
-    found = observe(subject, TokenBatches(ids, {}), tmp_path / "scratch", str, Silent())
+    found = observe(subject, TokenBatches(ids, {}), str, Silent())
     assert found.no_heads is not None and "interface" in found.no_heads and not found.heads
 
 

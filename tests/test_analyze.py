@@ -24,7 +24,7 @@ IDS = torch.randint(0, 96, (5, 24), generator=torch.Generator().manual_seed(0))
 def findings(folder, tmp_path, ids=IDS):
     reader, config, spec = open_model(folder)
     subject = Subject(reader, config, spec, torch.float32, torch.device("cpu"))
-    return observe(subject, TokenBatches(ids, {}), tmp_path / "scratch", str, Silent())
+    return observe(subject, TokenBatches(ids, {}), str, Silent())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -242,3 +242,8 @@ def test_a_real_process(place, tmp_path):
     good = process("quantize", place / "llama", "--method", "rtn", *FAST, "--out", tmp_path / "out")
     assert good.returncode == 0 and "written to" in good.stdout and "Traceback" not in good.stderr
     assert "verify ..." in good.stderr
+
+
+def test_help_names_every_method():
+    words = {word.strip(".,;:") for word in done("quantize", "--help").replace("│", " ").split()}
+    assert not [name for name in [*METHODS, *SPARSIFIERS, *COMBINATIONS] if name not in words]

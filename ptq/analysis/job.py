@@ -80,28 +80,15 @@ class Findings:
 
 
 @torch.no_grad()
-def observe(
-    subject: Subject, tokens: TokenBatches, folder: Path, text: Callable[[int], str], progress: Progress
-) -> Findings:
+def observe(subject: Subject, tokens: TokenBatches, text: Callable[[int], str], progress: Progress) -> Findings:
     """Walk over the blocks once.
 
     Args:
-        folder: scratch; nothing stays in it.
         text: token id to its text.
     """
     skeleton = Skeleton(subject.config, subject.spec, subject.dtype, subject.device)
-    skeleton.check_complete(subject.source.infos)
     batch_size = max(1, min(len(tokens), BATCH_TOKENS // tokens.seq_len))
-    walk = Walk(
-        reader=subject.source,
-        skeleton=skeleton,
-        passes=(),
-        schemes=lambda index: {},
-        encode=lambda segment: {},
-        restore=lambda tensors, schemes, dtype: {},
-        folder=folder,
-        batch_size=batch_size,
-    )
+    walk = Walk.of_float_blocks(subject.source, skeleton, batch_size)
     found = Findings([], [], [], {}, unsupported(skeleton.model))
     heads = HeadObserver(tokens, batch_size, text)
     watched = exchanged_softmax(skeleton.model, SoftmaxRule(), heads.look) if found.no_heads is None else nullcontext()
@@ -175,7 +162,7 @@ def analyze(
     session.begin({"analyze": fingerprint(reader)}, resume=False)
     with session.unless_done():
         subject = Subject(float_weights(reader, spec), config, spec, dtype, device)
-        found = observe(subject, tokens, session.blocks, text, progress)
+        found = observe(subject, tokens, text, progress)
         record = AnalysisRecord(
             model={
                 "name": folder.name if Path(model).is_dir() else str(model),

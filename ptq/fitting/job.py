@@ -180,18 +180,8 @@ class Fit:
 
 def float_walk(job: Job) -> Walk:
     """A walk over the float blocks of a job that commits nothing."""
-    walk = Walk(
-        reader=job.reader,
-        skeleton=Skeleton(job.config, job.plan.spec, job.dtype, job.device),
-        passes=(),
-        schemes=job.plan.schemes,
-        encode=lambda segment: {},
-        restore=lambda tensors, schemes, dtype: {},
-        folder=Path(),
-        batch_size=job.batch_size,
-    )
-    walk.skeleton.check_complete(job.reader.infos)
-    return walk
+    skeleton = Skeleton(job.config, job.plan.spec, job.dtype, job.device)
+    return Walk.of_float_blocks(job.reader, skeleton, job.batch_size, job.plan.schemes)
 
 
 def prepare_fit(
