@@ -27,8 +27,31 @@ SETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "INT4": (("rtn", "gptq", "awq+gptq"), ("w4a16-g32-sym",)),
     "FP4": (FLOAT_METHODS, ("fp4-e2m1-g128", "fp4-e2m1-g64", "fp4-e2m1-g32", "mxfp4", "nvfp4")),
     "E3M0": (("rtn", "gptq"), ("fp4-e3m0-g128", "fp4-e1m2-g128")),
+    "TWEAK": (
+        tuple(f"{method}+norm-tweak" for method in METHODS),
+        tuple(f"w{bits}a16-g128-sym" for bits in (4, 3, 2)),
+    ),
+    "INPUTS": (
+        ("rtn", "gptq"),
+        (
+            "w4a8-g128",
+            "fp4-e2m1-g128-a8",
+            "w4a4-g128",
+            "w4a4-g128-ag128",
+            "fp4-e2m1-g128-afp4",
+            "fp4-e2m1-g128-afp4-ag128",
+        ),
+    ),
+    "FPINPUTS": (("fp4", "exponent-shift+fp4"), ("fp4-e2m1-g128-a8", "fp4-e2m1-g128-afp4", "fp4-e2m1-g128-afp4-ag128")),
+    "ONE": (("ptq1.61",), ("w1a16-salient20", "w1a16-salient0")),
 }
 """Name of a part of the table -> its methods and its schemes."""
+
+
+def native(method: str, scheme: str) -> bool:
+    """Whether compressed-tensors holds no such thing, or not everywhere."""
+    kept = any(name in method for name in ("lorc", "-ada", "ptq1.61", "exponent-shift"))
+    return kept or any(inputs in scheme for inputs in ("a8", "a4", "afp4"))
 
 
 def main() -> None:
@@ -41,7 +64,7 @@ def main() -> None:
     for methods, schemes in (SETS[name] for name in args.only.split(",")):
         for scheme in schemes:
             for method in methods:
-                stored = ("--format", "native") if "lorc" in method or "-ada" in method else ()
+                stored = ("--format", "native") if native(method, scheme) else ()
                 rows.append(bench.row(method, scheme, *stored))
     bench.report(sorted(rows, key=lambda row: (row["bits_per_weight"], row["perplexity"])), args.json)
 

@@ -50,11 +50,15 @@ def measured(command: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def ours(model: Path, tokens: Path, method: str, shape: tuple[int, int], out: Path) -> dict[str, float]:
+def ours(
+    model: Path, tokens: Path, method: str, shape: tuple[int, int], out: Path, scheme: str = "w4a16-g128-sym"
+) -> dict[str, float]:
+    """``method`` with ``scheme``, or a recipe ("*.toml"), which has a scheme of its own."""
     from calibration.record import read_timings
 
-    command = [sys.executable, "-m", "cli.main", "quantize", str(model), "--method", method]
-    command += ["--scheme", "w4a16-g128-sym", "--dataset", str(tokens), "--dtype", "bfloat16"]
+    how = ["--recipe", method] if method.endswith(".toml") else ["--method", method, "--scheme", scheme]
+    command = [sys.executable, "-m", "cli.main", "quantize", str(model), *how]
+    command += ["--dataset", str(tokens), "--dtype", "bfloat16"]
     command += ["--samples", str(shape[0]), "--seq-len", str(shape[1]), "--out", str(out), "--overwrite"]
     seconds = measured(command)
     timings = read_timings(out)
@@ -62,10 +66,13 @@ def ours(model: Path, tokens: Path, method: str, shape: tuple[int, int], out: Pa
     return {"process": seconds, "quantize": timings.seconds, "peak_gib": timings.peak_rss_bytes / 2**30}
 
 
-def theirs(python: str, model: Path, tokens: Path, method: str, out: Path, extra: list[str]) -> dict[str, float]:
+def theirs(
+    python: str, model: Path, tokens: Path, method: str, out: Path, extra: list[str], bits: int = 4
+) -> dict[str, float]:
+    """llm-compressor, symmetric groups of 128."""
     result = out.with_suffix(".json")
     command = [python, str(HERE / "llmcompressor_run.py"), "--model", str(model), "--tokens", str(tokens)]
-    command += ["--method", method, "--bits", "4", "--group-size", "128", "--symmetric", "--dtype", "bfloat16"]
+    command += ["--method", method, "--bits", str(bits), "--group-size", "128", "--symmetric", "--dtype", "bfloat16"]
     seconds = measured([*command, "--out", str(out), "--json", str(result), *extra])
     data = json.loads(result.read_text())
     return {"process": seconds, "quantize": data["oneshot_seconds"], "peak_gib": data["peak_rss_gib"]}
