@@ -48,8 +48,13 @@ def main() -> None:
         loaded = load_model(model, dtype=torch.float32, kernel=kernel)
         return f"{score(logits_of(loaded, CPU), text, scoring).perplexity:.4f}", loaded.path
 
-    def theirs(model: Path) -> str:
-        network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    def theirs(model: Path, scheme: str) -> str:
+        fp4 = "fp4" in scheme  # decompressed to bfloat16 by the first forward pass
+        dtype = torch.bfloat16 if fp4 else torch.float32
+        network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+        if fp4:
+            network(text.ids.view(1, -1)[:, :2])
+            torch.nn.Module.float(network)  # transformers refuses its own for quantized models
         return f"{score(lambda ids: network(ids, use_cache=False).logits, text, scoring).perplexity:.4f}"
 
     windows = f"{args.max_windows or 'all'} windows of {args.seq_len} tokens"
@@ -62,7 +67,7 @@ def main() -> None:
             out = Path(temporary) / str(number)
             options = {"dataset": args.dataset, "samples": args.samples, "seq_len": args.seq_len}
             record = ptq.quantize(args.model, out=out, method=method, scheme=scheme, **options)
-            foreign = theirs(out) if record.result["format"] == "compressed-tensors" else ""
+            foreign = theirs(out, scheme) if record.result["format"] == "compressed-tensors" else ""
             fastest, path = ours(out, None)
             print(f"| {method} | {scheme} | {path} | {fastest} | {ours(out, 'reference')[0]} | {foreign} |", flush=True)
 
