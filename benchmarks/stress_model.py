@@ -26,10 +26,10 @@ from typing import Any, ClassVar
 import torch
 
 from calibration.architectures import Balance
-from calibration.checkpoint import CheckpointReader
 from calibration.context import Context
 from calibration.corpora import load_corpus
 from calibration.errors import Problem, ToolkitError
+from calibration.float_blocks import FloatBlocks
 from calibration.models import load_tokenizer, locate, open_model
 from calibration.passes import Phase, Stream
 from calibration.progress import Silent
@@ -161,12 +161,11 @@ def plant(
     for name, tensor in outside_blocks(reader, spec.blocks):
         writer.add(name, tensor.float() if tensor.is_floating_point() else tensor)
     with tempfile.TemporaryDirectory() as blocks:
-        walk = Walk(reader, skeleton, (step,), lambda i: {}, encode_segment, lambda t, s, d: dict(t), Path(blocks))
+        walk = Walk(FloatBlocks(reader, skeleton, (step,)), encode_segment, lambda t, s, d: dict(t), Path(blocks))
         walk.run(tokens, Silent())
         for index in range(spec.n_blocks):
-            with CheckpointReader.of_file(walk.tensors_path(index)) as file:
-                for name in file.infos:
-                    writer.add(name, file.tensor(name))
+            for name, tensor in walk.finished.tensors(index).items():
+                writer.add(name, tensor)
     writer.finish()
     copy_small_files(folder, out)
     (out / "config.json").write_text(json.dumps({**reader.config, "dtype": "float32"}, indent=2) + "\n")

@@ -19,6 +19,7 @@ import torch
 from calibration.checkpoint import CheckpointReader
 from calibration.corpora import check_name
 from calibration.errors import ToolkitError
+from calibration.float_blocks import FloatBlocks
 from calibration.generated import BATCH, GENERATED, check_can_write, first_tokens, generate_tokens
 from calibration.memory import return_freed
 from calibration.models import (
@@ -224,28 +225,24 @@ def run(
     if not resume:
         session.begin(identity, resume=False)
     walk = Walk(
-        reader=reader,
-        skeleton=skeleton,
-        passes=plan.recipe.passes,
-        schemes=plan.schemes,
+        FloatBlocks(reader, skeleton, plan.recipe.passes, plan.schemes, job.batch_size),
         encode=encode_segment,
         restore=Restore(plan.layout),
         inputs=input_quantizers,
         folder=session.blocks,
-        batch_size=job.batch_size,
         allow_unseen=options.unseen_experts == "rtn",
     )
-    resumed = walk.finished()
+    resumed = walk.finished.count()
     with watch("quantize"):
         walk.run(tokens, progress)
-    committed = {n: e for i in range(plan.spec.n_blocks) for n, e in walk.committed(i).items()}
+    committed = {n: e for i in range(plan.spec.n_blocks) for n, e in walk.finished.linears(i).items()}
     plan = job.plan = plan.with_schemes({name: parse_scheme(entry["scheme"]) for name, entry in committed.items()})
-    blocks = CommittedBlocks([walk.tensors_path(i) for i in range(plan.spec.n_blocks)], plan.layout)
+    blocks = CommittedBlocks([walk.finished.tensors_path(i) for i in range(plan.spec.n_blocks)], plan.layout)
     with watch("export"):
         progress.stage("export", len(plan.layout.quantized))
         fmt, written = write_checkpoint(
             blocks.blocks,
-            walk.outside.tensors(),
+            walk.blocks.outside.tensors(),
             plan.layout,
             plan.format,
             session.partial,
@@ -260,8 +257,7 @@ def run(
     gating = [step for step in plan.recipe.passes if isinstance(step, Gates)]
     if gating:
         assert job.sparse is not None and tokens is not None, "GATE passes come with their runtime"
-        gates = {name: t for index in range(plan.spec.n_blocks) for name, t in walk.gates(index).items()}
-        job.sparse.write(session.partial, gating, gates, tokens.source)
+        job.sparse.write(session.partial, gating, walk.finished.all_gates(), tokens.source)
     record = write_reports(job, walk, fmt, written, verified, tokens, session.partial, watch, resumed, progress)
     session.finish()
     return record

@@ -71,7 +71,7 @@ def linear_records(walk: Walk, job: Job) -> tuple[LinearRecord, ...]:
     records = []
     planned = {linear.name: linear for linear in job.plan.layout.quantized}
     for index in range(job.plan.spec.n_blocks):
-        for name, entry in walk.committed(index).items():
+        for name, entry in walk.finished.linears(index).items():
             linear = planned[name]
             assert linear.scheme is not None
             records.append(

@@ -12,6 +12,7 @@ import torch
 from calibration.architectures import ArchitectureSpec
 from calibration.checkpoint import CheckpointReader, TensorSource
 from calibration.errors import PlanError
+from calibration.float_blocks import FloatBlocks
 from calibration.models import weights_fingerprint
 from calibration.passes import Gates, Pass
 from calibration.progress import Progress
@@ -70,17 +71,13 @@ def calibrate(
     skeleton = Skeleton(base.config, base.spec, dtype, device)
     skeleton.check_complete(base.source.infos)
     walk = Walk(
-        reader=base.source,
-        skeleton=skeleton,
-        passes=(step,),
-        schemes=lambda index: {},
+        FloatBlocks(base.source, skeleton, (step,), batch_size=batch_size),
         encode=lambda segment: {},
         restore=lambda tensors, schemes, dtype: {},
         folder=folder,
-        batch_size=batch_size,
     )
     walk.run(tokens, progress)
-    return {name: t for index in range(base.spec.n_blocks) for name, t in walk.gates(index).items()}
+    return walk.finished.all_gates()
 
 
 def write(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_exactness import TOLERANCE, load_whole, open_walk, wide_inside
+from test_exactness import TOLERANCE, load_whole, open_blocks, wide_inside
 from test_statistics import new_context
 from tiny_models import FAMILIES, save_tiny
 from tiny_runs import edit_config
@@ -36,7 +36,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["
 
 @torch.no_grad()
 def logits_around(family, step, dtype, folder, **changes):
-    """Logits of plain transformers, and of the model after the pass; the walk, whose model it is, and its segments."""
+    """Logits of plain transformers, and of the model after the pass; its blocks and their segments."""
     save_tiny(family, folder, dtype, **changes)
     config = AutoConfig.from_pretrained(folder)
     spec = resolve(config)
@@ -44,23 +44,24 @@ def logits_around(family, step, dtype, folder, **changes):
     stock.set_experts_implementation("eager")  # the grouped product has no float64
     if isinstance(step, OutlierTune):
         edit_config(folder, **step.config_changes(config))
-    walk = open_walk(folder, dtype)
-    walk = replace(walk, passes=(step,), schemes=lambda i: dict.fromkeys(walk.skeleton.spec.block(i).linears, SCHEME))
-    segments, model = load_whole(walk), walk.skeleton.model
+    blocks = open_blocks(folder, dtype)
+    schemes = [dict.fromkeys(blocks.skeleton.spec.block(i).linears, SCHEME) for i in range(len(blocks))]
+    blocks = replace(blocks, passes=(step,), schemes=schemes.__getitem__)
+    segments, model = load_whole(blocks), blocks.skeleton.model
     ids = torch.randint(0, 96, (4, 24), generator=torch.Generator().manual_seed(3))
     with wide_inside(dtype):
         reference = stock(ids).logits
-        outside = {spec.root_module_name(n): t.to(dtype) for n, t in walk.outside.tensors()}
+        outside = {spec.root_module_name(n): t.to(dtype) for n, t in blocks.outside.tensors()}
         load_parameters(
             model, {n: t for n, t in outside.items() if n in dict(model.named_parameters(remove_duplicate=False))}
         )
-        walk.transform_inputs()
-        states = HiddenStates.from_tokens(walk.skeleton, TokenBatches(ids, {}), batch_size=2)
+        blocks.transform_inputs()
+        states = HiddenStates.from_tokens(blocks.skeleton, TokenBatches(ids, {}), batch_size=2)
         for segment in segments:
             step.apply(segment, new_context(segment, states, step.statistics, allow_unseen=True))
             segment.sync()
             states.run(segment.module, segment.index, keep=True, advance=lambda _: None)
-        return reference, model(ids).logits, walk, segments
+        return reference, model(ids).logits, blocks, segments
 
 
 @DTYPES
@@ -68,12 +69,12 @@ def logits_around(family, step, dtype, folder, **changes):
 @pytest.mark.parametrize("name", SMOOTHING)
 def test_smoothing(name, family, dtype, tmp_path):
     step = SMOOTHING[name]
-    reference, after, walk, segments = logits_around(family, step, dtype, tmp_path)
+    reference, after, blocks, segments = logits_around(family, step, dtype, tmp_path)
     wanted = {"norm": True, "linear": step.down, "value": step.values}
     smoothed = {g.consumers[0] for s in segments for g in s.spec.balance if wanted[g.kind]}
     assert {n for s in segments for n in s.notes} >= smoothed
     for segment in segments:
-        before = walk.load(segment.index, with_module=False)
+        before = blocks.load(segment.index, with_module=False)
         changed = {n for n, t in segment.masters.items() if not torch.equal(t, before.masters[n])}
         assert bool(changed) == bool(smoothed)
     assert (after - reference).abs().max() <= TOLERANCE[dtype] * reference.abs().max()
@@ -83,10 +84,10 @@ def test_smoothing(name, family, dtype, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outliertune(family, dtype, tmp_path):
     """Shift and steps, with biases that the family lacks switched on."""
-    reference, after, walk, segments = logits_around(family, OutlierTune(), dtype, tmp_path)
+    reference, after, blocks, segments = logits_around(family, OutlierTune(), dtype, tmp_path)
     admits = [g for s in segments for g in s.spec.balance if g.kind == "norm"]
     moved = [n for s in segments for n, notes in s.notes.items() if notes.get("outliertune.shifted") == "true"]
-    assert bool(moved) == (walk.skeleton.spec.norm == "layer" and bool(admits))
+    assert bool(moved) == (blocks.skeleton.spec.norm == "layer" and bool(admits))
     assert (after - reference).abs().max() <= TOLERANCE[dtype] * reference.abs().max()
 
 
@@ -96,16 +97,16 @@ def test_outliertune(family, dtype, tmp_path):
 def test_rotation(name, family, dtype, tmp_path):
     """Families that admit R1 keep their logits with every linear of the blocks turned; the others are refused."""
     step = ROTATION[name]
-    walk = open_walk(save_tiny(family, tmp_path / "table", dtype), dtype)
-    admits = isinstance(walk.skeleton.spec.residual, Residual)
-    refusals = list(step.refusals(walk.skeleton.spec))
+    blocks = open_blocks(save_tiny(family, tmp_path / "table", dtype), dtype)
+    admits = isinstance(blocks.skeleton.spec.residual, Residual)
+    refusals = list(step.refusals(blocks.skeleton.spec))
     assert bool(refusals) == (step.residual and not admits)
     if refusals:
         assert family in ("gemma2", "gemma3", "opt-post-norm", "bloom") and "residual = false" in refusals[0].fix
         return
-    reference, after, walk, segments = logits_around(family, step, dtype, tmp_path / "model")
+    reference, after, blocks, segments = logits_around(family, step, dtype, tmp_path / "model")
     for segment in segments:
-        before = walk.load(segment.index, with_module=False)
+        before = blocks.load(segment.index, with_module=False)
         same = {n for n in segment.spec.linears if torch.equal(segment.weight(n), before.weight(n))}
         assert not same if step.residual else same < set(segment.spec.linears)
         online = {n for n in segment.spec.writes if n in segment.parts}

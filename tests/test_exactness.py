@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from calibration.architectures import resolve
 from calibration.architectures.spec import Balance
 from calibration.checkpoint import CheckpointReader
+from calibration.float_blocks import FloatBlocks
 from calibration.segment import Segment
 from calibration.skeleton import Skeleton, load_parameters
 from calibration.states import HiddenStates
 from calibration.text import TokenBatches
-from calibration.walk import Walk
 
 
 @contextmanager
@@ -45,26 +45,26 @@ def wide_inside(dtype):
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 
-def open_walk(folder: Path, dtype: torch.dtype) -> Walk:
+def open_blocks(folder: Path, dtype: torch.dtype) -> FloatBlocks:
     config = AutoConfig.from_pretrained(folder)
     spec = resolve(config)
     skeleton = Skeleton(config, spec, dtype, torch.device("cpu"))
     reader = CheckpointReader(folder)
     reader.add_base_prefix(spec.base_prefix)
-    return Walk(reader, skeleton, (), lambda i: {}, lambda s: {}, lambda t, d: {}, folder, master_dtype=dtype)
+    return FloatBlocks(reader, skeleton, master_dtype=dtype)
 
 
-def load_whole(walk: Walk) -> list[Segment]:
+def load_whole(blocks: FloatBlocks) -> list[Segment]:
     """Fill the whole skeleton; returns its segments, whose masters are the module's parameters."""
-    reader, spec, model = walk.reader, walk.skeleton.spec, walk.skeleton.model
+    reader, spec, model = blocks.reader, blocks.skeleton.spec, blocks.skeleton.model
     outside = {
-        spec.root_module_name(n): reader.tensor(n).to(walk.skeleton.dtype)
+        spec.root_module_name(n): reader.tensor(n).to(blocks.skeleton.dtype)
         for n in reader.infos
         if not n.startswith(spec.blocks + ".")
     }
     load_parameters(model, outside)
     model.tie_weights()
-    return [walk.load(i) for i in range(spec.n_blocks)]
+    return [blocks.load(i) for i in range(spec.n_blocks)]
 
 
 def scales(segment: Segment, group: Balance, generator: torch.Generator) -> torch.Tensor:
@@ -85,21 +85,23 @@ def walk_dtype(segment: Segment) -> torch.dtype:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_balancing_leaves_logits_unchanged(family, dtype, tmp_path):
     folder = save_tiny(family, tmp_path, dtype)
-    walk = open_walk(folder, dtype)
-    segments = load_whole(walk)
+    blocks = open_blocks(folder, dtype)
+    segments = load_whole(blocks)
     ids = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(3))
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=walk.skeleton.spec.attention)
+    stock = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=blocks.skeleton.spec.attention
+    )
     stock.set_experts_implementation("eager")  # the grouped product has no float64
     with torch.no_grad(), wide_inside(dtype):
         reference = stock(ids).logits
-        before = walk.skeleton.model(ids).logits
+        before = blocks.skeleton.model(ids).logits
         assert (before - reference).abs().max() <= TOLERANCE[dtype] * reference.abs().max()
         generator = torch.Generator().manual_seed(4)
         for segment in segments:
             for group in segment.spec.balance:
                 segment.absorb(group, scales(segment, group, generator))
             segment.sync()
-        after = walk.skeleton.model(ids).logits
+        after = blocks.skeleton.model(ids).logits
     assert (after - reference).abs().max() <= TOLERANCE[dtype] * reference.abs().max()
 
 
@@ -107,15 +109,15 @@ def test_balancing_leaves_logits_unchanged(family, dtype, tmp_path):
 def test_walking_block_by_block_is_exact(family, tmp_path):
     """Hidden states streamed through the blocks, with recorded call arguments, end in the model's own logits."""
     folder = save_tiny(family, tmp_path)
-    walk = open_walk(folder, torch.float32)
-    load_whole(walk)
-    model, spec = walk.skeleton.model, walk.skeleton.spec
+    blocks = open_blocks(folder, torch.float32)
+    load_whole(blocks)
+    model, spec = blocks.skeleton.model, blocks.skeleton.spec
     ids = torch.randint(0, 96, (5, 24), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         reference = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=spec.attention)(ids).logits
-        states = HiddenStates.from_tokens(walk.skeleton, TokenBatches(ids, {}), batch_size=2)
+        states = HiddenStates.from_tokens(blocks.skeleton, TokenBatches(ids, {}), batch_size=2)
         for index in range(spec.n_blocks):
-            states.run(walk.skeleton.block(index), index, keep=True, advance=lambda _: None)
+            states.run(blocks.skeleton.block(index), index, keep=True, advance=lambda _: None)
         last = torch.cat(states.batches)
         blocks = model.get_submodule(spec.blocks)
         for block in blocks:
@@ -126,16 +128,16 @@ def test_walking_block_by_block_is_exact(family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_table_names_every_linear_of_the_block(family, tmp_path):
-    walk = open_walk(save_tiny(family, tmp_path), torch.float32)
-    spec = walk.skeleton.spec
+    blocks = open_blocks(save_tiny(family, tmp_path), torch.float32)
+    spec = blocks.skeleton.spec
     for index in range(spec.n_blocks):
         prefix = spec.prefix(index)
         matrices = {
             n[len(prefix) : -len(".weight")]
-            for n, info in walk.reader.infos.items()
+            for n, info in blocks.reader.infos.items()
             if n.startswith(prefix) and len(info.shape) == 2
         }
         block = spec.block(index)
         assert matrices == set(block.linears) | set(block.routers)
         for group in block.balance:
-            assert f"{prefix}{group.producer}.weight" in walk.reader.infos
+            assert f"{prefix}{group.producer}.weight" in blocks.reader.infos

@@ -9,8 +9,8 @@ import torch
 from command import done, products, refused, text_file, tiny
 from test_cli import codes
 
+from calibration.finished import FinishedBlocks
 from calibration.record import read_record
-from calibration.walk import Walk
 from ptq.export.formats import FORMATS
 from ptq.runtime.load import load_model
 
@@ -92,15 +92,15 @@ def test_a_killed_run_resumes_to_the_same_bytes(place, monkeypatch):
     """The axes chosen in finished blocks come back from their files."""
     run = words(place, "llama", "gptq-ada", "w3a16-g32-sym", "whole")
     done(*run)
-    commit = Walk._commit
+    write = FinishedBlocks.write
 
-    def killed(self, segment, forwards):
-        commit(self, segment, forwards)
+    def killed(self, segment, tensors, forwards):
+        write(self, segment, tensors, forwards)
         raise KeyboardInterrupt
 
     run[run.index(place / "whole")] = place / "killed"
     with monkeypatch.context() as patch:
-        patch.setattr(Walk, "_commit", killed)
+        patch.setattr(FinishedBlocks, "write", killed)
         with pytest.raises(AssertionError):
             done(*run)
     run.remove("--overwrite")

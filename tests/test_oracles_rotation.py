@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_exact_passes import logits_around
-from test_exactness import load_whole, open_walk
+from test_exactness import load_whole, open_blocks
 from test_oracles_awq import outputs, randn
 from test_statistics import open_block
 from tiny_models import save_tiny, tiny_model
@@ -83,16 +83,16 @@ def test_rotations_are_orthogonal(n, keep_mean, kind):
 @torch.no_grad()
 def test_oracle_4_layernorm_needs_the_mean_in_place(tmp_path, monkeypatch):
     """4. (Without conversion.) Every stream keeps its mean, and a Q that moves the mean breaks a LayerNorm model."""
-    reference, after, walk, segments = logits_around("gpt2", Rotate(), torch.float64, tmp_path / "a")
+    reference, after, blocks, segments = logits_around("gpt2", Rotate(), torch.float64, tmp_path / "a")
     assert (after - reference).abs().max() <= 1e-6 * reference.abs().max()
-    fresh = open_walk(tmp_path / "a", torch.float64)
+    fresh = open_blocks(tmp_path / "a", torch.float64)
     for segment, before in zip(segments, load_whole(fresh), strict=True):
         for name in segment.spec.writes:
             means = segment.weight(name).mean(0), before.weight(name).mean(0)  # R2 and R4 turned their inputs too
             assert torch.allclose(means[0].norm(), means[1].norm(), rtol=1e-9)
             assert torch.allclose(segment.masters[f"{name}.bias"].mean(), before.masters[f"{name}.bias"].mean())
     table = "transformer.wte.weight"
-    assert torch.allclose(walk.outside.tensor(table).mean(1), fresh.reader.tensor(table).mean(1), atol=1e-12)
+    assert torch.allclose(blocks.outside.tensor(table).mean(1), fresh.reader.tensor(table).mean(1), atol=1e-12)
     monkeypatch.setattr(Rotate, "_stream_rotation", lambda self, a, size: make_rotation(size, self.kind, self.seed))
     reference, after, *_ = logits_around("gpt2", Rotate(), torch.float64, tmp_path / "b")
     assert (after - reference).abs().max() > 1e-2 * reference.abs().max()
@@ -133,7 +133,7 @@ def test_oracle_6_fusing_a_gain(family, tmp_path):
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "opt-post-norm", "bloom"])
 def test_oracle_6_families_with_norms_on_the_stream_are_refused(family, tmp_path):
     """6. Gemma2/3 with R1 raises; so do OPT-350m and BLOOM. What still works is said, and is accepted."""
-    spec = open_walk(save_tiny(family, tmp_path), torch.float32).skeleton.spec
+    spec = open_blocks(save_tiny(family, tmp_path), torch.float32).skeleton.spec
     (problem,) = Rotate().refusals(spec)
     assert "cannot be rotated exactly" in problem.reason and "residual = false" in problem.fix
     assert not list(Rotate(residual=False).refusals(spec))

@@ -16,7 +16,7 @@ import pytest
 from command import done, environment, products, refused, run_ptq, text_file, tiny
 
 import calibration.checkpoint
-import calibration.walk
+import calibration.finished
 import ptq.export.write
 import ptq.pipeline
 import ptq.session
@@ -93,7 +93,7 @@ def test_resumed_after_every_block(case, place, tmp_path):
         words = command(place, method, model, tmp_path / f"after-{finished}")
         with pytest.MonkeyPatch.context() as patch:
             if finished < 2:
-                kill_after(patch, calibration.walk, "save_tensors", finished)
+                kill_after(patch, calibration.finished, "save_tensors", finished)
             else:
                 kill_after(patch, ptq.pipeline, "write_checkpoint", 0)
             interrupted(words)
@@ -105,8 +105,8 @@ def test_resumed_after_every_block(case, place, tmp_path):
 
 PLACES = [
     (ptq.pipeline, "Walk", 0),
-    (calibration.walk, "write_atomically", 0),
-    (calibration.walk, "save_tensors", 0),
+    (calibration.finished, "write_atomically", 0),
+    (calibration.finished, "save_tensors", 0),
     (calibration.checkpoint, "save_file", 1),
     (calibration.checkpoint, "sync_folder", 3),
     (ptq.export.write.ShardWriter, "finish", 0),
@@ -173,7 +173,7 @@ CHANGES = [
 def unfinished(place: Path) -> Path:
     """The folder of a run that died after its first block."""
     with pytest.MonkeyPatch.context() as patch:
-        kill_after(patch, calibration.walk, "save_tensors", 1)
+        kill_after(patch, calibration.finished, "save_tensors", 1)
         interrupted(command(place, "gptq", "llama", place / "unfinished"))
     return place / "unfinished"
 
@@ -195,7 +195,7 @@ def test_overwrite_keeps_the_old_folder_until_the_new_one_is_whole(place, tmp_pa
     out.mkdir()
     (out / "old.txt").write_text("old")
     words = [*command(place, "gptq", "llama", out), "--overwrite"]
-    for owner, name in ((calibration.walk, "save_tensors"), (Session, "finish")):
+    for owner, name in ((calibration.finished, "save_tensors"), (Session, "finish")):
         kill_after(monkeypatch, owner, name, 0)
         with pytest.raises(Killed):
             run_ptq(*words)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_exactness import load_whole, open_walk
+from test_exactness import load_whole, open_blocks
 from tiny_models import save_tiny
 
 from calibration.context import Context
@@ -17,6 +17,7 @@ from calibration.progress import Silent
 from calibration.states import HiddenStates
 from calibration.statistics import AbsMean, Gram
 from calibration.text import TokenBatches
+from calibration.walk import Walk
 from ptq.methods import Awq, Gptq, Rtn
 from ptq.scheme import Grouping, QuantScheme, TensorQuant
 
@@ -33,12 +34,12 @@ def tokens(n: int = 5, length: int = 16) -> TokenBatches:
 @torch.no_grad()
 def open_block(family, folder, *, dtype=torch.float32, scheme=None, data=None, changes=None, index=0):
     """One block of a tiny model, ready for passes: its segment and the hidden states that enter block 0."""
-    walk = open_walk(save_tiny(family, folder, **(changes or {})), dtype)
-    walk = replace(walk, master_dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    segment = load_whole(walk)[index]
+    blocks = open_blocks(save_tiny(family, folder, **(changes or {})), dtype)
+    blocks = replace(blocks, master_dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    segment = load_whole(blocks)[index]
     if scheme is not None:
         segment.schemes = dict.fromkeys(segment.spec.linears, scheme)
-    return segment, HiddenStates.from_tokens(walk.skeleton, data or tokens(), batch_size=2)
+    return segment, HiddenStates.from_tokens(blocks.skeleton, data or tokens(), batch_size=2)
 
 
 def new_context(segment, states, kinds=(Gram, AbsMean), propagate=False, allow_unseen=False, log=None):
@@ -260,11 +261,10 @@ def test_forwards_are_counted(name, tmp_path, monkeypatch):
     calls = []
     run = HiddenStates.run
     monkeypatch.setattr(HiddenStates, "run", lambda self, b, i, **kw: (calls.append(i), run(self, b, i, **kw)))
-    walk = open_walk(save_tiny("llama", tmp_path), torch.float32)
-    walk = replace(
-        walk,
-        passes=passes,
-        schemes=lambda i: dict.fromkeys(walk.skeleton.spec.block(i).linears, scheme()),
+    blocks = open_blocks(save_tiny("llama", tmp_path), torch.float32)
+    schemes = [dict.fromkeys(blocks.skeleton.spec.block(i).linears, scheme()) for i in range(len(blocks))]
+    walk = Walk(
+        replace(blocks, passes=passes, schemes=schemes.__getitem__),
         encode=lambda segment: {segment.full_name(n): t.clone() for n, t in segment.masters.items()},
         restore=lambda tensors, schemes, dtype: dict(tensors),
         folder=tmp_path / "blocks",
@@ -272,4 +272,4 @@ def test_forwards_are_counted(name, tmp_path, monkeypatch):
     walk.run(tokens() if gathered else None, Silent())
     assert forwards_per_block(passes) == total == calls.count(0)
     assert calls.count(1) == gathered  # nothing follows the last block
-    assert [json.loads(walk.record_path(i).read_text())["forwards"] for i in (0, 1)] == [gathered, gathered]
+    assert [json.loads(walk.finished.record_path(i).read_text())["forwards"] for i in (0, 1)] == [gathered, gathered]

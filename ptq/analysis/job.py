@@ -14,13 +14,13 @@ from calibration.architectures import ArchitectureSpec
 from calibration.capture import watching
 from calibration.checkpoint import TensorSource, save_tensors, write_atomically
 from calibration.errors import ToolkitError
+from calibration.float_blocks import FloatBlocks
 from calibration.models import fingerprint, forward_dtype, load_tokenizer, locate, open_model
 from calibration.progress import Progress, Silent
 from calibration.record import REPORT_FILE
 from calibration.samples import model_tokens
 from calibration.skeleton import Skeleton
 from calibration.text import TokenBatches
-from calibration.walk import Walk
 from ptq.analysis.advice import advise
 from ptq.analysis.heads import HeadObserver
 from ptq.analysis.record import AnalysisRecord, HeadRecord, SiteRecord, WeightRecord
@@ -88,12 +88,13 @@ def observe(subject: Subject, tokens: TokenBatches, text: Callable[[int], str], 
     """
     skeleton = Skeleton(subject.config, subject.spec, subject.dtype, subject.device)
     batch_size = max(1, min(len(tokens), BATCH_TOKENS // tokens.seq_len))
-    walk = Walk.of_float_blocks(subject.source, skeleton, batch_size)
+    skeleton.check_complete(subject.source.infos)
+    blocks = FloatBlocks(subject.source, skeleton, batch_size=batch_size)
     found = Findings([], [], [], {}, unsupported(skeleton.model))
     heads = HeadObserver(tokens, batch_size, text)
     watched = exchanged_softmax(skeleton.model, SoftmaxRule(), heads.look) if found.no_heads is None else nullcontext()
     with watched:
-        for segment, states in walk.observe(tokens, progress):
+        for segment, states in blocks.observe(tokens, progress):
             observer = SiteObserver(segment, len(tokens))
             heads.begin(segment)
             with watching(segment.module, observer.watches()):

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calibration.errors import PlanError, Problem, ToolkitError, unknown_value
+from calibration.float_blocks import FloatBlocks
 from calibration.progress import Progress
 from calibration.skeleton import Skeleton
-from calibration.walk import Walk
 from ptq.export.formats import FORMATS, PREFERRED, Format
 from ptq.fitting.allocation import allocate
 from ptq.fitting.budget import Budget
@@ -121,7 +121,7 @@ class Fit:
         job, options = self.job, {name: unit.options for unit in self.units for name in unit.names}
         probe = {name: min(found, key=_distance_from_probe) for name, found in options.items()}
         sweep = Sweep(options, probe, feedback="gptq" in self.method)
-        return sweep.run(float_walk(job), calibration_windows(job, progress), progress)
+        return sweep.run(float_blocks(job), calibration_windows(job, progress), progress)
 
     def solve(self, sensitivities: Sensitivities, budget: Budget) -> Choice:
         """The choice of least expected divergence under the budget.
@@ -178,10 +178,11 @@ class Fit:
         return "\n".join(lines) + "\n"
 
 
-def float_walk(job: Job) -> Walk:
-    """A walk over the float blocks of a job that commits nothing."""
+def float_blocks(job: Job) -> FloatBlocks:
+    """The blocks of a job as they are."""
     skeleton = Skeleton(job.config, job.plan.spec, job.dtype, job.device)
-    return Walk.of_float_blocks(job.reader, skeleton, job.batch_size, job.plan.schemes)
+    skeleton.check_complete(job.reader.infos)
+    return FloatBlocks(job.reader, skeleton, schemes=job.plan.schemes, batch_size=job.batch_size)
 
 
 def prepare_fit(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from calibration.context import Context
+from calibration.float_blocks import FloatBlocks
 from calibration.memory import return_freed
 from calibration.progress import Progress
 from calibration.segment import Segment
@@ -22,7 +23,6 @@ from calibration.skeleton import Skeleton, load_parameters, release
 from calibration.states import HiddenStates
 from calibration.statistics import Gram
 from calibration.text import TokenBatches
-from calibration.walk import Walk
 from ptq.numerics.feedback import column_costs, feedback_error
 from ptq.numerics.grids import fake_quantize
 from ptq.numerics.objective import output_energy
@@ -71,16 +71,16 @@ class Sweep:
     feedback: bool
     windows: int = 4
 
-    def run(self, walk: Walk, tokens: TokenBatches, progress: Progress) -> Sensitivities:
+    def run(self, blocks: FloatBlocks, tokens: TokenBatches, progress: Progress) -> Sensitivities:
         """Walk over the float blocks once."""
         found = Sensitivities()
-        states = walk.enter(tokens, progress)
+        states = blocks.enter(tokens, progress)
         few = TokenBatches(tokens.input_ids[: self.windows], {})
-        streams = Streams(walk.enter(few, progress))
-        n_blocks = walk.skeleton.spec.n_blocks
+        streams = Streams(blocks.enter(few, progress))
+        n_blocks = blocks.skeleton.spec.n_blocks
         progress.stage("sensitivities", n_blocks * len(states.batches) + len(self.options))
         for index in range(n_blocks):
-            segment = walk.load(index)
+            segment = blocks.load(index)
             where = f"block {index + 1}/{n_blocks}"
 
             def advance(detail: str, where: str = where) -> None:
@@ -93,7 +93,7 @@ class Sweep:
             del context
             release(segment.module)
             return_freed()
-        self._weigh(found, streams.divergences(walk.skeleton, walk.outside_parameters(), few))
+        self._weigh(found, streams.divergences(blocks.skeleton, blocks.outside_parameters(), few))
         return found
 
     def _block(self, segment: Segment, context: Context, found: Sensitivities) -> dict[str, torch.Tensor]:

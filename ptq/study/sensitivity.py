@@ -19,7 +19,7 @@ from calibration.checkpoint import write_atomically
 from calibration.errors import ToolkitError
 from calibration.models import fingerprint
 from calibration.progress import Progress, Silent
-from ptq.fitting.job import Fit, float_walk, prepare_fit
+from ptq.fitting.job import Fit, float_blocks, prepare_fit
 from ptq.fitting.sensitivity import Sweep
 from ptq.pipeline import Options, calibration_windows
 from ptq.scheme import QuantScheme, parse_scheme
@@ -117,7 +117,7 @@ def study_sensitivity(
             sweep = Sweep(
                 dict.fromkeys(names, (scheme,)), dict.fromkeys(names, scheme), feedback=False, windows=windows
             )
-            measured = sweep.run(float_walk(fit.job), tokens, progress)
+            measured = sweep.run(float_blocks(fit.job), tokens, progress)
             divergences = {n: measured.weights[n] * measured.probed[n] for n in names}
             found.append(_of_scheme(fit, scheme, measured.probed, divergences, measured.additivity))
         study = SensitivityStudy(
