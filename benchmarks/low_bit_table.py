@@ -9,6 +9,7 @@ Bits count everything stored: codes, scales, zero points, low-rank factors. See 
 from __future__ import annotations
 
 import argparse
+import re
 
 from table import Bench, add_arguments
 
@@ -58,12 +59,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--only", default=",".join(SETS), help=f"parts of the table: {', '.join(SETS)}")
+    parser.add_argument("--match", default="", help="only rows whose 'METHOD SCHEME' this regular expression finds")
     args = parser.parse_args()
     bench = Bench.of(args)
     rows = []
     for methods, schemes in (SETS[name] for name in args.only.split(",")):
         for scheme in schemes:
-            for method in methods:
+            for method in (m for m in methods if re.search(args.match, f"{m} {scheme}")):
                 stored = ("--format", "native") if native(method, scheme) else ()
                 rows.append(bench.row(method, scheme, *stored))
     bench.report(sorted(rows, key=lambda row: (row["bits_per_weight"], row["perplexity"])), args.json)
