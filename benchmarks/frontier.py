@@ -23,7 +23,7 @@ from calibration.models import locate
 from calibration.progress import Silent
 from ptq.fitting.budget import Budget
 from ptq.fitting.job import prepare_fit
-from ptq.pipeline import Options, calibration_windows
+from ptq.job import Options, calibration_windows
 from ptq.study.ranks import spearman
 
 UNIFORM = ",".join(f"w{bits}a16-{group}-sym" for bits in (2, 3, 4) for group in ("g128", "g64", "g32"))

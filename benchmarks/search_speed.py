@@ -27,8 +27,9 @@ from calibration.progress import Silent
 from calibration.segment import Segment
 from calibration.statistics import Gram, Statistic
 from ptq.fitting.job import prepare_fit
+from ptq.job import Options, prepare
 from ptq.methods import METHODS
-from ptq.pipeline import Options, prepare, run
+from ptq.pipeline import run
 
 
 @dataclass(frozen=True)

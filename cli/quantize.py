@@ -84,7 +84,8 @@ def quantize(
         raise ToolkitError("--out is missing", "pass --out DIR, or --dry-run to see the plan only")
     quiet_libraries()
     from cli.sparse import MaskedRuntime, all_methods, refuse_sparse
-    from ptq.pipeline import Options, prepare, run
+    from ptq.job import Options, prepare
+    from ptq.pipeline import run
     from ptq.session import Session
     from sparsity.methods import METHODS as SPARSIFIERS
 

@@ -20,7 +20,7 @@ from calibration.samples import model_tokens
 from calibration.text import TokenBatches
 from ptq.devices import parse_dtype, resolve_device
 from ptq.evaluation import context_length, default_dataset, evaluation_dtype, logits_of
-from ptq.pipeline import BATCH_TOKENS
+from ptq.job import BATCH_TOKENS
 from ptq.runtime.dequantized import float_weights
 from ptq.runtime.load import checkpoint_dtype, load_model
 from ptq.session import BLOCKS, Session
@@ -36,7 +36,7 @@ NOT_COPIED = ("plan.json", SETTINGS_FILE, TENSORS_FILE)
 
 @dataclass(frozen=True)
 class SparsifyOptions:
-    """Calibration text and where forward passes run, as in `ptq.pipeline.Options`; and goals instead of a target.
+    """Calibration text and where forward passes run, as in `ptq.job.Options`; and goals instead of a target.
 
     Attributes:
         skip_bytes: share of the bytes of all linears of the blocks to be skipped per token.

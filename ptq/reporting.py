@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,10 +21,8 @@ from calibration.walk import Walk
 from ptq.devices import peak_rss_bytes
 from ptq.evaluation import evaluate
 from ptq.export.formats import Format
+from ptq.job import Job
 from ptq.report import card, html, markdown
-
-if TYPE_CHECKING:
-    from ptq.pipeline import Job
 
 LIBRARIES = ("ptq", "torch", "transformers", "safetensors", "compressed-tensors", "numpy")
 

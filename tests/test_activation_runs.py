@@ -89,12 +89,12 @@ def test_eval_says_which_path_it_scored(model, tmp_path):
 def test_static_ranges_are_those_of_the_calibration_inputs(model, tmp_path):
     """The first block's q_proj sees the same inputs in the float model."""
     out = run(model, tmp_path / "out", "w8a8-astatic", "ranges+rtn", format="native")
-    tokens = ptq.pipeline.calibration_windows(
-        ptq.pipeline.prepare(
+    tokens = ptq.job.calibration_windows(
+        ptq.job.prepare(
             model,
             method="gptq",
             scheme="w8a8",
-            options=ptq.pipeline.Options(dataset=str(text_file(tmp_path)), samples=8, seq_len=32),
+            options=ptq.job.Options(dataset=str(text_file(tmp_path)), samples=8, seq_len=32),
         ),
         Silent(),
     )

@@ -14,9 +14,9 @@ from tiny_runs import tiny_checkpoint
 import ptq
 from calibration.context import Context
 from calibration.passes import forwards_per_block
+from ptq.job import Options, prepare
 from ptq.methods import Gptq, NormTweak, Rtn
 from ptq.numerics.distribution import channel_distance, channel_moments, learning_rate
-from ptq.pipeline import Options, prepare
 from ptq.runtime.load import load_model
 
 torch.set_num_threads(1)

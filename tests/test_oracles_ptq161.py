@@ -16,6 +16,7 @@ from calibration.context import Context
 from calibration.record import read_record
 from calibration.statistics import AbsMax
 from ptq.export.native import Native
+from ptq.job import prepare
 from ptq.methods import Ptq161
 from ptq.methods.ptq161 import SALIENT, MixedLinear
 from ptq.methods.rtn import round_to_nearest
@@ -29,7 +30,6 @@ from ptq.numerics.binary import (
     signs,
     unpack_mask,
 )
-from ptq.pipeline import prepare
 from ptq.quantized import QuantizedTensor
 from ptq.runtime.linear import QuantLinear
 from ptq.runtime.load import load_model

@@ -18,7 +18,8 @@ from calibration.checkpoint import CheckpointReader
 from calibration.context import Context
 from calibration.errors import PlanError
 from calibration.record import read_record
-from ptq.pipeline import Options, prepare, quantize
+from ptq.job import Options, prepare
+from ptq.pipeline import quantize
 
 HIDDEN, FFN, LAYERS, KV, WORDS = 8192, 28672, 80, 1024, 128256  # Llama 3 70B
 LINEARS = {

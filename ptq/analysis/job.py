@@ -44,7 +44,7 @@ BATCH_TOKENS = 2048
 
 @dataclass(frozen=True)
 class AnalysisOptions:
-    """Text and where forward passes run; as in `ptq.pipeline.Options`."""
+    """Text and where forward passes run; as in `ptq.job.Options`."""
 
     dataset: str | None = None
     samples: int = 32

@@ -17,8 +17,8 @@ from ptq.export.formats import FORMATS, PREFERRED, Format
 from ptq.fitting.allocation import allocate
 from ptq.fitting.budget import Budget
 from ptq.fitting.sensitivity import Sensitivities, Sweep
+from ptq.job import Job, Options, calibration_windows, prepare
 from ptq.linears import ModelLayout, PlannedLinear
-from ptq.pipeline import Job, Options, calibration_windows, prepare
 from ptq.plan import Plan
 from ptq.scheme import BITS, FLOAT_PRESETS, GROUP_SIZES, QuantScheme, parse_scheme
 

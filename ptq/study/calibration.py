@@ -30,7 +30,7 @@ from calibration.statistics import AbsMax
 from calibration.text import TokenBatches
 from calibration.windows import Scoring
 from ptq.evaluation import EVAL_TOKENS, context_length, default_dataset, evaluation_dtype, logits_of
-from ptq.pipeline import BATCH_TOKENS, Job, Options, calibration_windows, prepare
+from ptq.job import BATCH_TOKENS, Job, Options, calibration_windows, prepare
 from ptq.pipeline import run as run_job
 from ptq.runtime.load import Loaded, load_model
 from ptq.session import Session

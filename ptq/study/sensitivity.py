@@ -21,7 +21,7 @@ from calibration.models import fingerprint
 from calibration.progress import Progress, Silent
 from ptq.fitting.job import Fit, float_blocks, prepare_fit
 from ptq.fitting.sensitivity import Sweep
-from ptq.pipeline import Options, calibration_windows
+from ptq.job import Options, calibration_windows
 from ptq.scheme import QuantScheme, parse_scheme
 from ptq.session import Session
 from ptq.study.ranks import spearman
