@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -78,6 +78,12 @@ class Segment:
         """Replace a parameter, in the layout of the file, as part of an exact edit of the block."""
         self.masters[name].copy_(value)
         self._touch(name, exact=True)
+
+    def turn_input(self, linear: str) -> None:
+        """From now on the runtime transforms the input of ``linear``: its columns are no longer channels of what makes
+        it, so no producer can take their scales."""
+        kept = tuple(group for group in self.spec.balance if linear not in group.consumers)
+        self.spec = replace(self.spec, balance=kept)
 
     def gain(self, norm: str) -> torch.Tensor:
         """What a norm multiplies by, ``[channels]``."""

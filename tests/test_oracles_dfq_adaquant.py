@@ -141,6 +141,8 @@ def test_means_without_data(tmp_path):
     x = kept["final_layer_norm.bias"] + kept["final_layer_norm.weight"] * randn(11, 100_000, 64)
     hidden = (x @ kept["fc1.weight"].T + kept["fc1.bias"]).clamp(min=0)
     assert torch.allclose(found["fc2"].double(), hidden.mean(0), atol=0.03)
+    segment.turn_input("fc2")
+    assert set(expected_inputs(segment)) == set(found) - {"fc2"}, "weights do not tell what a rotation makes of it"
     plain, _ = open_block("llama", tmp_path / "llama")
     plain.keep_originals = True
     assert not any(mean.any() for mean in expected_inputs(plain).values()), "RMSNorm has mean 0"

@@ -65,6 +65,26 @@ def test_the_native_runtime_keeps_the_function(family, method, place):
     )
 
 
+BALANCING = {
+    "awq": "",
+    "smoothquant": "down = true\nvalues = true\nalpha = 0.9\n",
+    "exponent-shift": "",
+    "equalize": "",
+}
+
+
+@pytest.mark.parametrize("name", BALANCING)
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_what_balances_behind_a_rotation_keeps_the_function(name, family, place, tmp_path):
+    """Between up and a down whose input is transformed at run time no scale can move; everywhere else it still can."""
+    recipe = tmp_path / "r.toml"
+    passes = f'[[pass]]\nname = "rotate"\n[[pass]]\nname = "{name}"\n{BALANCING[name]}'
+    recipe.write_text(f'scheme = "w8a16-gchannel"\n{passes}')
+    words = ("--dataset", place / "text.txt", "--samples", "4", "--seq-len", "24", "--format", "native")
+    done("quantize", place / family, "--recipe", recipe, *words, "--out", tmp_path / "out")
+    assert near(logits(load_model(tmp_path / "out", dtype=torch.float32).model), logits(plain_model(place / family)))
+
+
 @pytest.mark.parametrize("family", ["llama", "opt", "falcon"])
 def test_offline_rotations_fit_every_format(family, place, tmp_path):
     """R1 and R2 are only weights: plain transformers loads the result, no key missing and none left over."""

@@ -84,8 +84,10 @@ def expected_inputs(segment: Segment) -> dict[str, torch.Tensor]:
         rows = slice(*group.rows) if group.rows else slice(None)
         values = _mean_output(segment, group.producer, found[group.producer])[rows]
         found[group.consumers[0]] = group.heads.spread(values)
+    pairs = {(group.producer, name) for group in segment.spec.balance for name in group.consumers}
     for network in segment.spec.feed_forward:
-        if network.gate is None and network.activation == "relu" and network.up in found:
+        plain = (network.up, network.down) in pairs  # no rotation lies between the two
+        if network.gate is None and network.activation == "relu" and network.up in found and plain:
             mean = _mean_output(segment, network.up, found[network.up])
             variance = segment.original(network.up).square() @ deviations[network.up].square()
             found[network.down] = expected_relu(mean, variance.sqrt())

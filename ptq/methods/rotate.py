@@ -137,6 +137,7 @@ class Rotate:
             block = block_size(w.shape[1])
             segment.set_weight(linear, hadamard_transform(w.double(), block).to(w.dtype), exact=True)
             segment.parts.setdefault(linear, {})["hadamard"] = torch.tensor([block], dtype=torch.int32)
+            segment.turn_input(linear)
         self._turn_keys(segment)
 
     def _turn_keys(self, segment: Segment) -> None:
