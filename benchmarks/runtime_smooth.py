@@ -102,7 +102,10 @@ def output_errors(folder: Path, grids: Sequence[str], windows: torch.Tensor) -> 
 
 
 def perplexity(folder: Path, grid: str, text: EncodedText, scoring: Scoring) -> float:
-    loaded = load_model(folder, dtype=torch.float32, build=lambda path, q, bias: with_inputs(q, input_grid(grid), bias))
+    def build(path: str, q: QuantizedTensor, bias: torch.Tensor | None) -> QuantLinear:
+        return with_inputs(q, input_grid(grid, site_of(path)), bias)
+
+    loaded = load_model(folder, dtype=torch.float32, build=build)
     return score(logits_of(loaded, CPU), text, scoring).perplexity
 
 
