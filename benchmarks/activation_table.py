@@ -34,6 +34,10 @@ GPTQ = '[[pass]]\nname = "gptq"\n'
 
 OUTLIERTUNE = '[[pass]]\nname = "outliertune"\n'
 RTN = '[[pass]]\nname = "rtn"\n'
+EQUALIZE = '[[pass]]\nname = "equalize"\n'
+RANGES = '[[pass]]\nname = "ranges"\n'
+REPQUANT = '[[pass]]\nname = "repquant"\n'
+REPQUANT_DOWN = REPQUANT + "down = true\n"
 
 ROWS: dict[str, tuple[str, str]] = {
     "float": ("", ""),
@@ -42,15 +46,25 @@ ROWS: dict[str, tuple[str, str]] = {
     "smoothquant-w8a8-alpha-0.5": ("w8a8", FIXED),
     "smoothquant-w8a8": ("w8a8", SMOOTH),
     "outliertune-w8a8": ("w8a8-asym", OUTLIERTUNE),
+    "repquant-w8a8": ("w8a8", REPQUANT),
+    "static-w8a8": ("w8a8-astatic", RANGES),
+    "static-repquant-w8a8": ("w8a8-astatic", REPQUANT + RANGES),
+    "static-repquant-down-w8a8": ("w8a8-astatic", REPQUANT_DOWN + RANGES),
     "naive-w6a6": ("w6a6", ""),
     "smoothquant-w6a6": ("w6a6", SMOOTH),
     "outliertune-w6a6": ("w6a6-asym", OUTLIERTUNE),
+    "repquant-w6a6": ("w6a6", REPQUANT),
+    "static-w6a6": ("w6a6-astatic", RANGES),
+    "static-repquant-down-w6a6": ("w6a6-astatic", REPQUANT_DOWN + RANGES),
     "naive-w4a4": ("w4a4", ""),
     "smoothquant-w4a4": ("w4a4", SMOOTH),
     "rotate+rtn-w4a4": ("w4a4", ROTATE),
     "rotate+gptq-w4a4": ("w4a4", ROTATE + GPTQ),
     "rs-w4a4": ("w4a4-rs1", GPTQ),
     "rrs-w4a4": ("w4a4-rs128", ROTATE + GPTQ),
+    "rrs-unsorted-w4a4": ("w4a4-rs128n", ROTATE + GPTQ),
+    "equalize+rotate+gptq-w4a4": ("w4a4", EQUALIZE + ROTATE + GPTQ),
+    "equalize+rrs-w4a4": ("w4a4-rs128", EQUALIZE + ROTATE + GPTQ),
     "naive-w4a4kv4": ("w4a4kv4", ""),
     "smoothquant-w4a4kv4": ("w4a4kv4", SMOOTH),
     "rotate+rtn-w4a4kv4": ("w4a4kv4", ROTATE),

@@ -128,6 +128,14 @@ class TransformsInputs(Protocol):
 
 
 @runtime_checkable
+class CalibratesInputs(Protocol):
+    """A pass that gives static inputs their range, as the part ``input_scale``."""
+
+    def calibrated(self, block: BlockSpec) -> Collection[str]:
+        """The linears whose inputs get one, where their scheme has static inputs."""
+
+
+@runtime_checkable
 class AddsBiases(Protocol):
     """A pass that needs biases which the checkpoint does not have."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -80,10 +80,8 @@ class Segment:
         self._touch(name, exact=True)
 
     def turn_input(self, linear: str) -> None:
-        """From now on the runtime transforms the input of ``linear``: its columns are no longer channels of what makes
-        it, so no producer can take their scales."""
-        kept = tuple(group for group in self.spec.balance if linear not in group.consumers)
-        self.spec = replace(self.spec, balance=kept)
+        """From now on the runtime transforms the input of ``linear``, see `BlockSpec.with_turned_inputs`."""
+        self.spec = self.spec.with_turned_inputs((linear,))
 
     def gain(self, norm: str) -> torch.Tensor:
         """What a norm multiplies by, ``[channels]``."""

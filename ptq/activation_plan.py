@@ -7,11 +7,10 @@ from typing import Any
 
 from calibration.architectures import ArchitectureSpec
 from calibration.errors import Problem
-from calibration.passes import Pass
+from calibration.passes import CalibratesInputs, Pass, TransformsInputs
 from ptq.activations import CacheQuant
 from ptq.export.checks import matching, refuse
 from ptq.linears import ModelLayout
-from ptq.quantized import INPUT_GRID
 from ptq.runtime.attention import has_interface
 from ptq.scheme import QuantScheme
 
@@ -40,9 +39,10 @@ def activation_problems(
 ) -> Iterable[Problem]:
     """Every reason why the inputs or the cache cannot be quantized as the schemes say."""
     static = matching(layout, lambda linear: not _inputs(linear.scheme, "dynamic", True))
-    if static and not any(INPUT_GRID[0] in p.parts for p in passes):
-        fix = "put 'ranges' in front of the rounding, as in --method ranges+rtn, or use -atoken or -atensor"
-        yield from refuse(static, "has static inputs, and no pass calibrates their range", fix)
+    known = _calibrated(layout, passes, spec)
+    fix = "put 'ranges' in front of the rounding, as in --method ranges+rtn, or use -atoken or -atensor"
+    without = [linear for linear in static if linear.name not in known]
+    yield from refuse(without, "has static inputs, and no pass calibrates their range", fix)
     for linear in layout.quantized:
         size = _inputs(linear.scheme, "group_size", None)
         if size is not None and linear.shape[1] % size:
@@ -56,6 +56,20 @@ def activation_problems(
     if layers and not has_interface(config):
         reason = f"the KV cache of '{spec.family}' cannot be quantized: its attention is not exchangeable"
         yield Problem("kv", reason, "leave kv out of the scheme")
+
+
+def _calibrated(layout: ModelLayout, passes: Sequence[Pass], spec: ArchitectureSpec) -> set[str]:
+    """Full names of the linears whose static inputs some pass gives a range."""
+    found: set[str] = set()
+    for index in range(spec.n_blocks):
+        prefix, block = spec.prefix(index), spec.block(index)
+        quantized = [linear.name.removeprefix(prefix) for linear in layout.quantized if linear.block == index]
+        for step in passes:
+            if isinstance(step, TransformsInputs):
+                block = block.with_turned_inputs(step.input_transforms(block, quantized))
+            if isinstance(step, CalibratesInputs):
+                found |= {prefix + linear for linear in step.calibrated(block)}
+    return found
 
 
 def _inputs(scheme: QuantScheme | None, attribute: str, default: Any) -> Any:

@@ -16,7 +16,7 @@ from calibration.architectures import Residual, resolve
 from calibration.skeleton import load_parameters
 from calibration.states import HiddenStates
 from calibration.text import TokenBatches
-from ptq.methods import OutlierTune, Rotate, SmoothQuant
+from ptq.methods import OutlierTune, RepQuant, Rotate, SmoothQuant
 from ptq.scheme import parse_scheme
 
 SCHEME = parse_scheme("w8a8-asym")
@@ -42,7 +42,7 @@ def logits_around(family, step, dtype, folder, **changes):
     spec = resolve(config)
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=spec.attention)
     stock.set_experts_implementation("eager")  # the grouped product has no float64
-    if isinstance(step, OutlierTune):
+    if isinstance(step, OutlierTune | RepQuant):
         edit_config(folder, **step.config_changes(config))
     blocks = open_blocks(folder, dtype)
     schemes = [dict.fromkeys(blocks.skeleton.spec.block(i).linears, SCHEME) for i in range(len(blocks))]
@@ -88,6 +88,16 @@ def test_outliertune(family, dtype, tmp_path):
     admits = [g for s in segments for g in s.spec.balance if g.kind == "norm"]
     moved = [n for s in segments for n, notes in s.notes.items() if notes.get("outliertune.shifted") == "true"]
     assert bool(moved) == (blocks.skeleton.spec.norm == "layer" and bool(admits))
+    assert (after - reference).abs().max() <= TOLERANCE[dtype] * reference.abs().max()
+
+
+@DTYPES
+@pytest.mark.parametrize("family", FAMILIES)
+def test_repquant(family, dtype, tmp_path):
+    """Steps and zero points of channels, wherever a block has a place for them."""
+    step = RepQuant("minmax", shift=True, down=True, values=True)
+    reference, after, blocks, segments = logits_around(family, step, dtype, tmp_path)
+    assert any(s.parts for s in segments) != bool(list(step.refusals(blocks.skeleton.spec)))
     assert (after - reference).abs().max() <= TOLERANCE[dtype] * reference.abs().max()
 
 

@@ -20,7 +20,7 @@ from calibration.statistics import Midpoints
 from ptq.activations import ActivationQuant
 from ptq.export.loadable import check_keys
 from ptq.methods import OutlierTune
-from ptq.methods.outliertune import take_shift
+from ptq.methods.static_steps import take_shift
 from ptq.numerics.activations import fake_quantize_inputs, quantize_inputs
 from ptq.numerics.integers import dequantize, grid_parameters, quantize
 from ptq.numerics.outliertune import channel_steps, covering_scale, shift_of

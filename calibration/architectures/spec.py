@@ -6,8 +6,8 @@ decoder block (``self_attn.q_proj``, ``block_sparse_moe.experts.3.w1``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -128,6 +128,12 @@ class BlockSpec:
     @property
     def linears(self) -> tuple[str, ...]:
         return tuple(name for shared in self.inputs for name in shared.linears)
+
+    def with_turned_inputs(self, linears: Collection[str]) -> BlockSpec:
+        """The block when the runtime transforms the inputs of ``linears``: their columns are no longer channels of what
+        makes them, so no producer can take their scales."""
+        kept = tuple(group for group in self.balance if set(linears).isdisjoint(group.consumers))
+        return replace(self, balance=kept)
 
     def shared_input(self, linear: str) -> SharedInput:
         """The group that ``linear`` belongs to."""

@@ -16,6 +16,7 @@ from ptq.methods.norm_tweak import NormTweak
 from ptq.methods.outliertune import OutlierTune
 from ptq.methods.ptq161 import Ptq161
 from ptq.methods.ranges import Ranges
+from ptq.methods.repquant import RepQuant
 from ptq.methods.rotate import Rotate
 from ptq.methods.rs import Rs
 from ptq.methods.rtn import Rtn
@@ -40,6 +41,7 @@ METHODS: dict[str, type[Pass]] = {
     "ranges": Ranges,
     "bias-correct": BiasCorrect,
     "outliertune": OutlierTune,
+    "repquant": RepQuant,
 }
 
 COMBINATIONS: dict[str, tuple[str, ...]] = {
@@ -55,6 +57,7 @@ DEFAULT_SCHEMES: dict[str, str] = {
     "ptq1.61": "w1a16-salient20",
     "smoothquant": "w8a8",
     "outliertune": "w8a8-asym",
+    "repquant": "w8a8",
     "rotate": "w4a4",
     "rs": "w4a4",
 }
@@ -78,6 +81,7 @@ __all__ = [
     "OutlierTune",
     "Ptq161",
     "Ranges",
+    "RepQuant",
     "Rotate",
     "Rs",
     "Rtn",

@@ -8,14 +8,13 @@ keep the inputs of their scheme. It does not round.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from calibration.architectures import ArchitectureSpec, Balance, resolve
+from calibration.architectures import ArchitectureSpec, Balance, BlockSpec
 from calibration.context import Context
 from calibration.errors import Problem
 from calibration.passes import Phase, Stream
@@ -25,6 +24,13 @@ from ptq.activations import ActivationQuant
 from ptq.export.checks import refuse
 from ptq.linears import ModelLayout
 from ptq.methods.balancing import balance, quantized_consumers
+from ptq.methods.static_steps import (
+    biases_behind_norms,
+    has_integer_inputs,
+    switched_biases,
+    take_shift,
+    with_static_inputs,
+)
 from ptq.numerics.outliertune import channel_steps, covering_scale, shift_of
 from ptq.scheme import QuantScheme
 
@@ -46,7 +52,7 @@ class OutlierTune:
     parts: ClassVar[tuple[str, ...]] = ("input_scale",)
 
     def check(self, view: ModelLayout) -> Iterable[Problem]:
-        floats = [linear for linear in view.quantized if linear.scheme is not None and not _integers(linear.scheme)]
+        floats = [n for n in view.quantized if n.scheme is not None and not has_integer_inputs(n.scheme)]
         reason = "has no integer inputs, whose channels OutlierTune gives steps"
         yield from refuse(floats, reason, "use a scheme such as w8a8-asym or w6a6-asym, or a rule that says float")
 
@@ -55,7 +61,7 @@ class OutlierTune:
 
     def alternatives(self, scheme: QuantScheme, shape: tuple[int, int]) -> Sequence[QuantScheme]:
         """Static inputs, for linears that a norm feeds."""
-        return [_static(scheme)] if _integers(scheme) else []
+        return [with_static_inputs(scheme)] if has_integer_inputs(scheme) else []
 
     def refusals(self, architecture: ArchitectureSpec) -> Iterable[Problem]:
         return ()
@@ -66,19 +72,13 @@ class OutlierTune:
 
     def config_changes(self, config: Any) -> Mapping[str, Any]:
         """Linears that take back a shift need a bias."""
-        architecture = resolve(config)
-        if not self.shift or architecture.norm != "layer":
-            return {}
-        return {key: True for key in architecture.bias_switches if not getattr(config, key)}
+        return switched_biases(config) if self.shift else {}
 
     def new_biases(self, architecture: ArchitectureSpec, index: int, stored: Collection[str]) -> Collection[str]:
-        found: dict[str, None] = {}
-        for group in architecture.block(index).balance:
-            if self.shift and group.kind == "norm" and f"{group.producer}.bias" in stored:
-                for linear in group.consumers:
-                    siblings = [members for members in architecture.bias_switches.values() if linear in members]
-                    found |= dict.fromkeys(n for members in siblings or [(linear,)] for n in members)
-        return [linear for linear in found if f"{linear}.bias" not in stored]
+        return biases_behind_norms(architecture, index, stored) if self.shift else ()
+
+    def calibrated(self, block: BlockSpec) -> Collection[str]:
+        return [linear for group in block.balance if group.kind == "norm" for linear in group.consumers]
 
     def apply(self, segment: Segment, context: Context) -> None:
         for group in segment.spec.balance:
@@ -104,35 +104,6 @@ class OutlierTune:
         largest = torch.maximum(seen.high - moved, moved - seen.low).amax()
         for linear in linears:
             scheme = segment.schemes[linear]
-            segment.schemes[linear] = _static(scheme)
+            segment.schemes[linear] = with_static_inputs(scheme)
             segment.parts.setdefault(linear, {})["input_scale"] = covering_scale(float(largest), inputs.bits)
             segment.note(linear, **{"outliertune.shifted": str(bool(moved.any())).lower()})
-
-
-def take_shift(segment: Segment, group: Balance, shift: torch.Tensor) -> torch.Tensor:
-    """Subtract ``shift [channels]`` from the norm's output, and let the consumers' biases add W shift.
-
-    Returns:
-        The shift that was taken: a norm's bias is rounded to its stored dtype first, so that saving it does not undo
-        exactness.
-    """
-    name = f"{group.producer}.bias"
-    before = segment.masters[name].clone()
-    after = (before - shift).to(segment.stored_dtypes[name]).to(before.dtype)
-    taken = before - after
-    segment.replace(name, after)
-    for linear in group.consumers:
-        bias = f"{linear}.bias"
-        moved = segment.masters[bias].double() + segment.weight(linear).double() @ taken.double()
-        segment.replace(bias, moved)
-    return taken
-
-
-def _integers(scheme: QuantScheme) -> bool:
-    return scheme.inputs is not None and scheme.inputs.kind == "int" and scheme.inputs.smooth is None
-
-
-def _static(scheme: QuantScheme) -> QuantScheme:
-    assert scheme.inputs is not None
-    inputs = ActivationQuant(scheme.inputs.bits, "int", "tensor", dynamic=False)
-    return dataclasses.replace(scheme, inputs=inputs)

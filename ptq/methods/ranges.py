@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
+from calibration.architectures import BlockSpec
 from calibration.context import Context
 from calibration.errors import Problem, ToolkitError
 from calibration.passes import Phase, Stream
@@ -17,11 +18,12 @@ from ptq.activations import ActivationQuant
 from ptq.numerics.activations import step_and_zero
 from ptq.numerics.integers import round_scale
 from ptq.numerics.ranges import Estimator, static_range
+from ptq.quantized import INPUT_GRID
 
 
 @dataclass(frozen=True)
 class Ranges:
-    """Steps and zero points of static inputs, as parts beside the codes.
+    """Steps and zero points of static inputs that no earlier pass gave any, as parts beside the codes.
 
     Statistics are gathered when the pass runs, not with those of the other passes: balancing changes the inputs.
 
@@ -57,8 +59,15 @@ class Ranges:
     def forwards(self) -> int:
         return 1
 
+    def calibrated(self, block: BlockSpec) -> Collection[str]:
+        return block.linears
+
     def apply(self, segment: Segment, context: Context) -> None:
-        grids = {n: s.inputs for n, s in segment.schemes.items() if s.inputs is not None and not s.inputs.dynamic}
+        grids = {
+            linear: scheme.inputs
+            for linear, scheme in segment.schemes.items()
+            if scheme.inputs is not None and not scheme.inputs.dynamic and not self._known(segment, linear)
+        }
         if not grids:
             return
         channelwise = any(grid.granularity == "channel" for grid in grids.values())
@@ -70,6 +79,11 @@ class Ranges:
             parts["input_scale"] = round_scale(scale).view(-1)  # as for weights: no format rounds it again
             if zero is not None:
                 parts["input_zero"] = zero.view(-1)
+
+    @staticmethod
+    def _known(segment: Segment, linear: str) -> bool:
+        """Whether an earlier pass left a step."""
+        return INPUT_GRID[0] in segment.parts.get(linear, {})
 
     def _range(
         self, context: Context, segment: Segment, linear: str, grid: ActivationQuant

@@ -25,8 +25,13 @@ def channel_steps(low: torch.Tensor, high: torch.Tensor, shift: torch.Tensor, bi
 
 
 def covering_scale(largest: float, bits: int) -> torch.Tensor:
-    """float32 ``[1]``: the step of codes up to 2^(bits-1) - 1 that reaches ``largest`` without clipping, exact in
-    bfloat16 and float16. Steps of channels are in the weights already: it is 1 but for the rounding of stored gains."""
-    wanted = torch.tensor([largest / (2 ** (bits - 1) - 1)])
+    """float32 ``[1]``: the step of codes up to 2^(bits-1) - 1 that reaches ``largest`` without clipping. Steps of
+    channels are in the weights already: it is 1 but for the rounding of stored gains."""
+    return covering(largest / (2 ** (bits - 1) - 1))
+
+
+def covering(step: float) -> torch.Tensor:
+    """float32 ``[1]``: the next step from ``step`` up that is exact in bfloat16 and float16, to a millionth."""
+    wanted = torch.tensor([step])
     scale = round_scale(wanted)
     return scale if bool(scale >= wanted * (1 - 1e-6)) else round_scale(wanted * (1 + 2.0**-7))
