@@ -16,6 +16,24 @@ def analyze(
     samples: Annotated[int, typer.Option(help="Windows of text.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens per window; cut to the model's context.")] = 512,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    clipped_softmax: Annotated[
+        bool,
+        typer.Option(
+            "--clipped-softmax",
+            help="Also try other softmaxes in the finished model: what they cost, and what they do to outliers. Holds "
+            "the whole model in memory; everything else holds one block.",
+        ),
+    ] = False,
+    gated: Annotated[
+        bool, typer.Option("--gated", help="With --clipped-softmax: gates too, and every head shut by itself.")
+    ] = False,
+    softmax: Annotated[
+        list[str] | None, typer.Option(help="With --clipped-softmax: one more to try, as for `ptq eval`; repeatable.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="With --clipped-softmax: windows scored; the others set ranges.")] = 16,
+    head_windows: Annotated[
+        int, typer.Option(help="With --clipped-softmax: windows on which single heads are judged; 0: none.")
+    ] = 2,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of forward passes: auto, float32, bfloat16 or float16.")] = "auto",
     overwrite: Overwrite = False,
@@ -26,12 +44,19 @@ def analyze(
     Examples:
 
       ptq analyze demo --out demo-analysis
+
+      ptq analyze demo --clipped-softmax --gated --out demo-heads
     """
     quiet_libraries()
+    from calibration.errors import ToolkitError
     from cli.progress import TerminalProgress
     from ptq.analysis.job import analyze as run
-    from ptq.report.analysis_markdown import number
+    from ptq.analysis.softmax_sweep import SweepOptions
+    from ptq.report.figures import perplexity, short
 
+    more = tuple(softmax or ())
+    if (gated or more) and not clipped_softmax:
+        raise ToolkitError("--gated and --softmax are parts of --clipped-softmax", "add --clipped-softmax")
     with TerminalProgress() as progress:
         record = run(
             model,
@@ -45,14 +70,15 @@ def analyze(
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            softmax=SweepOptions(gated, more, windows, head_windows) if clipped_softmax else None,
             command=command_line(),
         )
     for key, words in (("with_first_token", "all tokens"), ("without_first_token", "without first tokens")):
         found = record.summary[key]
         if found:
             print(
-                f"{words}: max infinity norm {number(found['max_inf_norm'])} ({found['max_inf_norm_at']}), "
-                f"avg kurtosis {number(found['avg_kurtosis'])}, max kurtosis {number(found['max_kurtosis'])}"
+                f"{words}: max infinity norm {short(found['max_inf_norm'])} ({found['max_inf_norm_at']}), "
+                f"avg kurtosis {short(found['avg_kurtosis'])}, max kurtosis {short(found['max_kurtosis'])}"
             )
     for role, channels in record.summary["outlier_channels"].items():
         print(f"outlier channels in {role}: {', '.join(map(str, list(channels)[:12]))}")
@@ -62,4 +88,12 @@ def analyze(
             print(f"  {'helps' if advice.alarm else 'try'}: {words}")
         for words in advice.cannot:
             print(f"  cannot help: {words}")
+    if record.softmax is not None:
+        for row in record.softmax.rows:
+            norm, kurtosis = (row.with_first_token.get(key) for key in ("max_inf_norm", "avg_kurtosis"))
+            print(
+                f"{row.softmax}: perplexity {row.perplexity:.4f}, zeros {row.zeros:.2%}, max infinity norm "
+                f"{short(norm)}, avg kurtosis {short(kurtosis)}, 8-bit perplexity {perplexity(row.perplexity_8_bit)}"
+            )
+        print(record.softmax.finding)
     print(f"written to {out}: report.html, report.md, report.json, channels.safetensors")

@@ -15,6 +15,7 @@ from calibration.capture import watching
 from calibration.checkpoint import TensorSource, save_tensors, write_atomically
 from calibration.errors import ToolkitError
 from calibration.float_blocks import FloatBlocks
+from calibration.memory import return_freed
 from calibration.models import fingerprint, forward_dtype, load_tokenizer, locate, open_model
 from calibration.progress import Progress, Silent
 from calibration.record import REPORT_FILE
@@ -25,17 +26,20 @@ from ptq.analysis.advice import advise
 from ptq.analysis.heads import HeadObserver
 from ptq.analysis.record import AnalysisRecord, HeadRecord, SiteRecord, WeightRecord
 from ptq.analysis.sites import SiteObserver
+from ptq.analysis.softmax_record import SoftmaxSweep
+from ptq.analysis.softmax_sweep import SweepOptions, sweep_softmax
 from ptq.analysis.summary import summarize
 from ptq.analysis.weights import weight_records
 from ptq.devices import parse_dtype, resolve_device
-from ptq.evaluation import context_length, default_dataset
+from ptq.evaluation import context_length, default_dataset, evaluation_dtype
 from ptq.export.formats import format_of
 from ptq.numerics.softmax import SoftmaxRule
 from ptq.report import analysis_html, analysis_markdown
 from ptq.reporting import versions
+from ptq.runtime.attention import has_interface
 from ptq.runtime.dequantized import float_weights
-from ptq.runtime.explicit_attention import exchanged_softmax, unsupported
-from ptq.runtime.load import checkpoint_dtype
+from ptq.runtime.explicit_attention import exchanged_softmax, parse_softmax, unsupported
+from ptq.runtime.load import checkpoint_dtype, load_model
 from ptq.session import Session
 
 CHANNELS_FILE = "channels.safetensors"
@@ -44,7 +48,7 @@ BATCH_TOKENS = 2048
 
 @dataclass(frozen=True)
 class AnalysisOptions:
-    """Text and where forward passes run; as in `ptq.pipeline.Options`."""
+    """Text and where forward passes run; as in `ptq.pipeline.Options`. ``softmax``: other softmaxes to try, or None."""
 
     dataset: str | None = None
     samples: int = 32
@@ -53,6 +57,7 @@ class AnalysisOptions:
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
+    softmax: SweepOptions | None = None
     command: str = ""
 
 
@@ -157,12 +162,15 @@ def analyze(
     stored, device = checkpoint_dtype(reader, spec), resolve_device(o.device)
     dtype = forward_dtype(stored, device) if o.dtype == "auto" else parse_dtype(o.dtype)
     seq_len = min(o.seq_len, context_length(config))
+    if o.softmax is not None:
+        _check_sweep(o.softmax, config, o.samples, seq_len)
     dataset = o.dataset or default_dataset(folder)
     tokens = model_tokens(folder, config, dataset, o.samples, seq_len, o.seed, o.trust_remote_code)
     text = _token_texts(folder, dataset, o.trust_remote_code)
     session.begin({"analyze": fingerprint(reader)}, resume=False)
     with session.unless_done():
         subject = Subject(float_weights(reader, spec), config, spec, dtype, device)
+        sweep = None if o.softmax is None else _sweep(folder, spec, tokens, o, device, progress)
         found = observe(subject, tokens, text, progress)
         record = AnalysisRecord(
             model={
@@ -182,12 +190,47 @@ def analyze(
             advice=advise(found.sites, found.weights),
             command=o.command,
             versions=versions(),
+            softmax=sweep,
         )
         reader.close()
         save_tensors(session.partial / CHANNELS_FILE, found.ranges)
         write_report(record, session.partial)
         session.finish()
     return record
+
+
+def _check_sweep(options: SweepOptions, config: Any, samples: int, seq_len: int) -> None:
+    """Refuse a sweep before the model is loaded."""
+    if not has_interface(config):
+        reason = f"{config.model_type}: its attention is not on transformers' attention interface"
+        raise ToolkitError(f"--clipped-softmax: {reason}", "leave --clipped-softmax out")
+    if options.windows < 1 or options.head_windows < 0 or options.head_windows > options.windows:
+        raise ToolkitError(
+            f"--windows {options.windows} --head-windows {options.head_windows}: not both from 1 window up",
+            "score at least 1 window, and no more for single heads (0 leaves heads out)",
+        )
+    if samples <= options.windows:
+        raise ToolkitError(
+            f"--samples {samples} --windows {options.windows}: no window is left to set the ranges of 8-bit inputs",
+            f"pass --windows {max(samples // 2, 1)}, or more --samples",
+        )
+    for text in options.settings():
+        parse_softmax(text, seq_len)
+
+
+def _sweep(
+    folder: Path, spec: ArchitectureSpec, tokens: TokenBatches, o: AnalysisOptions, device: torch.device, p: Progress
+) -> SoftmaxSweep:
+    """The one part that holds the whole model; gone again afterwards."""
+    assert o.softmax is not None
+    dtype = evaluation_dtype(o.dtype, device)
+    loaded = load_model(folder, dtype=dtype, device=device, trust_remote_code=o.trust_remote_code)
+    held = sum(t.nbytes for t in (*loaded.model.parameters(), *loaded.model.buffers()))
+    p.message(f"--clipped-softmax holds the whole model: {held / 1e9:.2f} GB in {dtype}")
+    found = sweep_softmax(loaded.model, spec, tokens, o.softmax, loaded.format is not None, p)
+    del loaded
+    return_freed()
+    return found
 
 
 def write_report(record: AnalysisRecord, folder: Path) -> None:

@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from ptq.analysis.softmax_record import SoftmaxSweep
+
 SCHEMA_VERSION = 1
 
 
@@ -203,6 +205,7 @@ class AnalysisRecord:
         calibration: of the text, as in a run record.
         summary: headline numbers, see `summarize`.
         no_heads: why attention was not looked at, None where it was.
+        softmax: other softmaxes tried, None where that was not asked for.
     """
 
     model: dict[str, Any]
@@ -215,6 +218,7 @@ class AnalysisRecord:
     advice: tuple[Advice, ...]
     command: str
     versions: dict[str, str]
+    softmax: SoftmaxSweep | None = None
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:

@@ -18,7 +18,7 @@ import markupsafe
 from ptq.analysis.record import AnalysisRecord, HeadRecord, SiteRecord
 from ptq.analysis.sites import ROLES
 from ptq.report import figures
-from ptq.report.analysis_markdown import number
+from ptq.report.figures import short
 
 _TEMPLATE = "analysis.html.j2"
 MEASURES = {
@@ -92,11 +92,11 @@ def _tiles(record: AnalysisRecord) -> list[Tile]:
         summary = record.summary[key]
         if summary:
             found += [
-                Tile("Max infinity norm", number(summary["max_inf_norm"]), f"{words}; {summary['max_inf_norm_at']}"),
+                Tile("Max infinity norm", short(summary["max_inf_norm"]), f"{words}; {summary['max_inf_norm_at']}"),
                 Tile(
                     "Avg kurtosis",
-                    number(summary["avg_kurtosis"]),
-                    f"{words}; largest {number(summary['max_kurtosis'])}",
+                    short(summary["avg_kurtosis"]),
+                    f"{words}; largest {short(summary['max_kurtosis'])}",
                 ),
             ]
     return found
@@ -140,7 +140,7 @@ def _row(s: SiteRecord) -> list[tuple[str, float | str]]:
     return [
         (str(s.block), s.block),
         (s.role, s.role),
-        *((number(v), -1.0 if v is None else v) for v in numbers),
+        *((short(v), -1.0 if v is None else v) for v in numbers),
         (figures.count(len(s.outlier_channels)), len(s.outlier_channels)),
         *((f"{s.sqnr[key]:.1f}", s.sqnr[key]) for key in ("token-8", "tensor-8")),
     ]

@@ -77,6 +77,13 @@ def error(value: Number) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
+def short(value: Number) -> str:
+    """Three significant digits; all of a large number's."""
+    if value is None:
+        return DASH
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def percent(fraction: Number) -> str:
     return DASH if fraction is None else f"{100 * fraction:.2f} %"
 
