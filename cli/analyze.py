@@ -51,12 +51,13 @@ def analyze(
     from calibration.errors import ToolkitError
     from cli.progress import TerminalProgress
     from ptq.analysis.job import analyze as run
-    from ptq.analysis.softmax_sweep import SweepOptions
+    from ptq.analysis.softmax_sweep import GATES, SETTINGS, SweepOptions
     from ptq.report.figures import perplexity, short
 
     more = tuple(softmax or ())
     if (gated or more) and not clipped_softmax:
         raise ToolkitError("--gated and --softmax are parts of --clipped-softmax", "add --clipped-softmax")
+    settings = tuple(dict.fromkeys([*SETTINGS, *(GATES if gated else ()), *more]))
     with TerminalProgress() as progress:
         record = run(
             model,
@@ -70,7 +71,7 @@ def analyze(
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            softmax=SweepOptions(gated, more, windows, head_windows) if clipped_softmax else None,
+            softmax=SweepOptions(settings, windows, head_windows, gated) if clipped_softmax else None,
             command=command_line(),
         )
     for key, words in (("with_first_token", "all tokens"), ("without_first_token", "without first tokens")):

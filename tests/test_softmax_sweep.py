@@ -16,7 +16,7 @@ from calibration.text import TokenBatches
 from ptq.analysis.head_clipping import HEAD_GAMMAS, LIMIT, _largest, own_gammas
 from ptq.analysis.job import Subject, observe
 from ptq.analysis.softmax_record import HeadClipping, SoftmaxRow
-from ptq.analysis.softmax_sweep import FREE, SETTINGS, SweepOptions, finding, sweep_softmax
+from ptq.analysis.softmax_sweep import FREE, GATES, SETTINGS, SweepOptions, finding, sweep_softmax
 from ptq.numerics.softmax import HeadSoftmax, SoftmaxRule
 from ptq.runtime.explicit_attention import exchanged_softmax, parse_softmax
 from ptq.runtime.load import load_model
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sweep(folder):
     spec = open_model(folder)[2]
-    options = SweepOptions(gated=True, more=("gamma=-0.05",), windows=WINDOWS, head_windows=2)
+    options = SweepOptions((*SETTINGS, *GATES, "gamma=-0.05"), windows=WINDOWS, head_windows=2, shut=True)
     model = load_model(folder, dtype=torch.float32).model
     return sweep_softmax(model, spec, TokenBatches(IDS, {}), options, False, Silent())
 

@@ -214,7 +214,7 @@ def _check_sweep(options: SweepOptions, config: Any, samples: int, seq_len: int)
             f"--samples {samples} --windows {options.windows}: no window is left to set the ranges of 8-bit inputs",
             f"pass --windows {max(samples // 2, 1)}, or more --samples",
         )
-    for text in options.settings():
+    for text in options.settings:
         parse_softmax(text, seq_len)
 
 

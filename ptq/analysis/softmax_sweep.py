@@ -46,19 +46,16 @@ class SweepOptions:
     """What is tried.
 
     Attributes:
-        gated: gates too, and every head shut.
-        more: further softmaxes, as ``ptq eval --softmax`` takes them.
+        settings: softmaxes, as ``ptq eval --softmax`` takes them; the plain one goes first by itself.
         windows: of the text, that are scored; the others set static ranges.
         head_windows: the first of them, that judge single heads; 0 leaves heads out.
+        shut: score every head shut, too.
     """
 
-    gated: bool = False
-    more: tuple[str, ...] = ()
+    settings: tuple[str, ...] = SETTINGS
     windows: int = 16
     head_windows: int = 2
-
-    def settings(self) -> list[str]:
-        return list(dict.fromkeys([*SETTINGS, *(GATES if self.gated else ()), *self.more]))
+    shut: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,12 +85,12 @@ def sweep_softmax(
         ToolkitError: its attention cannot be exchanged.
     """
     bench = Bench(model, spec, tokens, options.windows)
-    settings = [_parsed(PLAIN, tokens.seq_len), *(_parsed(text, tokens.seq_len) for text in options.settings())]
+    settings = [_parsed(PLAIN, tokens.seq_len), *(_parsed(text, tokens.seq_len) for text in options.settings)]
     heads: tuple[HeadClipping, ...] = ()
     with bench.open():
         if options.head_windows:
             progress.stage("single heads", spec.n_blocks * bench.heads)
-            heads = clip_heads(bench, spec.n_blocks, bench.heads, options.head_windows, options.gated, progress.advance)
+            heads = clip_heads(bench, spec.n_blocks, bench.heads, options.head_windows, options.shut, progress.advance)
             settings.append(_Setting(PER_HEAD, None, SoftmaxRule(), own_gammas(heads, bench.heads)))
         progress.stage("softmaxes", len(settings) * (1 if quantized else 2))
         rows, ranges = [], []
