@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, command_line, quiet_libraries
+from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, command_line, entries, quiet_libraries
 
 
 def analyze(
@@ -30,10 +30,20 @@ def analyze(
     softmax: Annotated[
         list[str] | None, typer.Option(help="With --clipped-softmax: one more to try, as for `ptq eval`; repeatable.")
     ] = None,
-    windows: Annotated[int, typer.Option(help="With --clipped-softmax: windows scored; the others set ranges.")] = 16,
     head_windows: Annotated[
         int, typer.Option(help="With --clipped-softmax: windows on which single heads are judged; 0: none.")
     ] = 2,
+    sensitivity: Annotated[
+        str | None, typer.Option(help="Weight schemes, comma-separated: also what rounding each linear alone costs.")
+    ] = None,
+    try_advice: Annotated[
+        bool,
+        typer.Option("--try", help="Also carry out the advised recipes and score them. Holds the model in memory."),
+    ] = False,
+    windows: Annotated[
+        int, typer.Option(help="Windows that --clipped-softmax and --try score; the others set ranges and calibrate.")
+    ] = 16,
+    probe_windows: Annotated[int, typer.Option(help="Windows that --sensitivity measures divergence on.")] = 4,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of forward passes: auto, float32, bfloat16 or float16.")] = "auto",
     overwrite: Overwrite = False,
@@ -71,7 +81,11 @@ def analyze(
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            softmax=SweepOptions(settings, windows, head_windows, gated) if clipped_softmax else None,
+            softmax=SweepOptions(settings, head_windows, gated) if clipped_softmax else None,
+            sensitivity=entries("--sensitivity", sensitivity) if sensitivity else (),
+            try_advice=try_advice,
+            windows=windows,
+            probe_windows=probe_windows,
             command=command_line(),
         )
     for key, words in (("with_first_token", "all tokens"), ("without_first_token", "without first tokens")):
@@ -97,4 +111,6 @@ def analyze(
                 f"{short(norm)}, avg kurtosis {short(kurtosis)}, 8-bit perplexity {perplexity(row.perplexity_8_bit)}"
             )
         print(record.softmax.finding)
+    for said in record.verdicts:
+        print(said)
     print(f"written to {out}: report.html, report.md, report.json, channels.safetensors")

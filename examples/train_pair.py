@@ -182,8 +182,8 @@ def behind_end(text: Tensor, end: int) -> Tensor:
 def measure(model: Any, held: Tensor, gamma: float) -> SoftmaxRow:
     """The model with its own softmax; its weights are rounded afterwards."""
     settings = (f"gamma={gamma:g}",) if gamma else ()
-    options = SweepOptions(settings, windows=WINDOWS // 3, head_windows=0)
-    sweep = sweep_softmax(model, resolve(model.config), TokenBatches(held, {}), options, False, Silent())
+    options = SweepOptions(settings, head_windows=0)
+    sweep = sweep_softmax(model, resolve(model.config), TokenBatches(held, {}), WINDOWS // 3, options, False, Silent())
     return sweep.rows[-1]
 
 

@@ -14,7 +14,7 @@ from calibration.models import open_model
 from calibration.progress import Silent
 from calibration.text import TokenBatches
 from ptq.analysis.head_clipping import HEAD_GAMMAS, LIMIT, _largest, own_gammas
-from ptq.analysis.job import Subject, observe
+from ptq.analysis.observe import Subject, observe
 from ptq.analysis.softmax_record import HeadClipping, SoftmaxRow
 from ptq.analysis.softmax_sweep import FREE, GATES, SETTINGS, SweepOptions, finding, sweep_softmax
 from ptq.numerics.softmax import HeadSoftmax, SoftmaxRule
@@ -33,9 +33,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sweep(folder):
     spec = open_model(folder)[2]
-    options = SweepOptions((*SETTINGS, *GATES, "gamma=-0.05"), windows=WINDOWS, head_windows=2, shut=True)
+    options = SweepOptions((*SETTINGS, *GATES, "gamma=-0.05"), head_windows=2, shut=True)
     model = load_model(folder, dtype=torch.float32).model
-    return sweep_softmax(model, spec, TokenBatches(IDS, {}), options, False, Silent())
+    return sweep_softmax(model, spec, TokenBatches(IDS, {}), WINDOWS, options, False, Silent())
 
 
 def perplexity(model, ids):
@@ -178,7 +178,7 @@ def test_refusals(tmp_path):
     few = ("--dataset", text, "--samples", "4", "--seq-len", "32", "--out", tmp_path / "out")
     assert "parts of --clipped-softmax" in refused("analyze", model, *few, "--gated")
     asked = (*few, "--clipped-softmax")
-    assert "no window is left" in refused("analyze", model, *asked, "--windows", "4")
+    assert "some must be left" in refused("analyze", model, *asked, "--windows", "4")
     assert "--head-windows 3" in refused("analyze", model, *asked, "--windows", "2", "--head-windows", "3")
     assert "gama" in refused("analyze", model, *asked, "--windows", "2", "--softmax", "gama=1")
     falcon = save_tiny("falcon-rw", tmp_path / "falcon")

@@ -122,9 +122,7 @@ class Bench:
             with nullcontext() if norms is None else norms.watching(self.model, self.spec):
                 return self.logits(ids)
 
-        ids = self.tokens.input_ids[:windows].flatten()
-        none = torch.zeros_like(ids)
-        text = EncodedText(ids, none, none, "the text of the analysis", self.tokens.fingerprint, "", False)
+        text = EncodedText.of_windows(self.tokens.input_ids[:windows], "the text of the analysis")
         window = self.tokens.seq_len
         batch = max(1, BATCH_TOKENS // window)
         dtype = str(self.model.dtype).removeprefix("torch.")

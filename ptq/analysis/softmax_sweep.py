@@ -47,13 +47,11 @@ class SweepOptions:
 
     Attributes:
         settings: softmaxes, as ``ptq eval --softmax`` takes them; the plain one goes first by itself.
-        windows: of the text, that are scored; the others set static ranges.
-        head_windows: the first of them, that judge single heads; 0 leaves heads out.
+        head_windows: of the scored windows the first, that judge single heads; 0 leaves heads out.
         shut: score every head shut, too.
     """
 
     settings: tuple[str, ...] = SETTINGS
-    windows: int = 16
     head_windows: int = 2
     shut: bool = False
 
@@ -72,6 +70,7 @@ def sweep_softmax(
     model: Any,
     spec: ArchitectureSpec,
     tokens: TokenBatches,
+    windows: int,
     options: SweepOptions,
     quantized: bool,
     progress: Progress,
@@ -80,11 +79,12 @@ def sweep_softmax(
 
     Args:
         model: of transformers, with all weights; ``quantized`` models are not rounded once more.
+        windows: of ``tokens``, that are scored; the others set static ranges.
 
     Raises:
         ToolkitError: its attention cannot be exchanged.
     """
-    bench = Bench(model, spec, tokens, options.windows)
+    bench = Bench(model, spec, tokens, windows)
     settings = [_parsed(PLAIN, tokens.seq_len), *(_parsed(text, tokens.seq_len) for text in options.settings)]
     heads: tuple[HeadClipping, ...] = ()
     with bench.open():
@@ -106,14 +106,12 @@ def sweep_softmax(
                 assert found is not None
                 bench.rule, bench.own = setting.rule, setting.own
                 with static_inputs(model, spec, found):
-                    rows[i] = dataclasses.replace(
-                        rows[i], perplexity_8_bit=short(bench.evaluate(options.windows).perplexity)
-                    )
+                    rows[i] = dataclasses.replace(rows[i], perplexity_8_bit=short(bench.evaluate(windows).perplexity))
                 progress.advance(f"{setting.text}, 8 bits")
     return SoftmaxSweep(
         window=tokens.seq_len,
-        windows=options.windows,
-        range_windows=len(tokens) - options.windows,
+        windows=windows,
+        range_windows=len(tokens) - windows,
         head_windows=options.head_windows,
         scheme=SCHEME,
         limit=LIMIT,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ptq.analysis.record import AnalysisRecord, SiteRecord
+from ptq.analysis.record import AnalysisRecord, SiteRecord, Trial
 from ptq.analysis.sites import ROLES
-from ptq.report import figures, softmax_markdown
-from ptq.report.figures import code, plain, short, table
+from ptq.report import figures, sensitivity_markdown, softmax_markdown
+from ptq.report.figures import Cell, code, plain, short, table
 
 _SHOWN = 12
 
@@ -18,12 +18,14 @@ def render(record: AnalysisRecord) -> str:
         _title(record),
         _headline(record),
         _advice(record),
+        _trials(record),
         _roles(record),
         _channels(record),
         _massive(record),
         _six(record),
         _heads(record),
         softmax_markdown.render(record.softmax) if record.softmax else "",
+        sensitivity_markdown.sections(record.sensitivity),
         _weights(record),
         _reproduce(record),
     ]
@@ -78,6 +80,30 @@ def _advice(record: AnalysisRecord) -> str:
         said = f"**{plain(a.rule)}**: {plain(a.finding)}.{channels if a.channels else ''}"
         lines.append(said + "\n\n" + "\n".join(items))
     return "\n\n".join(lines)
+
+
+TRIAL_HEADER = ("Method", "Scheme", "Why", "Bits per weight", "Perplexity", "KL, nats")
+
+
+def trial_cells(t: Trial) -> list[Cell]:
+    """One row under `TRIAL_HEADER`."""
+    said = "cannot be done: " + t.refused if t.refused else "advised" if t.advised else "to compare"
+    return [
+        (t.method, t.method),
+        (t.scheme, t.scheme),
+        (said, said),
+        (figures.bits(t.bits_per_weight), figures.key(t.bits_per_weight)),
+        (figures.perplexity(t.perplexity), figures.key(t.perplexity)),
+        (figures.nats(t.divergence), figures.key(t.divergence)),
+    ]
+
+
+def _trials(record: AnalysisRecord) -> str:
+    if not record.trials:
+        return ""
+    rows = [[plain(text) for text, _ in trial_cells(t)] for t in record.trials]
+    said = plain(". ".join(record.verdicts))
+    return f"## Whether the advice helped\n\n{said}.\n\n{table(TRIAL_HEADER, rows, right=(3, 4, 5))}"
 
 
 def _heads(record: AnalysisRecord) -> str:

@@ -10,6 +10,8 @@ DASH = "–"
 MINUS = "−"
 
 Number = int | float | None
+Cell = tuple[str, float | str]
+"""What stands in a cell of a table, and what its column is sorted by."""
 
 _MARKUP = str.maketrans({"<": "&lt;", ">": "&gt;", "&": "&amp;"} | {char: f"\\{char}" for char in "\\`*[]|"})
 _EMPHASIS = re.compile(r"(?<!\w)_|_(?!\w)")  # between letters an underscore is only itself
@@ -82,6 +84,11 @@ def short(value: Number) -> str:
     if value is None:
         return DASH
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def key(value: float | None) -> float:
+    """To sort by; what was not measured comes last."""
+    return -1.0 if value is None or value != value else value
 
 
 def percent(fraction: Number) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ptq.analysis.softmax_record import SoftmaxRow, SoftmaxSweep
 from ptq.report import figures
-from ptq.report.figures import code, plain, table
+from ptq.report.figures import Cell, code, plain, table
 
 HEADER = (
     "Softmax",
@@ -21,19 +21,19 @@ HEADER = (
 SHOWN_HEADS = 12
 
 
-def cells(row: SoftmaxRow) -> tuple[str, ...]:
+def cells(row: SoftmaxRow) -> list[Cell]:
     """One row under `HEADER`; outlier metrics with first tokens."""
-    norms = row.with_first_token
-    return (
-        row.softmax,
-        figures.perplexity(row.perplexity),
-        figures.nats(row.divergence),
-        figures.percent(row.zeros),
-        f"{row.row_sum:.3f}",
-        figures.percent(row.empty_rows),
-        *(figures.short(norms.get(key)) for key in ("max_inf_norm", "avg_kurtosis", "max_kurtosis")),
-        figures.perplexity(row.perplexity_8_bit),
-    )
+    norms = [row.with_first_token.get(key) for key in ("max_inf_norm", "avg_kurtosis", "max_kurtosis")]
+    return [
+        (row.softmax, row.softmax),
+        (figures.perplexity(row.perplexity), row.perplexity),
+        (figures.nats(row.divergence), row.divergence),
+        (figures.percent(row.zeros), row.zeros),
+        (f"{row.row_sum:.3f}", row.row_sum),
+        (figures.percent(row.empty_rows), row.empty_rows),
+        *((figures.short(value), figures.key(value)) for value in norms),
+        (figures.perplexity(row.perplexity_8_bit), figures.key(row.perplexity_8_bit)),
+    ]
 
 
 def about(sweep: SoftmaxSweep) -> str:
@@ -58,7 +58,7 @@ def clipped_heads(sweep: SoftmaxSweep) -> str:
 
 def render(sweep: SoftmaxSweep) -> str:
     """Markdown, from its heading on."""
-    rows = [(code(row.softmax), *cells(row)[1:]) for row in sweep.rows]
+    rows = [[code(row.softmax), *(text for text, _ in cells(row)[1:])] for row in sweep.rows]
     parts = [
         "## Other softmaxes in this model",
         plain(sweep.finding),
