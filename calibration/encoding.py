@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,14 @@ class EncodedText:
     special_tokens: bool
     max_windows: int | None = None
     bos_id: int | None = None
+
+    @classmethod
+    def of_windows(cls, windows: Tensor, dataset: str) -> EncodedText:
+        """Windows of ids, int64 ``[n, length]``, one behind the other; what their tokens stand for is not known."""
+        ids = windows.flatten()
+        none = torch.zeros_like(ids)
+        digest = hashlib.sha256(ids.contiguous().numpy().astype("<i8").tobytes()).hexdigest()[:16]
+        return cls(ids, none, none, dataset, digest, "", False)
 
     def with_bos(self, bos_id: int | None) -> EncodedText:
         """The same text behind BOS, which stands for no words and no bytes; None: unchanged."""

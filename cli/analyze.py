@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, command_line, quiet_libraries
+from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, command_line, entries, quiet_libraries
 
 
 def analyze(
@@ -16,6 +16,34 @@ def analyze(
     samples: Annotated[int, typer.Option(help="Windows of text.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens per window; cut to the model's context.")] = 512,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    clipped_softmax: Annotated[
+        bool,
+        typer.Option(
+            "--clipped-softmax",
+            help="Also try other softmaxes in the finished model: what they cost, and what they do to outliers. Holds "
+            "the whole model in memory; everything else holds one block.",
+        ),
+    ] = False,
+    gated: Annotated[
+        bool, typer.Option("--gated", help="With --clipped-softmax: gates too, and every head shut by itself.")
+    ] = False,
+    softmax: Annotated[
+        list[str] | None, typer.Option(help="With --clipped-softmax: one more to try, as for `ptq eval`; repeatable.")
+    ] = None,
+    head_windows: Annotated[
+        int, typer.Option(help="With --clipped-softmax: windows on which single heads are judged; 0: none.")
+    ] = 2,
+    sensitivity: Annotated[
+        str | None, typer.Option(help="Weight schemes, comma-separated: also what rounding each linear alone costs.")
+    ] = None,
+    try_advice: Annotated[
+        bool,
+        typer.Option("--try", help="Also carry out the advised recipes and score them. Holds the model in memory."),
+    ] = False,
+    windows: Annotated[
+        int, typer.Option(help="Windows that --clipped-softmax and --try score; the others set ranges and calibrate.")
+    ] = 16,
+    probe_windows: Annotated[int, typer.Option(help="Windows that --sensitivity measures divergence on.")] = 4,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of forward passes: auto, float32, bfloat16 or float16.")] = "auto",
     overwrite: Overwrite = False,
@@ -26,12 +54,20 @@ def analyze(
     Examples:
 
       ptq analyze demo --out demo-analysis
+
+      ptq analyze demo --clipped-softmax --gated --out demo-heads
     """
     quiet_libraries()
+    from calibration.errors import ToolkitError
     from cli.progress import TerminalProgress
     from ptq.analysis.job import analyze as run
-    from ptq.report.analysis_markdown import number
+    from ptq.analysis.softmax_sweep import GATES, SETTINGS, SweepOptions
+    from ptq.report.figures import perplexity, short
 
+    more = tuple(softmax or ())
+    if (gated or more) and not clipped_softmax:
+        raise ToolkitError("--gated and --softmax are parts of --clipped-softmax", "add --clipped-softmax")
+    settings = tuple(dict.fromkeys([*SETTINGS, *(GATES if gated else ()), *more]))
     with TerminalProgress() as progress:
         record = run(
             model,
@@ -45,14 +81,19 @@ def analyze(
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            softmax=SweepOptions(settings, head_windows, gated) if clipped_softmax else None,
+            sensitivity=entries("--sensitivity", sensitivity) if sensitivity else (),
+            try_advice=try_advice,
+            windows=windows,
+            probe_windows=probe_windows,
             command=command_line(),
         )
     for key, words in (("with_first_token", "all tokens"), ("without_first_token", "without first tokens")):
         found = record.summary[key]
         if found:
             print(
-                f"{words}: max infinity norm {number(found['max_inf_norm'])} ({found['max_inf_norm_at']}), "
-                f"avg kurtosis {number(found['avg_kurtosis'])}, max kurtosis {number(found['max_kurtosis'])}"
+                f"{words}: max infinity norm {short(found['max_inf_norm'])} ({found['max_inf_norm_at']}), "
+                f"avg kurtosis {short(found['avg_kurtosis'])}, max kurtosis {short(found['max_kurtosis'])}"
             )
     for role, channels in record.summary["outlier_channels"].items():
         print(f"outlier channels in {role}: {', '.join(map(str, list(channels)[:12]))}")
@@ -62,4 +103,14 @@ def analyze(
             print(f"  {'helps' if advice.alarm else 'try'}: {words}")
         for words in advice.cannot:
             print(f"  cannot help: {words}")
+    if record.softmax is not None:
+        for row in record.softmax.rows:
+            norm, kurtosis = (row.with_first_token.get(key) for key in ("max_inf_norm", "avg_kurtosis"))
+            print(
+                f"{row.softmax}: perplexity {row.perplexity:.4f}, zeros {row.zeros:.2%}, max infinity norm "
+                f"{short(norm)}, avg kurtosis {short(kurtosis)}, 8-bit perplexity {perplexity(row.perplexity_8_bit)}"
+            )
+        print(record.softmax.finding)
+    for said in record.verdicts:
+        print(said)
     print(f"written to {out}: report.html, report.md, report.json, channels.safetensors")

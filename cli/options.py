@@ -57,3 +57,13 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("compressed_tensors").setLevel(logging.ERROR)
+
+
+def entries(option: str, text: str) -> tuple[str, ...]:
+    """The entries of a comma-separated list, each once."""
+    from calibration.errors import ToolkitError
+
+    found = [word.strip() for word in text.split(",")]
+    if not all(found) or len(set(found)) < len(found):
+        raise ToolkitError(f"{option} {text}: an entry is empty or there twice", "separate different entries by commas")
+    return tuple(found)

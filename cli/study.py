@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, quiet_libraries
+from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, entries, quiet_libraries
 
 app = typer.Typer(help="Questions that many runs of one model answer.", no_args_is_help=True, rich_markup_mode="rich")
 
@@ -53,7 +53,7 @@ def calibration(
     from ptq.study.calibration import CalibrationOptions, study_calibration
 
     options = CalibrationOptions(
-        datasets=_words("--datasets", datasets),
+        datasets=entries("--datasets", datasets),
         samples=sizes,
         seq_lens=lengths,
         seeds=seeds,
@@ -91,7 +91,7 @@ def sensitivity(
     from calibration.errors import ToolkitError
     from cli.progress import TerminalProgress
 
-    offered = _words("--schemes", schemes)
+    offered = entries("--schemes", schemes)
     if windows < 1:
         raise ToolkitError(f"--windows {windows}: less than 1", "give --windows a positive number")
     quiet_libraries()
@@ -106,20 +106,10 @@ def sensitivity(
     print(f"\nwritten to {out}")
 
 
-def _words(option: str, text: str) -> tuple[str, ...]:
-    """The entries of a comma-separated list, each once."""
-    from calibration.errors import ToolkitError
-
-    found = [word.strip() for word in text.split(",")]
-    if not all(found) or len(set(found)) < len(found):
-        raise ToolkitError(f"{option} {text}: an entry is empty or there twice", "separate different entries by commas")
-    return tuple(found)
-
-
 def _integers(option: str, text: str) -> tuple[int, ...]:
     from calibration.errors import ToolkitError
 
-    words = _words(option, text)
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
+    found = entries(option, text)
+    if not all(word.isdecimal() and int(word) > 0 for word in found):
         raise ToolkitError(f"{option} {text}: not positive whole numbers", "write them as 8 or 8,32,128")
-    return tuple(int(word) for word in words)
+    return tuple(int(word) for word in found)

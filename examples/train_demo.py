@@ -11,25 +11,25 @@ written next to the weights names it.
 
 from __future__ import annotations
 
-import ast
 import copy
-import inspect
-import math
 import platform
-import random
-import sysconfig
 import time
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data import topics
 from typing import Annotated
 
 import torch
 import typer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from python_text import (
+    VOCAB,
+    WINDOW,
+    Corpus,
+    encode,
+    join,
+    prepare,
+    train_tokenizer,
+)
 from torch import Tensor, nn
+from training import perplexity, train
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -37,136 +37,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
-
-END = "<|endoftext|>"
-VOCAB = 1024
-WINDOW = 512
-SKIP_DIRS = {"site-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "turtledemo", "pydoc_data"}
-SEPARATOR = "\n\n"
-
-
-@dataclass(frozen=True)
-class Document:
-    """One reference topic, or the docstrings of one module."""
-
-    name: str
-    text: str
-
-    @property
-    def size(self) -> int:
-        return len(self.text.encode())
-
-
-# ---------------------------------------------------------------------------------------------- text
-
-
-def module_entries(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
-    """(heading, docstring) of a module, its classes and its functions, in source order."""
-    if doc := ast.get_docstring(tree):
-        yield f"module {module}", doc
-
-    def walk(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, str]]:
-        for node in body:
-            if isinstance(node, ast.ClassDef):
-                bases = ", ".join(ast.unparse(base) for base in node.bases)
-                if doc := ast.get_docstring(node):
-                    yield f"class {prefix}{node.name}({bases})" if bases else f"class {prefix}{node.name}", doc
-                yield from walk(node.body, f"{prefix}{node.name}.")
-            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (doc := ast.get_docstring(node)):
-                yield f"{prefix}{node.name}({ast.unparse(node.args)})", doc
-
-    yield from walk(tree.body, "")
-
-
-def raw_documents() -> Iterator[Document]:
-    """Topics (longest first, as the short ones are often parts of them), then modules by name."""
-    for name, text in sorted(topics.topics.items(), key=lambda item: (-len(item[1]), item[0])):
-        yield Document(f"topic {name}", text)
-    root = Path(sysconfig.get_paths()["stdlib"])
-    seen: set[str] = set()
-    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-        parts = path.relative_to(root).with_suffix("").parts
-        if SKIP_DIRS & set(parts) or parts[0].startswith(("config-", "_sysconfigdata")):
-            continue
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):
-            continue
-        module = ".".join(part for part in parts if part != "__init__")
-        entries = []
-        for heading, doc in module_entries(tree, module):
-            if doc not in seen:
-                seen.add(doc)
-                entries.append(f"{heading}\n{inspect.cleandoc(doc)}")
-        yield Document(f"module {module}", SEPARATOR.join(entries))
-
-
-def collect() -> list[Document]:
-    """Documents with every longer paragraph kept at its first appearance only.
-
-    Reference topics repeat one another's sections, so without this a held-out page could be read in training.
-    """
-    seen: set[str] = set()
-    documents = []
-    for document in raw_documents():
-        kept = []
-        for paragraph in document.text.split(SEPARATOR):
-            key = " ".join(paragraph.split())
-            if len(key) >= 60 and key in seen:
-                continue
-            seen.add(key)
-            kept.append(paragraph.rstrip())
-        text = SEPARATOR.join(kept).strip("\n")
-        if len(text) >= 400:
-            documents.append(Document(document.name, text + "\n"))
-    return documents
-
-
-def take(documents: list[Document], limit: int, longest: int) -> list[Document]:
-    """Whole documents, in order, none longer than `longest` bytes, that fit in `limit` bytes together."""
-    chosen, total = [], 0
-    for document in documents:
-        cost = document.size + len(SEPARATOR)
-        if document.size <= longest and total + cost <= limit:
-            chosen.append(document)
-            total += cost
-    return chosen
-
-
-def split(documents: list[Document], share: float, seed: int) -> tuple[list[Document], list[Document]]:
-    """Shuffle and hold out `share` of the bytes, by whole documents; very long ones always train."""
-    order = list(documents)
-    random.Random(seed).shuffle(order)
-    held = take(order, int(share * sum(d.size for d in order)), longest=20_000)
-    names = {d.name for d in held}
-    return [d for d in order if d.name not in names], held
-
-
-# ------------------------------------------------------------------------------------ tokenizer, model
-
-
-def train_tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; the one special token ends documents and is never added by itself."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=[END],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator([d.text for d in documents], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=END,
-        eos_token=END,
-        model_max_length=WINDOW,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def build_model() -> LlamaForCausalLM:
@@ -188,21 +59,6 @@ def build_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-# ------------------------------------------------------------------------------------------- measuring
-
-
-@torch.no_grad()
-def perplexity(model: nn.Module, ids: Tensor, window: int = WINDOW) -> float:
-    """Non-overlapping windows, the first token of each unscored, an incomplete last window dropped."""
-    windows = ids[: len(ids) // window * window].view(-1, window)
-    loss, count = 0.0, 0
-    for batch in windows.split(16):
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        loss += nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
-        count += batch[:, 1:].numel()
-    return math.exp(loss / count)
-
-
 @torch.no_grad()
 def rounded(model: nn.Module, bits: int, group: int = 128) -> nn.Module:
     """A copy whose decoder linears are rounded to nearest: symmetric, one scale per `group` inputs."""
@@ -215,53 +71,6 @@ def rounded(model: nn.Module, bits: int, group: int = 128) -> nn.Module:
             weight.copy_((weight / scale).round().clamp(low, high) * scale)
     return model
 
-
-# -------------------------------------------------------------------------------------------- training
-
-
-def rate_factor(step: int, steps: int) -> float:
-    """Warm-up, then the first part of a cosine that is one and a half times as long, then straight down to zero."""
-    warm, cooldown, horizon = 100, round(0.225 * steps), round(1.5 * steps)
-    if step < warm:
-        return (step + 1) / warm
-    cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, horizon - warm)))
-    return cosine * min(1.0, (steps - step) / cooldown)
-
-
-def train(model: LlamaForCausalLM, ids: Tensor, held: Tensor, steps: int, tokens: int, rate: float, seed: int) -> int:
-    """AdamW; each batch holds about `tokens` tokens in windows of one length.
-
-    Returns the number of tokens seen. Held-out text is measured for the log only: nothing is chosen by it.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
-    start, seen = time.perf_counter(), 0
-    for step in range(1, steps + 1):
-        length = 32 * int(torch.randint(8, WINDOW // 32 + 1, (1,), generator=generator))  # 256 .. 512
-        offsets = torch.randint(len(ids) - length, (tokens // length,), generator=generator)
-        batch = torch.stack([ids[o : o + length] for o in offsets.tolist()])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        seen += batch.numel()
-        if step % 100 == 0 or step == steps:
-            text = f"step {step}/{steps}  loss {loss.item():.3f}  {seen / (time.perf_counter() - start):.0f} tokens/s"
-            if step % 500 == 0 or step == steps:
-                text += f"  held-out perplexity {perplexity(model, held):.3f}"
-            print(f"{text}  {time.perf_counter() - start:.0f} s", flush=True)
-    return seen
-
-
-# ------------------------------------------------------------------------------------------ model card
 
 CARD = """# ptq demo model
 
@@ -305,30 +114,6 @@ symmetric integers, one scale per 128 inputs (largest magnitude over half the in
 """
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """The documents and what is written of them."""
-
-    train: list[Document]
-    held: list[Document]
-    excerpt: list[Document]
-    test: list[Document]
-
-
-def prepare(seed: int) -> Corpus:
-    train_documents, held = split(collect(), share=0.06, seed=seed)
-    excerpt, test = take(train_documents, 350_000, longest=20_000), take(held, 130_000, longest=20_000)
-    return Corpus(train_documents, held, excerpt, test)
-
-
-def join(documents: list[Document]) -> str:
-    return SEPARATOR.join(d.text for d in documents)
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False, verbose=False)
-
-
 def publish(
     out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, **facts: float
 ) -> None:
@@ -345,9 +130,9 @@ def publish(
     ids = encode(loaded, text)
     if ids != encode(tokenizer, text) or loaded.decode(ids) != text:
         raise RuntimeError("the saved tokenizer does not reproduce the one that was trained")
-    results = {"as stored": perplexity(saved, torch.tensor(ids))}
+    results = {"as stored": perplexity(saved, torch.tensor(ids), WINDOW)}
     for bits in (8, 4, 3, 2):
-        results[f"rounded to {bits} bits"] = perplexity(rounded(saved, bits), torch.tensor(ids))
+        results[f"rounded to {bits} bits"] = perplexity(rounded(saved, bits), torch.tensor(ids), WINDOW)
     card = CARD.format(
         parameters=saved.num_parameters(),
         vocab=VOCAB,
@@ -391,7 +176,19 @@ def main(
     print(f"{len(corpus.train)} training documents, {len(ids)} tokens; {len(corpus.held)} held out", flush=True)
     model = build_model()
     start = time.perf_counter()
-    seen = train(model, ids, held, steps=steps, tokens=batch, rate=rate, seed=seed)
+
+    def windows(generator: torch.Generator) -> Tensor:
+        length = 32 * int(torch.randint(8, WINDOW // 32 + 1, (1,), generator=generator))  # 256 .. 512
+        offsets = torch.randint(len(ids) - length, (batch // length,), generator=generator)
+        return torch.stack([ids[o : o + length] for o in offsets.tolist()])
+
+    def note(step: int) -> str:
+        """For the log only: nothing is chosen by held-out text."""
+        if step % 500 and step != steps:
+            return ""
+        return f"held-out perplexity {perplexity(model, held, WINDOW):.3f}"
+
+    seen = train(model, windows, steps=steps, rate=rate, seed=seed, note=note)
     minutes = (time.perf_counter() - start) / 60
     facts = {"seed": seed, "steps": steps, "batch": batch, "seen": seen, "rate": rate, "minutes": minutes}
     publish(out, model, tokenizer, corpus, **facts, threads=threads, train_tokens=len(ids))

@@ -14,7 +14,7 @@ from calibration.progress import Silent
 from calibration.samples import model_tokens
 from calibration.text import TokenBatches
 from ptq.analysis.advice import advise
-from ptq.analysis.job import Findings, Subject, observe
+from ptq.analysis.observe import Findings, Subject, observe
 
 CHANNELS = (3, 77, 130, 131, 200, 255)
 
@@ -69,7 +69,7 @@ def test_exactly_the_planted_channels_and_what_moves_them(tmp_path):
     channels, recipe = (a for a in advise(found.sites, found.weights) if a.rule in ("channels", "recipe"))
     assert channels.alarm and channels.channels == CHANNELS and "attention input (blocks 0, 1, 2)" in channels.finding
     assert channels.helps[0].startswith("smoothquant") and channels.cannot[0].startswith("atoken")
-    assert "smoothquant" in recipe.helps[0]
+    assert "smoothquant" in recipe.helps[0] and recipe.recipes[0] == ("smoothquant+gptq", "w8a8")
     inputs = [s for s in found.sites if s.role == "attention input"]
     assert all(s.sqnr["channel-8"] > 30 for s in inputs) and all(s.output_error["token-8"] > 0.03 for s in inputs)
 

@@ -15,7 +15,7 @@ from calibration.errors import ToolkitError
 from calibration.models import open_model
 from calibration.progress import Silent
 from calibration.text import TokenBatches
-from ptq.analysis.job import Subject, observe
+from ptq.analysis.observe import Subject, observe
 from ptq.analysis.sites import ROLES
 
 IDS = torch.randint(0, 96, (5, 24), generator=torch.Generator().manual_seed(0))
@@ -54,7 +54,7 @@ def test_experts_are_pooled(tmp_path):
 def test_batches_do_not_change_the_numbers(tmp_path, monkeypatch):
     folder = save_tiny("llama", tmp_path / "model")
     together = findings(folder, tmp_path)
-    monkeypatch.setattr("ptq.analysis.job.BATCH_TOKENS", 1)
+    monkeypatch.setattr("ptq.analysis.observe.BATCH_TOKENS", 1)
     for one, other in zip(together.sites, findings(folder, tmp_path).sites, strict=True):
         assert one.inf_norm == pytest.approx(other.inf_norm, rel=1e-5)
         assert one.kurtosis_tensor == pytest.approx(other.kurtosis_tensor, rel=1e-4)
@@ -100,6 +100,44 @@ def test_command_on_float_and_quantized(tmp_path):
     assert other["model"]["format"] == "compressed-tensors"
     largest = [[s["max_abs"] for s in d["sites"]] for d in (data, other)]
     assert largest[0] != largest[1] and largest[0] == pytest.approx(largest[1], rel=0.1)
+
+
+def test_linears_alone_and_recipes_on_request(tmp_path):
+    model, text = tiny(tmp_path / "model"), text_file(tmp_path / "text.txt")
+    few = ("--dataset", text, "--samples", "4", "--seq-len", "32")
+    schemes = "w2a16-g32,w3a16-g32"
+    more = ("--sensitivity", schemes, "--probe-windows", "2", "--try", "--windows", "2")
+    printed = done("analyze", model, *few, *more, "--out", tmp_path / "a")
+    data = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert [s["scheme"] for s in data["sensitivity"]] == ["w2a16-g32-sym", "w3a16-g32-sym"] and len(
+        data["frontier"]
+    ) > 3
+    done(
+        "study",
+        "sensitivity",
+        model,
+        *few,
+        "--schemes",
+        "w2a16-g32,w3a16-g32",
+        "--windows",
+        "2",
+        "--out",
+        tmp_path / "s",
+    )
+    study = json.loads((tmp_path / "s" / "sensitivity.json").read_text())
+    assert study["schemes"] == data["sensitivity"], "the same measurement as the study's"
+    tried = [t for t in data["trials"] if t["divergence"] is not None]
+    assert (
+        tried
+        and data["verdicts"][0] in printed
+        and "## Whether the advice helped" in (tmp_path / "a/report.md").read_text()
+    )
+    assert not (tmp_path / "a" / "try").exists()
+    done("quantize", model, *few, "--method", "rtn", "--scheme", "w8a8", "--out", tmp_path / "q")
+    assert "quantized already" in refused(
+        "analyze", tmp_path / "q", *few, "--try", "--windows", "2", "--out", tmp_path / "b"
+    )
+    assert "quantizes more" in refused("analyze", model, *few, "--sensitivity", "w8a8", "--out", tmp_path / "b")
 
 
 def test_refusals(tmp_path):

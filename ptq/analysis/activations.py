@@ -69,21 +69,40 @@ class OutlierCounts:
 
 
 @dataclass
+class SequenceNorms:
+    """Infinity norm and kurtosis of single sequences, averaged over them."""
+
+    inf_norm_sum: float = 0.0
+    kurtosis_sum: float = 0.0
+    sequences: int = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        """``x [tokens, channels]``, one sequence."""
+        self.inf_norm_sum += float(x.abs().max())
+        self.kurtosis_sum += kurtosis(x, PAPER_EPSILON)
+        self.sequences += 1
+
+    @property
+    def inf_norm(self) -> float:
+        return self.inf_norm_sum / max(self.sequences, 1)
+
+    @property
+    def kurtosis(self) -> float:
+        return self.kurtosis_sum / max(self.sequences, 1)
+
+
+@dataclass
 class SequenceAverages:
-    """Numbers of single sequences, added up: infinity norm, kurtosis, six-sigma outliers."""
+    """What is known of single sequences: norms, and where their six-sigma outliers lie."""
 
     six_sigma: OutlierCounts
-    inf_norm: float = 0.0
-    kurtosis: float = 0.0
-    sequences: int = 0
+    norms: SequenceNorms = field(default_factory=SequenceNorms)
 
     def add(self, x: torch.Tensor, first: int, ids: torch.Tensor | None) -> None:
         """``x [tokens, channels]``, one sequence from position ``first`` on."""
         mean, s = deviation(x)
         self.six_sigma.add((x - mean).abs() > SIGMAS * s, first, ids)
-        self.inf_norm += float(x.abs().max())
-        self.kurtosis += kurtosis(x, PAPER_EPSILON)
-        self.sequences += 1
+        self.norms.add(x)
 
 
 @dataclass(frozen=True)

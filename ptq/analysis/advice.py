@@ -122,21 +122,23 @@ def _weights(weights: Iterable[WeightRecord]) -> Advice | None:
 def _recipe(inputs: Sequence[SiteRecord], found: Sequence[Advice]) -> Advice:
     worst = max((s.output_error.get("token-8", 0.0) for s in inputs), default=0.0)
     rules = {advice.rule for advice in found if advice.alarm}
+    recipes: tuple[tuple[str, str], ...]
     if "channels" in rules:
-        recipe = "--method smoothquant+gptq --scheme w8a8; below eight bits --method rotate+gptq --scheme w4a8"
+        recipes = (("smoothquant+gptq", "w8a8"), ("rotate+gptq", "w4a8"))
     elif "spikes" in rules:
-        recipe = "--method rotate+gptq --scheme w8a8"
+        recipes = (("rotate+gptq", "w8a8"),)
     elif worst > SAFE_8:
-        recipe = "--method smoothquant+gptq --scheme w8a8"
+        recipes = (("smoothquant+gptq", "w8a8"),)
     else:
-        recipe = "--method rtn --scheme w8a8 should do; --method awq+gptq for four-bit weights"
+        recipes = (("rtn", "w8a8"), ("awq+gptq", "w4a16-g128"))
     return Advice(
         "recipe",
         False,
         f"8-bit inputs with a scale per token change outputs by at most {100 * worst:.1f} % in any linear",
         (),
-        (recipe,),
+        tuple(f"--method {method} --scheme {scheme}" for method, scheme in recipes),
         (),
+        recipes,
     )
 
 

@@ -1,50 +1,49 @@
-"""From a checkpoint to the record of its outliers: one walk over its blocks, one block in memory."""
+"""From a checkpoint to the record of its outliers: one walk over its blocks, and the parts that are asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from calibration.architectures import ArchitectureSpec
-from calibration.capture import watching
-from calibration.checkpoint import TensorSource, save_tensors, write_atomically
+from calibration.checkpoint import save_tensors, write_atomically
 from calibration.errors import ToolkitError
-from calibration.float_blocks import FloatBlocks
 from calibration.models import fingerprint, forward_dtype, load_tokenizer, locate, open_model
 from calibration.progress import Progress, Silent
 from calibration.record import REPORT_FILE
 from calibration.samples import model_tokens
-from calibration.skeleton import Skeleton
-from calibration.text import TokenBatches
 from ptq.analysis.advice import advise
-from ptq.analysis.heads import HeadObserver
-from ptq.analysis.record import AnalysisRecord, HeadRecord, SiteRecord, WeightRecord
-from ptq.analysis.sites import SiteObserver
+from ptq.analysis.observe import Subject, observe
+from ptq.analysis.parts import Parts, check_parts
+from ptq.analysis.record import AnalysisRecord
+from ptq.analysis.softmax_sweep import SweepOptions
 from ptq.analysis.summary import summarize
-from ptq.analysis.weights import weight_records
+from ptq.analysis.trial import verdicts
 from ptq.devices import parse_dtype, resolve_device
 from ptq.evaluation import context_length, default_dataset
 from ptq.export.formats import format_of
-from ptq.numerics.softmax import SoftmaxRule
+from ptq.job import Options
 from ptq.report import analysis_html, analysis_markdown
 from ptq.reporting import versions
 from ptq.runtime.dequantized import float_weights
-from ptq.runtime.explicit_attention import exchanged_softmax, unsupported
 from ptq.runtime.load import checkpoint_dtype
 from ptq.session import Session
 
 CHANNELS_FILE = "channels.safetensors"
-BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class AnalysisOptions:
-    """Text and where forward passes run; as in `ptq.job.Options`."""
+    """Text and where forward passes run, as in `ptq.job.Options`; and what is looked at beside outliers.
+
+    Attributes:
+        softmax: other softmaxes to try, or None.
+        sensitivity: schemes to round every linear alone with.
+        try_advice: carry out what is advised.
+        windows: of the text, that softmaxes and recipes are scored on; the others set ranges and calibrate.
+        probe_windows: of the text, that linears rounded alone are judged on.
+    """
 
     dataset: str | None = None
     samples: int = 32
@@ -53,81 +52,12 @@ class AnalysisOptions:
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
+    softmax: SweepOptions | None = None
+    sensitivity: tuple[str, ...] = ()
+    try_advice: bool = False
+    windows: int = 16
+    probe_windows: int = 4
     command: str = ""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The model that is looked at: its tensors as float weights, whatever the checkpoint stores."""
-
-    source: TensorSource
-    config: Any
-    spec: ArchitectureSpec
-    dtype: torch.dtype
-    device: torch.device
-
-
-@dataclass
-class Findings:
-    """What one walk found. ``ranges``: per site, by full names, what `CHANNELS_FILE` holds. ``no_heads``: why
-    attention was not looked at."""
-
-    sites: list[SiteRecord]
-    weights: list[WeightRecord]
-    heads: list[HeadRecord]
-    ranges: dict[str, torch.Tensor]
-    no_heads: str | None
-
-
-@torch.no_grad()
-def observe(subject: Subject, tokens: TokenBatches, text: Callable[[int], str], progress: Progress) -> Findings:
-    """Walk over the blocks once.
-
-    Args:
-        text: token id to its text.
-    """
-    skeleton = Skeleton(subject.config, subject.spec, subject.dtype, subject.device)
-    batch_size = max(1, min(len(tokens), BATCH_TOKENS // tokens.seq_len))
-    skeleton.check_complete(subject.source.infos)
-    blocks = FloatBlocks(subject.source, skeleton, batch_size=batch_size)
-    found = Findings([], [], [], {}, unsupported(skeleton.model))
-    heads = HeadObserver(tokens, batch_size, text)
-    watched = exchanged_softmax(skeleton.model, SoftmaxRule(), heads.look) if found.no_heads is None else nullcontext()
-    with watched:
-        for segment, states in blocks.observe(tokens, progress):
-            observer = SiteObserver(segment, len(tokens))
-            heads.begin(segment)
-            with watching(segment.module, observer.watches()):
-                for i, ids in enumerate(tokens.batches(batch_size)):
-                    observer.ids = ids
-                    heads.expect(i, states.batches[i])
-                    states.batches[i] = states.output(segment.module, segment.index, i)
-                    progress.advance(f"block {segment.index + 1}/{subject.spec.n_blocks}")
-            _check_finite(segment.prefix, observer)
-            found.sites += observer.records(text)
-            found.weights += weight_records(segment)
-            found.heads += heads.statistics.records(segment.index)
-            found.ranges.update(_ranges(segment.prefix, observer))
-    return found
-
-
-def _ranges(prefix: str, observer: SiteObserver) -> dict[str, torch.Tensor]:
-    found = {}
-    for site, s in observer.statistics.items():
-        ranges = {"low": s.low, "high": s.high, "abs_mean": s.abs_mean().float(), "first_token_max": s.first_max}
-        name = f"{prefix}{site.role.replace(' ', '_')}"
-        found.update({f"{name}.{key}": value.cpu() for key, value in ranges.items()})
-    return found
-
-
-def _check_finite(prefix: str, observer: SiteObserver) -> None:
-    """Refuse what no number describes; the fourth powers of float32 values above 1e9 are infinite too."""
-    for site, s in observer.statistics.items():
-        if not bool(torch.isfinite(s.abs_sum).all() and torch.isfinite(s.later.m4).all()):
-            raise ToolkitError(
-                f"{prefix[:-1]}: NaN, Inf or values above 1e9 in its {site.role}",
-                "the model overflows on this text: try --dtype float32, or check the checkpoint",
-            )
 
 
 def analyze(
@@ -158,12 +88,20 @@ def analyze(
     dtype = forward_dtype(stored, device) if o.dtype == "auto" else parse_dtype(o.dtype)
     seq_len = min(o.seq_len, context_length(config))
     dataset = o.dataset or default_dataset(folder)
+    text_options = Options(
+        dataset, o.samples, seq_len, o.seed, o.device, o.dtype, trust_remote_code=o.trust_remote_code
+    )
+    parts = Parts(folder, spec, text_options, o.windows, o.probe_windows, device, fmt is not None)
+    fit = check_parts(parts, config, o.softmax, o.sensitivity, o.try_advice)
     tokens = model_tokens(folder, config, dataset, o.samples, seq_len, o.seed, o.trust_remote_code)
     text = _token_texts(folder, dataset, o.trust_remote_code)
     session.begin({"analyze": fingerprint(reader)}, resume=False)
     with session.unless_done():
-        subject = Subject(float_weights(reader, spec), config, spec, dtype, device)
-        found = observe(subject, tokens, text, progress)
+        softmax = None if o.softmax is None else parts.softmax(tokens, o.softmax, progress)
+        found = observe(Subject(float_weights(reader, spec), config, spec, dtype, device), tokens, text, progress)
+        sensitivity, edge = parts.sensitivity(fit, o.sensitivity, tokens, progress)
+        advice = advise(found.sites, found.weights)
+        trials = parts.trials(advice, tokens, session.partial / "try", progress) if o.try_advice else ()
         record = AnalysisRecord(
             model={
                 "name": folder.name if Path(model).is_dir() else str(model),
@@ -179,9 +117,14 @@ def analyze(
             weights=tuple(found.weights),
             heads=tuple(found.heads),
             no_heads=found.no_heads,
-            advice=advise(found.sites, found.weights),
+            advice=advice,
             command=o.command,
             versions=versions(),
+            softmax=softmax,
+            sensitivity=sensitivity,
+            frontier=edge,
+            trials=trials,
+            verdicts=tuple(verdicts(trials)),
         )
         reader.close()
         save_tensors(session.partial / CHANNELS_FILE, found.ranges)

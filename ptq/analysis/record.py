@@ -7,7 +7,11 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-SCHEMA_VERSION = 1
+from ptq.analysis.softmax_record import SoftmaxSweep
+from ptq.study.frontier import Point
+from ptq.study.sensitivity import SchemeSensitivity
+
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,7 @@ class Advice:
         rule: its name. ``alarm``: whether something is wrong; the recipe to try is no alarm.
         channels: that it is about.
         helps, cannot: methods or scheme suffixes, and why.
+        recipes: (method, scheme) to try.
     """
 
     rule: str
@@ -192,6 +197,26 @@ class Advice:
     channels: tuple[int, ...]
     helps: tuple[str, ...]
     cannot: tuple[str, ...]
+    recipes: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A recipe that was carried out, to see whether the advice helps.
+
+    Attributes:
+        advised: or plain rounding, to compare with.
+        bits_per_weight, perplexity, divergence: of the result; KL from the float model in nats. None where ``refused``
+            says why it cannot be done.
+    """
+
+    method: str
+    scheme: str
+    advised: bool
+    bits_per_weight: float | None
+    perplexity: float | None
+    divergence: float | None
+    refused: str | None
 
 
 @dataclass(frozen=True)
@@ -203,6 +228,10 @@ class AnalysisRecord:
         calibration: of the text, as in a run record.
         summary: headline numbers, see `summarize`.
         no_heads: why attention was not looked at, None where it was.
+        softmax: other softmaxes tried, None where that was not asked for.
+        sensitivity: every linear rounded alone, per scheme; ``frontier`` what mixing these schemes is expected to
+            reach, (bits per weight, KL).
+        trials: advised recipes carried out; ``verdicts`` what came of it, in words.
     """
 
     model: dict[str, Any]
@@ -215,6 +244,11 @@ class AnalysisRecord:
     advice: tuple[Advice, ...]
     command: str
     versions: dict[str, str]
+    softmax: SoftmaxSweep | None = None
+    sensitivity: tuple[SchemeSensitivity, ...] = ()
+    frontier: tuple[Point, ...] = ()
+    trials: tuple[Trial, ...] = ()
+    verdicts: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:

@@ -144,8 +144,8 @@ def site_record(block: int, site: Site, s: SiteStatistics, weight: torch.Tensor 
     shape = s.later.kurtosis()
     emergent = s.large >= EMERGENT_SHARE * max(s.later.count, 1)
     names = tuple(re.sub(r"\.\d+\.", ".*.", n) for n in site.linears) if site.experts else site.linears
-    whole = not s.parts and s.whole.sequences > 0
-    rest = not s.parts and s.rest.sequences > 0
+    whole = not s.parts and s.whole.norms.sequences > 0
+    rest = not s.parts and s.rest.norms.sequences > 0
     return SiteRecord(
         block=block,
         role=site.role,
@@ -155,10 +155,10 @@ def site_record(block: int, site: Site, s: SiteStatistics, weight: torch.Tensor 
         tokens=s.tokens,
         max_abs=short(abs(s.largest.value)),
         largest=_peak(s.largest, text),
-        inf_norm=short(s.whole.inf_norm / s.whole.sequences) if whole else None,
-        inf_norm_later=short(s.rest.inf_norm / s.rest.sequences) if rest else None,
-        kurtosis_sequence=short(s.whole.kurtosis / s.whole.sequences) if whole else None,
-        kurtosis_sequence_later=short(s.rest.kurtosis / s.rest.sequences) if rest else None,
+        inf_norm=short(s.whole.norms.inf_norm) if whole else None,
+        inf_norm_later=short(s.rest.norms.inf_norm) if rest else None,
+        kurtosis_sequence=short(s.whole.norms.kurtosis) if whole else None,
+        kurtosis_sequence_later=short(s.rest.norms.kurtosis) if rest else None,
         kurtosis_tensor=short(float(pooled.kurtosis())),
         kurtosis_token=short(s.token_kurtosis / max(s.later.count, 1)),
         kurtosis_channel=short(float(shape.median())),
@@ -197,7 +197,7 @@ def _channels(s: SiteStatistics) -> tuple[OutlierChannel, ...]:
     mean, largest = s.abs_mean(), s.abs_max()
     found = outlier_channels(mean)
     ordered = found[mean[found].argsort(descending=True)][:LISTED_CHANNELS].tolist()
-    whole = max(s.rest.sequences, 1)
+    whole = max(s.rest.norms.sequences, 1)
     return tuple(
         OutlierChannel(
             channel=c,

@@ -29,23 +29,24 @@ def summarize(sites: Sequence[SiteRecord], blocks: int) -> dict[str, Any]:
         for channel, _ in s.massive.channels if s.massive else ():
             massive.setdefault(channel, []).append(s.block)
     return {
-        "with_first_token": _norms((s, s.inf_norm, s.kurtosis_sequence) for s in sites),
-        "without_first_token": _norms((s, s.inf_norm_later, s.kurtosis_sequence_later) for s in sites),
+        "with_first_token": headline((s.block, s.role, s.inf_norm, s.kurtosis_sequence) for s in sites),
+        "without_first_token": headline((s.block, s.role, s.inf_norm_later, s.kurtosis_sequence_later) for s in sites),
         "outlier_channels": {role: found for role, found in channels.items() if found},
         "emergent": sorted(c for c, n in emergent.items() if n >= EMERGENT_LAYERS * blocks),
         "massive": dict(sorted(massive.items())),
     }
 
 
-def _norms(values: Iterable[tuple[SiteRecord, float | None, float | None]]) -> dict[str, Any]:
-    known = [(s, norm, k) for s, norm, k in values if norm is not None and k is not None]
+def headline(tensors: Iterable[tuple[int, str, float | None, float | None]]) -> dict[str, Any]:
+    """The four numbers, of (block, role, infinity norm, kurtosis) of every tensor; empty where none is known."""
+    known = [(block, role, norm, k) for block, role, norm, k in tensors if norm is not None and k is not None]
     if not known:
         return {}
-    site, largest, _ = max(known, key=lambda entry: entry[1])
-    kurtoses = [k for _, _, k in known]
+    block, role, largest, _ = max(known, key=lambda entry: entry[2])
+    kurtoses = [k for _, _, _, k in known]
     return {
         "max_inf_norm": largest,
-        "max_inf_norm_at": f"block {site.block} {site.role}",
+        "max_inf_norm_at": f"block {block} {role}",
         "avg_kurtosis": float(f"{sum(kurtoses) / len(kurtoses):.6g}"),
         "max_kurtosis": max(kurtoses),
     }

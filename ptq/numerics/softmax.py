@@ -11,15 +11,15 @@ from dataclasses import dataclass, fields
 import torch
 
 
-def clipped(p: torch.Tensor, gamma: float, zeta: float = 1.0) -> torch.Tensor:
+def clipped(p: torch.Tensor, gamma: float | torch.Tensor, zeta: float = 1.0) -> torch.Tensor:
     """``clip((zeta - gamma) p + gamma, 0, 1)`` of probabilities; ``gamma = 0, zeta = 1`` changes no bit.
 
     Rows are not normalised again. An entry is zero where ``p <= -gamma / (zeta - gamma)``.
 
     Args:
-        gamma: at most 0; ``zeta``: at least 1.
+        gamma: at most 0, broadcastable against p; ``zeta``: at least 1.
     """
-    assert gamma <= 0 and zeta >= 1, (gamma, zeta)
+    assert bool(torch.as_tensor(gamma <= 0).all()) and zeta >= 1, (gamma, zeta)
     return (p * (zeta - gamma) + gamma).clamp(0.0, 1.0)
 
 
@@ -68,3 +68,31 @@ class SoftmaxRule:
         p = clipped(p, self.gamma, self.zeta)
         p = renormalised(p) if self.normalise else p
         return p if self.closed_from is None else torch.where(first >= self.closed_from, 0.0, p)
+
+
+@dataclass(frozen=True)
+class HeadSoftmax:
+    """Clipped softmax with a gamma for every head, and heads whose gate is shut.
+
+    Attributes:
+        gammas: float32 ``[heads]``, at most 0.
+        open: float32 ``[heads]``, 0 where the output of a head is 0 and 1 elsewhere.
+    """
+
+    gammas: torch.Tensor
+    open: torch.Tensor
+
+    @classmethod
+    def plain(cls, heads: int) -> HeadSoftmax:
+        return cls(torch.zeros(heads), torch.ones(heads))
+
+    def with_head(self, head: int, gamma: float = 0.0, shut: bool = False) -> HeadSoftmax:
+        """The same with another rule for one head."""
+        gammas, is_open = self.gammas.clone(), self.open.clone()
+        gammas[head], is_open[head] = gamma, 0.0 if shut else 1.0
+        return HeadSoftmax(gammas, is_open)
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """Probabilities ``[batch, heads, queries, keys]`` of masked logits."""
+        gammas, is_open = (t.to(logits.device)[:, None, None] for t in (self.gammas, self.open))
+        return clipped(logits.softmax(-1), gammas) * is_open

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
-import jinja2
 import markupsafe
 
 from ptq.analysis.record import AnalysisRecord, HeadRecord, SiteRecord
 from ptq.analysis.sites import ROLES
-from ptq.report import figures
-from ptq.report.analysis_markdown import number
+from ptq.analysis.softmax_record import SoftmaxSweep
+from ptq.report import analysis_charts as charts
+from ptq.report import figures, softmax_markdown
+from ptq.report.analysis_markdown import TRIAL_HEADER, trial_cells
+from ptq.report.figures import short
+from ptq.report.html import Figure
+from ptq.report.page import render_page
 
 _TEMPLATE = "analysis.html.j2"
 MEASURES = {
@@ -30,6 +32,10 @@ MEASURES = {
     "entropy": "entropy",
     "contribution": "contribution to the residual stream",
     "logit_range": "range of logits",
+}
+CLIPPED = {
+    "gamma": "largest -gamma that costs nearly nothing",
+    "shut_cost": "relative loss with its output 0",
 }
 HEADER = (
     "Block",
@@ -46,24 +52,12 @@ HEADER = (
 )
 
 
-@dataclass(frozen=True)
-class Tile:
-    """A headline number."""
-
-    label: str
-    value: str
-    detail: str
-
-
 def render(record: AnalysisRecord) -> str:
     """The whole page. The same record gives the same bytes."""
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    source = resources.files("ptq.report").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     model, text = record.model, record.calibration
     stored = f"quantized ({model['format']})" if model["format"] else "float"
-    return environment.from_string(source).render(
+    return render_page(
+        _TEMPLATE,
         title=f"{model['name']}: outliers",
         name=str(model["name"]),
         about=f"{model['architecture']}, {model['blocks']} blocks, {stored}, {model['dtype']}. Text: "
@@ -71,13 +65,34 @@ def render(record: AnalysisRecord) -> str:
         tiles=_tiles(record),
         advice=record.advice,
         alarms=any(a.alarm for a in record.advice),
+        verdicts=record.verdicts,
+        trial_header=TRIAL_HEADER,
+        trials=[trial_cells(t) for t in record.trials],
         bins=max((len(s.profile) for s in record.sites), default=0),
         no_heads=record.no_heads,
+        softmax=_softmax(record.softmax),
+        sensitivity=charts.sensitivity_bars(record.sensitivity),
+        pareto=charts.pareto_chart(record),
+        sensitivity_header=charts.SENSITIVITY_HEADER,
+        sensitivity_rows=charts.sensitivity_rows(record.sensitivity),
         header=HEADER,
         rows=[_row(s) for s in record.sites],
         command=record.command,
-        data=_embedded({"roles": _roles(record.sites), "heads": _heads(record.heads)}),
+        data=_embedded({"roles": _roles(record.sites), "heads": _heads(record)}),
     )
+
+
+def _softmax(sweep: SoftmaxSweep | None) -> dict[str, Any] | None:
+    if sweep is None:
+        return None
+    return {
+        "finding": sweep.finding,
+        "heads": softmax_markdown.clipped_heads(sweep),
+        "about": softmax_markdown.about(sweep),
+        "chart": charts.gamma_chart(sweep),
+        "header": softmax_markdown.HEADER,
+        "rows": [softmax_markdown.cells(row) for row in sweep.rows],
+    }
 
 
 def _embedded(data: Any) -> markupsafe.Markup:
@@ -86,19 +101,15 @@ def _embedded(data: Any) -> markupsafe.Markup:
     return markupsafe.Markup(text.replace("<", "\\u003c"))
 
 
-def _tiles(record: AnalysisRecord) -> list[Tile]:
+def _tiles(record: AnalysisRecord) -> list[Figure]:
     found = []
     for key, words in (("with_first_token", "all tokens"), ("without_first_token", "first tokens left out")):
         summary = record.summary[key]
         if summary:
-            found += [
-                Tile("Max infinity norm", number(summary["max_inf_norm"]), f"{words}; {summary['max_inf_norm_at']}"),
-                Tile(
-                    "Avg kurtosis",
-                    number(summary["avg_kurtosis"]),
-                    f"{words}; largest {number(summary['max_kurtosis'])}",
-                ),
-            ]
+            norm, at = short(summary["max_inf_norm"]), summary["max_inf_norm_at"]
+            found.append(Figure("Max infinity norm", norm, "", f"{words}; {at}"))
+            largest = f"{words}; largest {short(summary['max_kurtosis'])}"
+            found.append(Figure("Avg kurtosis", short(summary["avg_kurtosis"]), "", largest))
     return found
 
 
@@ -121,26 +132,33 @@ def _roles(sites: Sequence[SiteRecord]) -> list[dict[str, Any]]:
     return found
 
 
-def _heads(heads: Sequence[HeadRecord]) -> dict[str, Any] | None:
-    if not heads:
+def _heads(record: AnalysisRecord) -> dict[str, Any] | None:
+    if not record.heads:
         return None
     blocks: dict[int, list[HeadRecord]] = {}
-    for head in heads:
+    for head in record.heads:
         blocks.setdefault(head.block, []).append(head)
     measures = [
         {"name": name, "values": [[float(f"{getattr(h, field):.3g}") for h in row] for row in blocks.values()]}
         for field, name in MEASURES.items()
     ]
-    return {"measures": measures}
+    clipped = {(h.block, h.head): h for h in record.softmax.heads} if record.softmax else {}
+    for field, name in CLIPPED.items():
+        found = {key: getattr(h, field) for key, h in clipped.items() if getattr(h, field) is not None}
+        if found:
+            sign = -1 if field == "gamma" else 1
+            values = [[sign * found[h.block, h.head] for h in row] for row in blocks.values()]
+            measures.append({"name": name, "values": values})
+    return {"blocks": list(blocks), "measures": measures}
 
 
-def _row(s: SiteRecord) -> list[tuple[str, float | str]]:
+def _row(s: SiteRecord) -> list[figures.Cell]:
     """Text and sorting key of every cell."""
     numbers = (s.max_abs, s.inf_norm, s.inf_norm_later, s.kurtosis_tensor, s.channel_disparity, s.token_disparity)
     return [
         (str(s.block), s.block),
         (s.role, s.role),
-        *((number(v), -1.0 if v is None else v) for v in numbers),
+        *((short(v), figures.key(v)) for v in numbers),
         (figures.count(len(s.outlier_channels)), len(s.outlier_channels)),
         *((f"{s.sqnr[key]:.1f}", s.sqnr[key]) for key in ("token-8", "tensor-8")),
     ]

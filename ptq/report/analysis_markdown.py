@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ptq.analysis.record import AnalysisRecord, SiteRecord
+from ptq.analysis.record import AnalysisRecord, SiteRecord, Trial
 from ptq.analysis.sites import ROLES
-from ptq.report import figures
-from ptq.report.figures import code, plain, table
+from ptq.report import figures, sensitivity_markdown, softmax_markdown
+from ptq.report.figures import Cell, code, plain, short, table
 
 _SHOWN = 12
 
@@ -18,20 +18,18 @@ def render(record: AnalysisRecord) -> str:
         _title(record),
         _headline(record),
         _advice(record),
+        _trials(record),
         _roles(record),
         _channels(record),
         _massive(record),
         _six(record),
+        _heads(record),
+        softmax_markdown.render(record.softmax) if record.softmax else "",
+        sensitivity_markdown.sections(record.sensitivity),
+        _weights(record),
+        _reproduce(record),
     ]
-    sections += [_massive(record), _six(record), _heads(record), _weights(record), _reproduce(record)]
     return "\n\n".join(filter(None, sections)) + "\n"
-
-
-def number(value: float | None) -> str:
-    """Three significant digits."""
-    if value is None:
-        return figures.DASH
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _title(record: AnalysisRecord) -> str:
@@ -57,10 +55,10 @@ def _headline(record: AnalysisRecord) -> str:
             rows.append(
                 (
                     words,
-                    number(found["max_inf_norm"]),
+                    short(found["max_inf_norm"]),
                     found["max_inf_norm_at"],
-                    number(found["avg_kurtosis"]),
-                    number(found["max_kurtosis"]),
+                    short(found["avg_kurtosis"]),
+                    short(found["max_kurtosis"]),
                 )
             )
     header = ["", "Max infinity norm", "at", "Avg kurtosis", "Max kurtosis"]
@@ -84,6 +82,30 @@ def _advice(record: AnalysisRecord) -> str:
     return "\n\n".join(lines)
 
 
+TRIAL_HEADER = ("Method", "Scheme", "Why", "Bits per weight", "Perplexity", "KL, nats")
+
+
+def trial_cells(t: Trial) -> list[Cell]:
+    """One row under `TRIAL_HEADER`."""
+    said = "cannot be done: " + t.refused if t.refused else "advised" if t.advised else "to compare"
+    return [
+        (t.method, t.method),
+        (t.scheme, t.scheme),
+        (said, said),
+        (figures.bits(t.bits_per_weight), figures.key(t.bits_per_weight)),
+        (figures.perplexity(t.perplexity), figures.key(t.perplexity)),
+        (figures.nats(t.divergence), figures.key(t.divergence)),
+    ]
+
+
+def _trials(record: AnalysisRecord) -> str:
+    if not record.trials:
+        return ""
+    rows = [[plain(text) for text, _ in trial_cells(t)] for t in record.trials]
+    said = plain(". ".join(record.verdicts))
+    return f"## Whether the advice helped\n\n{said}.\n\n{table(TRIAL_HEADER, rows, right=(3, 4, 5))}"
+
+
 def _heads(record: AnalysisRecord) -> str:
     if record.no_heads is not None:
         return f"## Attention\n\nNot looked at. {plain(record.no_heads)}."
@@ -96,8 +118,8 @@ def _heads(record: AnalysisRecord) -> str:
             figures.percent(h.delimiter_mass),
             f"{h.value_ratio:.2f}",
             f"{h.entropy:.2f}",
-            number(h.logit_range),
-            number(h.contribution),
+            short(h.logit_range),
+            short(h.contribution),
             f"{h.no_op_score:.2f}",
             figures.percent(h.no_op_share),
         )
@@ -122,11 +144,11 @@ def _roles(record: AnalysisRecord) -> str:
             rows.append(
                 (
                     role,
-                    number(worst.max_abs),
+                    short(worst.max_abs),
                     str(worst.block),
-                    number(max(s.channel_disparity for s in sites)),
-                    number(max(s.token_disparity for s in sites)),
-                    number(max(s.kurtosis_tensor for s in sites)),
+                    short(max(s.channel_disparity for s in sites)),
+                    short(max(s.token_disparity for s in sites)),
+                    short(max(s.kurtosis_tensor for s in sites)),
                     str(sum(len(s.outlier_channels) for s in sites)),
                     _least(sites, "token-8"),
                     _least(sites, "tensor-8"),
@@ -151,7 +173,7 @@ def _channels(record: AnalysisRecord) -> str:
         return "## Outlier channels\n\nNone."
     found.sort(key=lambda pair: -pair[1].ratio)
     rows = [
-        (str(s.block), s.role, str(c.channel), f"{c.ratio:.1f}", number(c.max_abs), figures.percent(c.persistence))
+        (str(s.block), s.role, str(c.channel), f"{c.ratio:.1f}", short(c.max_abs), figures.percent(c.persistence))
         for s, c in found[:_SHOWN]
     ]
     header = ["Block", "Tensor", "Channel", "Ratio of means", "Max abs", "Texts in which it is one"]
@@ -164,7 +186,7 @@ def _massive(record: AnalysisRecord) -> str:
         return "## Massive activations\n\nNone: no |x| above 100 and 1000 times the median of the residual stream."
     found.sort(key=lambda pair: -abs(pair[1].value))
     rows = [
-        (str(s.block), str(p.channel), number(p.value), str(p.position), code(repr(p.token))) for s, p in found[:_SHOWN]
+        (str(s.block), str(p.channel), short(p.value), str(p.position), code(repr(p.token))) for s, p in found[:_SHOWN]
     ]
     header = ["After block", "Channel", "Largest", "Position", "Token"]
     return f"## Massive activations\n\n{table(header, rows, right=(0, 1, 2, 3))}{_more(len(found))}"
@@ -196,11 +218,11 @@ def _weights(record: AnalysisRecord) -> str:
     rows = [
         (
             code(w.name),
-            number(w.max_abs),
-            number(w.kurtosis),
+            short(w.max_abs),
+            short(w.kurtosis),
             figures.count(w.six_sigma),
-            number(w.row_disparity),
-            number(w.column_disparity),
+            short(w.row_disparity),
+            short(w.column_disparity),
             ", ".join(str(c.channel) for c in w.columns[:4]),
         )
         for w in worst

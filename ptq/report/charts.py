@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from calibration.record import LinearRecord
 from ptq.report import figures, wording
 from ptq.report.axis import Axis, Tick
+from ptq.report.page import HEAT_STEPS
 
-HEAT_STEPS = 9
 _MAX_LABELS = 9
 
 

@@ -10,6 +10,8 @@ DASH = "–"
 MINUS = "−"
 
 Number = int | float | None
+Cell = tuple[str, float | str]
+"""What stands in a cell of a table, and what its column is sorted by."""
 
 _MARKUP = str.maketrans({"<": "&lt;", ">": "&gt;", "&": "&amp;"} | {char: f"\\{char}" for char in "\\`*[]|"})
 _EMPHASIS = re.compile(r"(?<!\w)_|_(?!\w)")  # between letters an underscore is only itself
@@ -75,6 +77,18 @@ def error(value: Number) -> str:
         return "0" if value == 0 else "∞" if math.isinf(value) else "not a number"
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{mantissa}e{int(exponent)}"
+
+
+def short(value: Number) -> str:
+    """Three significant digits; all of a large number's."""
+    if value is None:
+        return DASH
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def key(value: float | None) -> float:
+    """To sort by; what was not measured comes last."""
+    return -1.0 if value is None or value != value else value
 
 
 def percent(fraction: Number) -> str:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import resources
-
-import jinja2
 
 from calibration.record import LinearRecord, RunRecord
 from ptq.report import bars, charts, figures, wording
+from ptq.report.page import render_page
 
 _TEMPLATE = "report.html.j2"
 MAX_ROWS = 700
@@ -53,15 +51,8 @@ def render(record: RunRecord) -> str:
     by = wording.metric(record)
     grid = charts.grid(record.linears, by)
     dots = charts.kind_dots(grid)
-    environment = jinja2.Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    template = environment.from_string(resources.files("ptq.report").joinpath(_TEMPLATE).read_text(encoding="utf-8"))
-    return template.render(
+    return render_page(
+        _TEMPLATE,
         title=f"{record.model.get('name', 'model')}: {wording.method_label(record)}",
         name=str(record.model.get("name", "model")),
         subtitle=_subtitle(record),
@@ -74,7 +65,6 @@ def render(record: RunRecord) -> str:
         block_dots=dots,
         layers=None if dots else charts.layer_chart(grid),
         heat=None if dots else charts.heat_map(grid),
-        heat_steps=range(charts.HEAT_STEPS),
         experts=len(grid.cells) < len(record.linears),
         rows=rows(record, grid),
         grouped=len(record.linears) > MAX_ROWS,
@@ -171,9 +161,9 @@ def _row(group: tuple[LinearRecord, ...], by: wording.Metric) -> Row:
         notes=wording.value(first.notes) if first.notes and len(group) == 1 else "",
         weights_key=sum(e.shape[0] * e.shape[1] for e in group),
         bits_key=bits,
-        error_key=_key(median),
-        worst_key=_key(worst),
-        weight_error_key=_key(weight_error),
+        error_key=figures.key(median),
+        worst_key=figures.key(worst),
+        weight_error_key=figures.key(weight_error),
     )
 
 
@@ -181,7 +171,3 @@ def _split(entry: LinearRecord) -> tuple[str, str]:
     """``model.layers.`` and ``7.mlp.up_proj``: a phone has no room for what all names share."""
     head, found, _ = entry.name.partition(f".{entry.block}.")
     return (head + ".", entry.name[len(head) + 1 :]) if found else ("", entry.name)
-
-
-def _key(value: float | None) -> float:
-    return -1.0 if value is None or value != value else value

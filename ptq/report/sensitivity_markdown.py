@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 
 from ptq.report.figures import DASH, nats, plain, table
 from ptq.study.sensitivity import LinearSensitivity, SchemeSensitivity, SensitivityStudy
@@ -15,6 +16,27 @@ _EXPERT = re.compile(r"experts\.\d+")
 
 def render(study: SensitivityStudy) -> str:
     """Markdown; divergences in nats per token."""
+    calibration = f"{study.calibration['tokens']:,} calibration tokens"
+    parts = [
+        f"# Sensitivity of {plain(study.model)}",
+        f"Every linear rounded to nearest alone. Objective: ||(Q(W) - W) X||² per token on {calibration}; KL from the "
+        f"float model on {study.probe_tokens:,} tokens. Rank correlation: Spearman's, of the two over linears.",
+        _totals(study.schemes),
+    ]
+    for scheme in study.schemes:
+        parts += [f"## {plain(scheme.scheme)}", _roles(scheme), f"The {SHOWN} largest:", _largest(scheme)]
+    return "\n\n".join(parts) + "\n"
+
+
+def sections(schemes: Sequence[SchemeSensitivity]) -> str:
+    """The same as sections of the report of an analysis; empty where nothing was measured."""
+    parts = ["## Linears rounded alone", _totals(schemes)] if schemes else []
+    for scheme in schemes:
+        parts += [f"### {plain(scheme.scheme)}", _largest(scheme)]
+    return "\n\n".join(parts)
+
+
+def _totals(schemes: Sequence[SchemeSensitivity]) -> str:
     header = ["Scheme", "Linears", "Sum of KL", "All at once, over the sum", "Rank correlation"]
     rows = [
         [
@@ -24,18 +46,9 @@ def render(study: SensitivityStudy) -> str:
             f"{s.additivity:.2f}",
             DASH if s.rank_correlation is None else f"{s.rank_correlation:.3f}",
         ]
-        for s in study.schemes
+        for s in schemes
     ]
-    calibration = f"{study.calibration['tokens']:,} calibration tokens"
-    parts = [
-        f"# Sensitivity of {plain(study.model)}",
-        f"Every linear rounded to nearest alone. Objective: ||(Q(W) - W) X||² per token on {calibration}; KL from the "
-        f"float model on {study.probe_tokens:,} tokens. Rank correlation: Spearman's, of the two over linears.",
-        table(header, rows, right=range(1, 5)),
-    ]
-    for scheme in study.schemes:
-        parts += [f"## {plain(scheme.scheme)}", _roles(scheme), f"The {SHOWN} largest:", _largest(scheme)]
-    return "\n\n".join(parts) + "\n"
+    return table(header, rows, right=range(1, 5))
 
 
 def _roles(scheme: SchemeSensitivity) -> str:

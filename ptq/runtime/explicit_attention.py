@@ -4,7 +4,7 @@ functions in place of softmax. No model code is touched."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -44,9 +44,14 @@ def unsupported(model: Any) -> str | None:
     return f"{type(model).__name__}: its attention is not on transformers' attention interface"
 
 
-def exchange_softmax(model: Any, probabilities: Probabilities, look: Look | None = None) -> None:
+def exchange_softmax(
+    model: Any, probabilities: Probabilities | Sequence[Probabilities], look: Look | None = None
+) -> None:
     """From now on every attention of a transformers model weights its values with ``probabilities(logits)``, and is
     shown to ``look``. With ``logits.softmax(-1)`` it gives the bits of transformers' eager attention.
+
+    Args:
+        probabilities: of all blocks, or one entry per block.
 
     Raises:
         ToolkitError: the family computes attention in its own way (Falcon, BLOOM), or it is exchanged already for a
@@ -68,7 +73,9 @@ def exchange_softmax(model: Any, probabilities: Probabilities, look: Look | None
 
 
 @contextmanager
-def exchanged_softmax(model: Any, probabilities: Probabilities, look: Look | None = None) -> Iterator[None]:
+def exchanged_softmax(
+    model: Any, probabilities: Probabilities | Sequence[Probabilities], look: Look | None = None
+) -> Iterator[None]:
     """`exchange_softmax` for the length of a ``with``."""
     before = model.config._attn_implementation
     exchange_softmax(model, probabilities, look)
@@ -114,7 +121,7 @@ def parse_softmax(text: str, length: int) -> SoftmaxRule:
 
 
 def explicit_attention(
-    probabilities: Probabilities, look: Look | None = None
+    probabilities: Probabilities | Sequence[Probabilities], look: Look | None = None
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """A function for transformers' attention interface.
 
@@ -144,7 +151,7 @@ def explicit_attention(
         if attention_mask is not None:
             logits = logits + attention_mask[..., : key.shape[-2]]
         logits = logits.float()
-        p = probabilities(logits)
+        p = (probabilities if callable(probabilities) else probabilities[int(module.layer_idx)])(logits)  # type: ignore[arg-type]
         output = torch.matmul(p.to(query.dtype), value)
         if look is not None:
             look(Scores(logits, p, value, output))

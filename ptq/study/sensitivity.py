@@ -19,6 +19,7 @@ from calibration.checkpoint import write_atomically
 from calibration.errors import ToolkitError
 from calibration.models import fingerprint
 from calibration.progress import Progress, Silent
+from calibration.text import TokenBatches
 from ptq.fitting.job import Fit, float_blocks, prepare_fit
 from ptq.fitting.sensitivity import Sweep
 from ptq.job import Options, calibration_windows
@@ -102,36 +103,50 @@ def study_sensitivity(
     progress = progress or Silent()
     session = Session(Path(out))
     session.check(overwrite, resume=False, resumable=False)
-    offered = list(dict.fromkeys(parse_scheme(text) for text in schemes))
-    wider = next((s for s in offered if s.inputs is not None or s.cache is not None), None)
-    if wider is not None:
-        raise ToolkitError(f"--schemes {wider}: quantizes more than weights", f"pass {wider.weights_text}")
-    fit = prepare_fit(model, method="gptq", format="native", schemes=schemes, options=options)
+    fit = prepare_sensitivity(model, schemes, options)
     session.check(overwrite, resume=False, source=fit.job.reader.folder, resumable=False)
     tokens = calibration_windows(fit.job, progress)
     session.begin({"sensitivity": fingerprint(fit.job.reader)}, resume=False)
     with session.unless_done():
-        found = []
-        for scheme in offered:
-            names = [name for unit in fit.units if scheme in unit.options for name in unit.names]
-            sweep = Sweep(
-                dict.fromkeys(names, (scheme,)), dict.fromkeys(names, scheme), feedback=False, windows=windows
-            )
-            measured = sweep.run(float_blocks(fit.job), tokens, progress)
-            divergences = {n: measured.weights[n] * measured.probed[n] for n in names}
-            found.append(_of_scheme(fit, scheme, measured.probed, divergences, measured.additivity))
+        found = measure_sensitivity(fit, schemes, tokens, windows, progress)
         study = SensitivityStudy(
             model=fit.job.name,
             fingerprint=fingerprint(fit.job.reader),
             calibration=tokens.source,
             probe_tokens=min(windows, len(tokens)) * (tokens.seq_len - 1),
-            schemes=tuple(found),
+            schemes=found,
         )
         fit.job.reader.close()
         write_atomically(session.partial / SENSITIVITY_FILE, study.to_json().encode())
         write_atomically(session.partial / "sensitivity.md", render(study).encode())
         session.finish()
     return study
+
+
+def prepare_sensitivity(model: str | Path, schemes: Sequence[str], options: Options) -> Fit:
+    """Resolve the model and the schemes from headers alone.
+
+    Raises:
+        ToolkitError, PlanError: whatever can be refused; a scheme that quantizes more than weights.
+    """
+    wider = next((s for s in map(parse_scheme, schemes) if s.inputs is not None or s.cache is not None), None)
+    if wider is not None:
+        raise ToolkitError(f"--schemes {wider}: quantizes more than weights", f"pass {wider.weights_text}")
+    return prepare_fit(model, method="gptq", format="native", schemes=schemes, options=options)
+
+
+def measure_sensitivity(
+    fit: Fit, schemes: Sequence[str], tokens: TokenBatches, windows: int, progress: Progress
+) -> tuple[SchemeSensitivity, ...]:
+    """One walk over the float blocks per scheme; divergences on the first ``windows`` of the tokens."""
+    found = []
+    for scheme in dict.fromkeys(parse_scheme(text) for text in schemes):
+        names = [name for unit in fit.units if scheme in unit.options for name in unit.names]
+        sweep = Sweep(dict.fromkeys(names, (scheme,)), dict.fromkeys(names, scheme), feedback=False, windows=windows)
+        measured = sweep.run(float_blocks(fit.job), tokens, progress)
+        divergences = {n: measured.weights[n] * measured.probed[n] for n in names}
+        found.append(_of_scheme(fit, scheme, measured.probed, divergences, measured.additivity))
+    return tuple(found)
 
 
 def _of_scheme(

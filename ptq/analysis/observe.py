@@ -1,0 +1,101 @@
+"""One walk over the blocks of a model: everything that is seen with one block in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from calibration.architectures import ArchitectureSpec
+from calibration.capture import watching
+from calibration.checkpoint import TensorSource
+from calibration.errors import ToolkitError
+from calibration.float_blocks import FloatBlocks
+from calibration.progress import Progress
+from calibration.skeleton import Skeleton
+from calibration.text import TokenBatches
+from ptq.analysis.heads import HeadObserver
+from ptq.analysis.record import HeadRecord, SiteRecord, WeightRecord
+from ptq.analysis.sites import SiteObserver
+from ptq.analysis.weights import weight_records
+from ptq.numerics.softmax import SoftmaxRule
+from ptq.runtime.explicit_attention import exchanged_softmax, unsupported
+
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is looked at: its tensors as float weights, whatever the checkpoint stores."""
+
+    source: TensorSource
+    config: Any
+    spec: ArchitectureSpec
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass
+class Findings:
+    """What one walk found. ``ranges``: per site, by full names, what `CHANNELS_FILE` holds. ``no_heads``: why
+    attention was not looked at."""
+
+    sites: list[SiteRecord]
+    weights: list[WeightRecord]
+    heads: list[HeadRecord]
+    ranges: dict[str, torch.Tensor]
+    no_heads: str | None
+
+
+@torch.no_grad()
+def observe(subject: Subject, tokens: TokenBatches, text: Callable[[int], str], progress: Progress) -> Findings:
+    """Walk over the blocks once.
+
+    Args:
+        text: token id to its text.
+    """
+    skeleton = Skeleton(subject.config, subject.spec, subject.dtype, subject.device)
+    batch_size = max(1, min(len(tokens), BATCH_TOKENS // tokens.seq_len))
+    skeleton.check_complete(subject.source.infos)
+    blocks = FloatBlocks(subject.source, skeleton, batch_size=batch_size)
+    found = Findings([], [], [], {}, unsupported(skeleton.model))
+    heads = HeadObserver(tokens, batch_size, text)
+    watched = exchanged_softmax(skeleton.model, SoftmaxRule(), heads.look) if found.no_heads is None else nullcontext()
+    with watched:
+        for segment, states in blocks.observe(tokens, progress):
+            observer = SiteObserver(segment, len(tokens))
+            heads.begin(segment)
+            with watching(segment.module, observer.watches()):
+                for i, ids in enumerate(tokens.batches(batch_size)):
+                    observer.ids = ids
+                    heads.expect(i, states.batches[i])
+                    states.batches[i] = states.output(segment.module, segment.index, i)
+                    progress.advance(f"block {segment.index + 1}/{subject.spec.n_blocks}")
+            _check_finite(segment.prefix, observer)
+            found.sites += observer.records(text)
+            found.weights += weight_records(segment)
+            found.heads += heads.statistics.records(segment.index)
+            found.ranges.update(_ranges(segment.prefix, observer))
+    return found
+
+
+def _ranges(prefix: str, observer: SiteObserver) -> dict[str, torch.Tensor]:
+    found = {}
+    for site, s in observer.statistics.items():
+        ranges = {"low": s.low, "high": s.high, "abs_mean": s.abs_mean().float(), "first_token_max": s.first_max}
+        name = f"{prefix}{site.role.replace(' ', '_')}"
+        found.update({f"{name}.{key}": value.cpu() for key, value in ranges.items()})
+    return found
+
+
+def _check_finite(prefix: str, observer: SiteObserver) -> None:
+    """Refuse what no number describes; the fourth powers of float32 values above 1e9 are infinite too."""
+    for site, s in observer.statistics.items():
+        if not bool(torch.isfinite(s.abs_sum).all() and torch.isfinite(s.later.m4).all()):
+            raise ToolkitError(
+                f"{prefix[:-1]}: NaN, Inf or values above 1e9 in its {site.role}",
+                "the model overflows on this text: try --dtype float32, or check the checkpoint",
+            )
