@@ -47,29 +47,28 @@ def main() -> None:
     print(f"sensitivities: {time.perf_counter() - begin:.1f} s")
     by_price = {"kl": sensitivities}
     divergence = {n: sensitivities.weights[n] * error for n, error in sensitivities.probed.items()}
-    for price in set(args.prices.split(",")) - {"kl"}:
-        tokens = calibration_windows(fit.job, Silent())
-        names = list(sensitivities.weights)
-        prices = (
-            second_order(locate(args.model), names, tokens) if price == "second-order" else dict.fromkeys(names, 1.0)
-        )
+    for price in args.prices.split(","):
+        if price == "kl":
+            continue
+        prices = dict.fromkeys(divergence, 1.0)
+        if price == "second-order":
+            prices = second_order(locate(args.model), list(prices), calibration_windows(fit.job, Silent()))
         by_price[price] = reweighted(sensitivities, prices)
-        expected = [prices[n] * sensitivities.probed[n] for n in divergence]
-        print(
-            f"rank correlation of {price} with measured divergence: {spearman(expected, list(divergence.values())):.2f}"
-        )
+        correlation = spearman([prices[n] * sensitivities.probed[n] for n in divergence], list(divergence.values()))
+        print(f"rank correlation of {price} with measured divergence: {correlation:.2f}")
     rows = [bench.row(args.method, scheme) for scheme in args.uniform.split(",")]
-    fitted = []
+    fitted, known = [], {}
     for price, found in by_price.items():
         for bpw in map(float, args.bpw.split(",")):
             choice = fit.solve(found, Budget(bpw=bpw))
-            with TemporaryDirectory() as folder:
-                recipe = Path(folder) / f"fit-{bpw:g}.toml"
-                recipe.write_text(fit.recipe(choice, ""), encoding="utf-8")
-                row = bench.row(str(recipe), f"fit {bpw:g} {price}")
-            fitted.append(
-                {**row, "method": args.method, "budget": bpw, "price": price, "expected_kl": choice.divergence}
-            )
+            text = fit.recipe(choice, "")
+            if text not in known:  # two prices often lead to one recipe
+                with TemporaryDirectory() as folder:
+                    recipe = Path(folder) / f"fit-{bpw:g}.toml"
+                    recipe.write_text(text, encoding="utf-8")
+                    known[text] = bench.row(str(recipe), f"fit {bpw:g}")
+            found_here = {"budget": bpw, "price": price, "expected_kl": choice.divergence}
+            fitted.append({**known[text], "method": args.method, **found_here})
     bench.report(sorted(rows + fitted, key=lambda row: row["bits_per_weight"]), args.json)
     print("\n| budget | price | fit: bits | perplexity | KL | expected KL | best uniform | its perplexity | its KL |")
     print("| ---: | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |")
