@@ -40,11 +40,22 @@ def evaluate(
     probabilities: Annotated[
         str | None,
         typer.Option(
-            help="Simulate a grid for attention probabilities: log2-4, log-sqrt2-4 or adalog20-4 (bits last)."
+            help="Simulate a grid for attention probabilities: log2-4, log-sqrt2-4, adalog20-4 (bits last), or "
+            "adalog-4, whose base is searched per layer on --calibration. -published behind it: zero is no code."
         ),
     ] = None,
     mlp_values: Annotated[
-        str | None, typer.Option(help="The same for what enters the last linear of an MLP, with a sign bit.")
+        str | None,
+        typer.Option(
+            help="The same for what enters the last linear of an MLP, with a sign bit (adalog-4 behind GELU or ReLU: "
+            "shifted to be positive)."
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Text on which adalog-4 searches: a set's training part, or FILE. Default: wikitext2; demo's own."
+        ),
     ] = None,
     softmax: Annotated[
         str | None,
@@ -89,6 +100,7 @@ def evaluate(
             probabilities=probabilities,
             mlp_values=mlp_values,
             softmax=softmax,
+            calibration=calibration,
             trust_remote_code=trust_remote_code,
             sparse=sparse,
             progress=progress,

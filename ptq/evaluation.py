@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import torch
 from calibration.architectures import resolve
 from calibration.corpora import load_corpus
 from calibration.encoding import token_ids, too_short
+from calibration.errors import ToolkitError
 from calibration.models import DEMO, DEMO_FOLDER, load_tokenizer, locate
 from calibration.perplexity import evaluate_text
 from calibration.progress import Progress
 from calibration.record import REPORT_FILE, Evaluation, read_record
+from calibration.samples import model_tokens
 from calibration.tasks import TaskRun, lm_eval_tasks
-from calibration.text import check_tokenizer
+from calibration.text import TokenBatches, check_tokenizer
 from calibration.windows import Scoring
 from ptq.devices import parse_dtype, resolve_device
 from ptq.gating import SparseRuntime
@@ -24,7 +26,8 @@ from ptq.numerics.logarithmic import LogQuant
 from ptq.numerics.softmax import SoftmaxRule
 from ptq.runtime.explicit_attention import exchange_softmax, parse_softmax
 from ptq.runtime.load import Loaded, load_model
-from ptq.runtime.log_values import log_probabilities, parse_log_grid, quantize_mlp_values
+from ptq.runtime.log_search import WINDOW, WINDOWS, search_mlp_values, search_probabilities
+from ptq.runtime.log_values import LogGrid, describe, log_probabilities, parse_log_grid, quantize_mlp_values
 
 TASK_BATCH = 8  # sequences per forward in lm-eval tasks
 EVAL_TOKENS = 2048  # tokens per forward
@@ -96,6 +99,7 @@ def evaluate(
     probabilities: str | None = None,
     mlp_values: str | None = None,
     softmax: str | None = None,
+    calibration: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Score a checkpoint; with ``reference`` also its KL divergence and top-1 agreement against another.
@@ -107,6 +111,8 @@ def evaluate(
             the protocol ``decode`` in its second half.
         probabilities, mlp_values: logarithmic grids for attention probabilities and for what enters the last linear of
             an MLP, simulated; see `parse_log_grid`. The reference keeps its own.
+        calibration: text on which bases of these grids are searched; None: the training text of the default
+            ``dataset``. It is not read where nothing is searched.
         softmax: what takes the place of softmax, see `parse_softmax`; the reference keeps its own.
 
     Raises:
@@ -117,6 +123,9 @@ def evaluate(
         for option, text in (("probabilities", probabilities), ("mlp-values", mlp_values))
         if text is not None
     }
+    if calibration is not None and not any(grid.search for grid in grids.values()):
+        fix = "leave it out, or search a base: --probabilities adalog-4, --mlp-values adalog-4"
+        raise ToolkitError(f"--calibration {calibration}: no grid searches its base on it", fix)
     if softmax is not None:
         parse_softmax(softmax, seq_len)
     where = resolve_device(device)
@@ -136,7 +145,11 @@ def evaluate(
         other = load_model(reference, dtype=width, device=where, trust_remote_code=trust_remote_code)
     path = _attached(loaded, sparse, protocol, seq_len)
     rule = None if softmax is None else parse_softmax(softmax, seq_len)
-    path += _simulated(loaded.model, grids, rule)
+    tokens = None
+    if any(grid.search for grid in grids.values()):
+        source, length = calibration or default_dataset(folder), min(seq_len, WINDOW)
+        tokens = model_tokens(folder, loaded.model.config, source, WINDOWS, length, 0, trust_remote_code)
+    path += _simulated(loaded.model, grids, rule, tokens)
     if other is not None:
         _attached(other, sparse, protocol, seq_len)
     scoring = Scoring(
@@ -167,15 +180,26 @@ def _attached(loaded: Loaded, sparse: SparseRuntime | None, protocol: str, windo
     return f"{loaded.path}; {masks}" if masks else loaded.path
 
 
-def _simulated(model: Any, grids: dict[str, LogQuant], rule: SoftmaxRule | None) -> str:
-    """Install another softmax and the grids of the options of these names; what to add to the path."""
-    if rule is not None or "probabilities" in grids:
-        softmax = rule or SoftmaxRule()
-        grid = grids.get("probabilities")
-        exchange_softmax(model, softmax if grid is None else log_probabilities(grid, softmax))
-    if "mlp-values" in grids:
-        quantize_mlp_values(model, resolve(model.config), grids["mlp-values"])
-    said = [f"{option} of {grid.bits} bits simulated" for option, grid in grids.items()]
+def _simulated(model: Any, grids: Mapping[str, LogGrid], rule: SoftmaxRule | None, tokens: TokenBatches | None) -> str:
+    """Install another softmax and the grids of the options of these names, their bases searched on ``tokens`` where
+    they are; what to add to the path. All searches see the model without any grid."""
+    spec, softmax = resolve(model.config), rule or SoftmaxRule()
+    probabilities, values = grids.get("probabilities"), grids.get("mlp-values")
+    by_layer: list[LogQuant] = []
+    by_path: dict[str, LogQuant] = {}
+    if tokens is not None and probabilities is not None and probabilities.search:
+        by_layer = search_probabilities(model, spec, softmax, probabilities.quant, tokens)
+    if tokens is not None and values is not None and values.search:
+        by_path = search_mlp_values(model, spec, values.quant, tokens)
+    if probabilities is not None:
+        layers = by_layer or [probabilities.quant] * spec.n_blocks
+        exchange_softmax(model, [log_probabilities(quant, softmax) for quant in layers])
+    elif rule is not None:
+        exchange_softmax(model, softmax)
+    if values is not None:
+        quantize_mlp_values(model, spec, by_path or values.quant)
+    found = {"probabilities": by_layer, "mlp-values": list(by_path.values())}
+    said = [describe(option, grid, found[option]) for option, grid in grids.items()]
     return "".join(f"; {words}" for words in (said if rule is None else [f"softmax: {rule}", *said]))
 
 

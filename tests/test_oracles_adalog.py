@@ -7,14 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ptq.numerics.log_search import SHIFTS, coarse_grid, errors_of, search_base, search_base_and_scale
 from ptq.numerics.logarithmic import (
-    GELU_SHIFT,
     LogQuant,
     decode,
     encode,
     fake_quantize_log,
     log_sqrt2,
-    search_base,
     signed_log,
     tables,
 )
@@ -68,10 +67,10 @@ def test_folding_the_shift_of_gelu_into_a_bias():
     generator = torch.Generator().manual_seed(0)
     x = torch.nn.functional.gelu(torch.randn(30, 16, generator=generator))
     w, bias = torch.randn(5, 16, generator=generator), torch.randn(5, generator=generator)
-    quant = LogQuant(4, 20, scale=float(x.max()) + GELU_SHIFT, shift=GELU_SHIFT)
+    quant = LogQuant(4, 20, scale=float(x.max()) + SHIFTS["gelu"], shift=SHIFTS["gelu"])
     codes = encode(x, quant)
     plain = decode(codes, quant) @ w.T + bias
-    folded = decode(codes, replace(quant, shift=0.0)) @ w.T + (bias - GELU_SHIFT * w.sum(1))
+    folded = decode(codes, replace(quant, shift=0.0)) @ w.T + (bias - SHIFTS["gelu"] * w.sum(1))
     torch.testing.assert_close(plain, folded, rtol=1e-5, atol=1e-6)
 
 
@@ -87,6 +86,25 @@ def test_the_search_finds_the_base_of_the_data():
         return float(((fake_quantize_log(p, quant) - p) @ value).square().mean())
 
     assert error(found) <= min(error(LogQuant(3)), error(LogQuant(3, 18)))
+
+
+def test_fpcs_is_as_good_as_a_dense_grid_and_no_worse_than_its_coarse_one():
+    """Oracle 9, on one-dimensional Gaussians behind GELU, and on their squares."""
+    draw = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0))
+    for x, shift in ((torch.nn.functional.gelu(draw), SHIFTS["gelu"]), (draw.square(), 0.0)):
+        start = LogQuant(4, shift=shift)
+        candidates, spacing = coarse_grid(x, start, None)
+        assert len(candidates) == 128 and spacing > 0 and len({c.q for c in candidates}) == 8
+        coarse = float(errors_of(candidates, x).min())
+        found = float(errors_of([search_base_and_scale(x, start)], x))
+        largest = float(x.max()) + shift
+        dense = [replace(start, q=q, scale=largest * i / 100) for q in range(10, 40) for i in range(20, 101, 2)]
+        assert found <= coarse and found <= 1.01 * float(errors_of(dense, x).min()), (found, coarse)
+
+
+def test_values_at_or_below_the_shift_alone_keep_the_start():
+    start = LogQuant(4, shift=0.5)
+    assert search_base_and_scale(torch.full((10, 1), -0.5), start) == start
 
 
 def test_range_of_the_grids_on_flat_attention():

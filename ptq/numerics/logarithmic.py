@@ -18,7 +18,6 @@ import torch
 
 RESOLUTION = 37  # r of AdaLog: prime, so that the residues of i q spread
 SMALLEST = 1e-15
-GELU_SHIFT = 0.16997124254703522  # -min of the exact GELU
 CANDIDATES = range(10, 138)  # of q, as the published search evaluates
 
 
@@ -84,18 +83,6 @@ def decode(codes: torch.Tensor, quant: LogQuant, dtype: torch.dtype = torch.floa
 def fake_quantize_log(x: torch.Tensor, quant: LogQuant) -> torch.Tensor:
     """``x`` after encoding and decoding, in its own dtype."""
     return decode(encode(x.float(), quant), quant, x.dtype)
-
-
-def search_base(x: torch.Tensor, quant: LogQuant, value: torch.Tensor | None = None) -> LogQuant:
-    """The grid with the q of `CANDIDATES` that loses least: mean square of ``x - x̂``, or of ``(x - x̂) @ value``."""
-    best, chosen = math.inf, quant
-    for q in CANDIDATES:
-        candidate = LogQuant(quant.bits, q, False, quant.scale, quant.shift, quant.zero_code)
-        difference = fake_quantize_log(x, candidate) - x
-        error = float((difference if value is None else difference @ value).square().mean())
-        if error < best:
-            best, chosen = error, candidate
-    return chosen
 
 
 def signed_log(x: torch.Tensor, quant: LogQuant) -> torch.Tensor:

@@ -25,12 +25,13 @@ _numbers = itertools.count()
 class Scores:
     """One call of attention: ``logits`` (masked) and ``probabilities`` ``[batch, heads, queries, keys]``, float32;
     ``values`` ``[batch, heads, keys, width]``, shared by heads of a group; ``output`` ``[batch, heads, queries,
-    width]``."""
+    width]``; ``layer``, the index of the decoder layer."""
 
     logits: torch.Tensor
     probabilities: torch.Tensor
     values: torch.Tensor
     output: torch.Tensor
+    layer: int = 0
 
 
 Look = Callable[[Scores], None]
@@ -151,10 +152,11 @@ def explicit_attention(
         if attention_mask is not None:
             logits = logits + attention_mask[..., : key.shape[-2]]
         logits = logits.float()
-        p = (probabilities if callable(probabilities) else probabilities[int(module.layer_idx)])(logits)  # type: ignore[arg-type]
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        p = probabilities(logits) if callable(probabilities) else probabilities[layer](logits)
         output = torch.matmul(p.to(query.dtype), value)
         if look is not None:
-            look(Scores(logits, p, value, output))
+            look(Scores(logits, p, value, output, layer))
         return output.transpose(1, 2).contiguous(), p
 
     return forward
