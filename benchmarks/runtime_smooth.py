@@ -9,7 +9,9 @@ tokens), at all linears or at some: ``rs32/norm+o`` leaves down to ``token``. Ro
 outputs, ||(Q(x) - x) Wᵀ||² / ||x Wᵀ||² in per cent, mean over the linears behind norms ("norm"), o or down, on the same
 x for all grids. "shuffled" is ``rs1`` with its scales given to channels at random: where it costs as much, the scales
 tell nothing of the channels. "spread" is their root mean square over their mean (1: flat, smoothing changes nothing).
-The last row is perplexity with all inputs on the grid.
+The row "perplexity" has all inputs on the grid. "leak": what the second half of a window changes in predictions of the
+first, KL divergence in nats, mean over tokens; then perplexity of the first half with the second in sight, and alone.
+Causal grids have 0 there.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from ptq.numerics.hadamard import hadamard_transform
 from ptq.numerics.smooth import smoothing_scales
 from ptq.quantized import QuantizedTensor
 from ptq.runtime.linear import QuantLinear
-from ptq.runtime.load import load_model
+from ptq.runtime.load import Loaded, load_model
 from ptq.scheme import parse_scheme
 
 CPU = torch.device("cpu")
@@ -101,12 +103,31 @@ def output_errors(folder: Path, grids: Sequence[str], windows: torch.Tensor) -> 
     return errors
 
 
-def perplexity(folder: Path, grid: str, text: EncodedText, scoring: Scoring) -> float:
+def on_grid(folder: Path, grid: str) -> Loaded:
     def build(path: str, q: QuantizedTensor, bias: torch.Tensor | None) -> QuantLinear:
         return with_inputs(q, input_grid(grid, site_of(path)), bias)
 
-    loaded = load_model(folder, dtype=torch.float32, build=build)
-    return score(logits_of(loaded, CPU), text, scoring).perplexity
+    return load_model(folder, dtype=torch.float32, build=build)
+
+
+def perplexity(folder: Path, grid: str, text: EncodedText, scoring: Scoring) -> float:
+    return score(logits_of(on_grid(folder, grid), CPU), text, scoring).perplexity
+
+
+def leak(folder: Path, grid: str, windows: torch.Tensor) -> tuple[float, float, float]:
+    """KL divergence between predictions of the first half of each of ``windows [n, L]`` with the second half in sight
+    and without, and perplexity of the first half in either case."""
+    model, half = on_grid(folder, grid).model, windows.shape[1] // 2
+    kl, losses = [], ([], [])
+    for window in windows:
+        seen, alone = (
+            model(w[None], use_cache=False).logits[0, :half].log_softmax(-1) for w in (window, window[:half])
+        )
+        kl.append((seen.exp() * (seen - alone)).sum(-1).mean())
+        for logits, found in zip((seen, alone), losses, strict=True):
+            found.append(torch.nn.functional.nll_loss(logits[:-1], window[1:half]))
+    with_second, without = (float(torch.stack(found).mean().exp()) for found in losses)
+    return float(torch.stack(kl).mean()), with_second, without
 
 
 def main() -> None:
@@ -138,6 +159,8 @@ def main() -> None:
                     print(f"| {name} | {site} | " + " | ".join(f"{float(m):.3f}" for m in means) + " |", flush=True)
                 found = [perplexity(out, grid, text, scoring) for grid in grids]
                 print(f"| {name} | perplexity | | | " + " | ".join(f"{p:.2f}" for p in found) + " |", flush=True)
+                leaks = [leak(out, grid, windows) for grid in grids]
+                print(f"| {name} | leak | | | " + " | ".join(f"{k:.4f}: {a:.2f}, {b:.2f}" for k, a, b in leaks) + " |")
 
 
 if __name__ == "__main__":

@@ -175,6 +175,8 @@ def test_generation_with_a_quantized_cache_equals_the_full_forward(model, tmp_pa
     ("family", "settings", "reasons"),
     [
         ("llama", {"scheme": "w8a8", "format": "awq"}, ["has quantized inputs", "describes weights only"]),
+        ("llama", {"scheme": "w4a8-g32", "format": "gptq"}, ["has quantized inputs"]),
+        ("llama", {"scheme": "w8a8-g32", "format": "gptq_v2"}, ["has quantized inputs"]),
         ("llama", {"scheme": "w4a16kv8-g32", "format": "gptq"}, ["has a quantized KV cache"]),
         ("llama", {"scheme": "w8a8-astatic"}, ["static inputs, and no pass calibrates", "ranges+rtn"]),
         ("llama", {"scheme": "w8a8", "method": "ranges+rtn"}, ["no scheme has static inputs"]),
@@ -196,6 +198,9 @@ def test_plans_refuse_what_cannot_be(family, settings, reasons, tmp_path):
     ("lines", "reason"),
     [
         ("percentile = 20.0", "20.0 is outside (50, 100]"),
+        ("percentile = 100.5", "100.5 is outside (50, 100]"),
+        ("percentile = 0.999", "it is in percent"),
+        ("percentile = nan", "nan is outside (50, 100]"),
         ('estimator = "entropy"', None),
         ('estimator = "mse"\nscheme = "w8a8-achannel"', "needs a histogram"),
         ('estimator = "entropy"\nscheme = "w8afp8-astatic"', "merges bins to integer levels"),

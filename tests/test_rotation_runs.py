@@ -156,7 +156,10 @@ def test_the_plan_says_where_there_is_no_hadamard_matrix(tmp_path):
     said = done("quantize", tmp_path / "odd", "--method", "rotate", *SMALL, "--dry-run")
     assert "no Hadamard matrix of order 18 (attention values): a random orthogonal one is used" in said
     assert "no Hadamard matrix of order 162 (input of mlp.down_proj): 81 blocks of 2 are used" in said
-    assert "residual stream" not in said
+    assert "residual stream" not in said and "keys" not in said
+    cached = ("--method", "rotate", *SMALL[:-1], "w8a16kv8-gchannel", "--dry-run")
+    said = done("quantize", tmp_path / "odd", *cached)
+    assert "no Hadamard matrix of order 18 (queries and keys): 9 blocks of 2 are used" in said
     tiny(tmp_path / "even")
     assert "no Hadamard" not in done("quantize", tmp_path / "even", "--method", "rotate", *SMALL, "--dry-run")
 

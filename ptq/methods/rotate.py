@@ -79,12 +79,15 @@ class Rotate:
             for what, size in offline:
                 if self.kind == "hadamard" and odd_order(size) is None:
                     yield f"rotate: no Hadamard matrix of order {size} ({what}): a random orthogonal one is used"
-            quantized = [n.name[len(prefix) :] for n in view.quantized if n.block == index]
-            for linear in self.input_transforms(spec, quantized):
-                size = shapes[prefix + linear][1]
+            schemes = {n.name[len(prefix) :]: n.scheme for n in view.quantized if n.block == index}
+            online = [(f"input of {n}", shapes[prefix + n][1]) for n in self.input_transforms(spec, list(schemes))]
+            maker = schemes.get(spec.inputs[0].linears[0])
+            if self.online and maker is not None and maker.cache is not None:
+                online += [("queries and keys", g.heads.width) for g in _value_groups(spec)[:1] if g.heads]
+            for what, size in online:
                 if block_size(size) != size:
                     blocks = f"{size // block_size(size)} blocks of {block_size(size)}"
-                    yield f"rotate: no Hadamard matrix of order {size} (input of {linear}): {blocks} are used"
+                    yield f"rotate: no Hadamard matrix of order {size} ({what}): {blocks} are used"
 
     def config_changes(self, config: Any) -> Mapping[str, Any]:
         """The head takes the gain of the final norm, so it cannot stay tied to the embedding."""
