@@ -9,9 +9,9 @@ tokens), at all linears or at some: ``rs32/norm+o`` leaves down to ``token``. Ro
 outputs, ||(Q(x) - x) Wᵀ||² / ||x Wᵀ||² in per cent, mean over the linears behind norms ("norm"), o or down, on the same
 x for all grids. "shuffled" is ``rs1`` with its scales given to channels at random: where it costs as much, the scales
 tell nothing of the channels. "spread" is their root mean square over their mean (1: flat, smoothing changes nothing).
-The row "perplexity" has all inputs on the grid. "leak": what the second half of a window changes in predictions of the
-first, KL divergence in nats, mean over tokens; then perplexity of the first half with the second in sight, and alone.
-Causal grids have 0 there.
+The row "perplexity" has all inputs on the grid. "leak": KL divergence in nats, mean over tokens, between predictions of
+the first half of a window before its own second half and before that of another window; causal grids have 0. Then
+perplexity of the first half before either.
 """
 
 from __future__ import annotations
@@ -115,19 +115,18 @@ def perplexity(folder: Path, grid: str, text: EncodedText, scoring: Scoring) -> 
 
 
 def leak(folder: Path, grid: str, windows: torch.Tensor) -> tuple[float, float, float]:
-    """KL divergence between predictions of the first half of each of ``windows [n, L]`` with the second half in sight
-    and without, and perplexity of the first half in either case."""
+    """KL divergence between predictions of the first halves of ``windows [n, L]`` before their own second halves and
+    before those of the window in front, and perplexity of the first halves before either."""
     model, half = on_grid(folder, grid).model, windows.shape[1] // 2
     kl, losses = [], ([], [])
-    for window in windows:
-        seen, alone = (
-            model(w[None], use_cache=False).logits[0, :half].log_softmax(-1) for w in (window, window[:half])
-        )
-        kl.append((seen.exp() * (seen - alone)).sum(-1).mean())
-        for logits, found in zip((seen, alone), losses, strict=True):
-            found.append(torch.nn.functional.nll_loss(logits[:-1], window[1:half]))
-    with_second, without = (float(torch.stack(found).mean().exp()) for found in losses)
-    return float(torch.stack(kl).mean()), with_second, without
+    others = torch.cat([windows[:, :half], windows.roll(1, 0)[:, half:]], dim=1)  # of one shape: rounding is the same
+    for pair in zip(windows, others, strict=True):
+        own, other = (model(w[None], use_cache=False).logits[0, :half].log_softmax(-1) for w in pair)
+        kl.append((own.exp() * (own - other)).sum(-1).mean())
+        for logits, found in zip((own, other), losses, strict=True):
+            found.append(torch.nn.functional.nll_loss(logits[:-1], pair[0][1:half]))
+    before_own, before_other = (float(torch.stack(found).mean().exp()) for found in losses)
+    return float(torch.stack(kl).mean()), before_own, before_other
 
 
 def main() -> None:
