@@ -45,9 +45,7 @@ def main() -> None:
     dataset = args.dataset or default_dataset(folder)
     tokens = model_tokens(folder, config, dataset, args.samples, args.seq_len, 0, False)
     plain, stressed = findings(folder, tokens), findings(locate(args.stress), tokens)
-    print(
-        "| input | planted | found | missed | their mean |x| over the median | found, not planted | of them as before |"
-    )
+    print("| input | planted | found | missed | their size over the median | found, not planted | of them as before |")
     print("| --- | ---: | ---: | ---: | --- | ---: | ---: |")
     before = {(s.block, s.role): set(s.standout) for s in plain.sites}
     for role in INPUTS:
