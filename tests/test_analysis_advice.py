@@ -13,6 +13,7 @@ from calibration.models import locate, open_model
 from calibration.progress import Silent
 from calibration.samples import model_tokens
 from calibration.text import TokenBatches
+from ptq.analysis.activations import standout_channels
 from ptq.analysis.advice import advise
 from ptq.analysis.observe import Findings, Subject, observe
 
@@ -84,6 +85,22 @@ def test_a_first_token_calls_for_a_scale_per_token(tmp_path):
     sites[0] = dataclasses.replace(sites[0], largest=spike)
     advice = {a.rule: a for a in advise(sites, found.weights)}
     assert advice["spikes"].helps[0].startswith("rotate") and "rotate" in advice["recipe"].helps[0]
+
+
+def test_channels_and_spikes_together_call_for_rotation(tmp_path):
+    found = analysed(tmp_path, {}, {})
+    spike = dataclasses.replace(found.sites[0].largest, position=9)
+    site = dataclasses.replace(
+        found.sites[0], token_disparity=300.0, largest=spike, standout=(5,), output_error={"token-8": 0.2}
+    )
+    *_, recipe = advise([site, *found.sites[1:]], found.weights)
+    assert recipe.recipes == (("rotate+gptq", "w8a8"), ("rotate+gptq", "w4a8"))
+
+
+def test_a_channel_stands_out_by_its_mean_and_its_largest_value():
+    mean, largest = torch.ones(64), torch.full((64,), 4.0)
+    mean[[3, 7]], largest[[3, 9]] = 20.0, 90.0  # 7 is never large, 9 only in few tokens
+    assert standout_channels(mean, largest).tolist() == [3]
 
 
 def test_heads_are_seen_and_falcon_says_why_not(tmp_path):

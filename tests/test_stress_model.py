@@ -9,6 +9,10 @@ from tiny_runs import IDS, logits, plain_model
 
 from benchmarks.stress_model import PLACES, PlantOutliers, plant
 from calibration.errors import ToolkitError
+from calibration.models import locate, open_model
+from calibration.progress import Silent
+from calibration.samples import model_tokens
+from ptq.analysis.observe import Subject, observe
 from ptq.evaluation import evaluate
 
 
@@ -60,3 +64,20 @@ def test_spikes_hit_few_tokens(tmp_path):
 def test_places_that_a_family_lacks_are_named(tmp_path):
     with pytest.raises(ToolkitError, match="gpt2 has no place for: down"):
         plant(tiny(tmp_path / "float", "gpt2"), tmp_path / "out", PlantOutliers(), "")
+
+
+def test_the_analysis_finds_exactly_the_planted_channels(tmp_path):
+    """On the demo, whose own channels are even: all that were planted before norms, and nothing else there."""
+    plant("demo", tmp_path / "stress", PlantOutliers(6, 60.0, ("norm",)), "")
+    (plain, _, _), (stressed, config, spec) = (open_model(f) for f in (locate("demo"), tmp_path / "stress"))
+    tokens = model_tokens(tmp_path / "stress", config, "builtin", 2, 128, 0, False)
+    subject = Subject(stressed, config, spec, torch.float32, torch.device("cpu"))
+    for site in observe(subject, tokens, str, Silent()).sites:
+        norm = {"attention input": "input_layernorm", "mlp input": "post_attention_layernorm"}.get(site.role)
+        planted: list[int] = []
+        if norm is not None:
+            name = f"{spec.prefix(site.block)}{norm}.weight"
+            growth = stressed.tensor(name).float() / plain.tensor(name).float()
+            planted = (growth > 10).nonzero().flatten().tolist()
+            assert len(planted) == 6
+        assert sorted(site.standout) == planted, (site.block, site.role)

@@ -31,9 +31,11 @@ def outlier_channels(abs_mean: torch.Tensor) -> torch.Tensor:
     return (abs_mean > RATIO * abs_mean.mean()).nonzero().flatten()
 
 
-def standout_channels(abs_mean: torch.Tensor) -> torch.Tensor:
-    """Indices of the channels whose mean |x| ``[channels]`` is above `STANDOUT` times that of the median channel."""
-    return (abs_mean > STANDOUT * abs_mean.median()).nonzero().flatten()
+def standout_channels(abs_mean: torch.Tensor, abs_max: torch.Tensor) -> torch.Tensor:
+    """Indices of the channels whose mean |x| and whose largest |x| ``[channels]`` are both above `STANDOUT` times those
+    of the median channel: large in many tokens, and large enough to set the range for the others."""
+    large = abs_mean > STANDOUT * abs_mean.median()
+    return (large & (abs_max > STANDOUT * abs_max.median())).nonzero().flatten()
 
 
 def massive(x: torch.Tensor) -> torch.Tensor:

@@ -123,10 +123,10 @@ def _recipe(inputs: Sequence[SiteRecord], found: Sequence[Advice]) -> Advice:
     worst = max((s.output_error.get("token-8", 0.0) for s in inputs), default=0.0)
     rules = {advice.rule for advice in found if advice.alarm}
     recipes: tuple[tuple[str, str], ...]
-    if "channels" in rules:
+    if "spikes" in rules:  # smoothquant does not help them, rotation spreads channels as well
+        recipes = (("rotate+gptq", "w8a8"), *([("rotate+gptq", "w4a8")] if "channels" in rules else []))
+    elif "channels" in rules:
         recipes = (("smoothquant+gptq", "w8a8"), ("rotate+gptq", "w4a8"))
-    elif "spikes" in rules:
-        recipes = (("rotate+gptq", "w8a8"),)
     elif worst > SAFE_8:
         recipes = (("smoothquant+gptq", "w8a8"),)
     else:

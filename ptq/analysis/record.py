@@ -91,8 +91,8 @@ class SiteRecord:
         channel_disparity: largest over median of the channels' max |x| (later). ``token_disparity``: of the tokens'
             (all). ``percentile_ratio``: 99.99 % over 50 % quantile of |x| (later).
         outlier_channels: largest ratio first (later).
-        standout: channels whose mean |x| is more than 10 times the median channel's (later): unlike the mean, the
-            median does not grow with the outliers, so that many of them do not hide each other.
+        standout: channels whose mean and largest |x| are more than 10 times the median channel's (later): unlike the
+            mean, the median does not grow with the outliers, so that many of them do not hide each other.
         emergent: channels with |x| >= 6 at 6 % of the positions or more (Dettmers et al. 2022).
         sqnr: decibels of symmetric rounding to 8 and 4 bits with one scale per ``tensor`` (range of all text),
             ``tensor-later``, ``token`` or ``channel``; keys like ``token-8``.

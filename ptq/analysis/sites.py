@@ -168,7 +168,7 @@ def site_record(block: int, site: Site, s: SiteStatistics, weight: torch.Tensor 
         token_disparity=disparity(tokens),
         percentile_ratio=_ratio(s.histogram.threshold(0.9999), s.histogram.threshold(0.5)),
         outlier_channels=_channels(s),
-        standout=tuple(standout_channels(s.abs_mean()).tolist()),
+        standout=tuple(standout_channels(s.abs_mean(), channel_max).tolist()),
         emergent=tuple(emergent.nonzero().flatten().tolist()),
         massive=_massive(s, text) if s.residual else None,
         sqnr=sqnr,
