@@ -19,6 +19,11 @@ from sparsity.kernels.int4 import Int4Rows
 from sparsity.kernels.kernel import Mask, SparseQuery, Weight
 from sparsity.sites import Mode, prune, small
 
+BREAK_EVEN = 4
+"""Tokens at a time up to which float rows in use are read faster than a dense product multiplies all of them: half of
+the rows of 4096 x 14336 in bfloat16 on two cores with AVX-512 take 1.7 times less time with 2 tokens, 1.2 to 1.5 times
+less with 4 pruned inputs, 1.3 times more with 8 (`benchmarks/sparse_gemv.py --tokens N`)."""
+
 
 @dataclass
 class Phase:
@@ -129,7 +134,10 @@ class DecodeLinear(nn.Module):
 
     def sparse_tokens(self, x: torch.Tensor) -> torch.Tensor | None:
         """``x [..., in]`` as contiguous ``[tokens, in]`` where this call runs on the kernel, else None."""
-        if not self.phase.decoding or x.numel() > self.kernel.max_tokens * x.shape[-1] or not x.numel():
+        most = self.kernel.max_tokens  # a dense product from codes would dequantize all of them first
+        if isinstance(self.weight_rows, torch.Tensor):
+            most = min(most, BREAK_EVEN)
+        if not self.phase.decoding or x.numel() > most * x.shape[-1] or not x.numel():
             return None
         return x.reshape(-1, x.shape[-1]).contiguous()
 

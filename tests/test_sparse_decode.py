@@ -18,7 +18,7 @@ from cli.decoding import fits_int4_rows, load_with_sites
 from ptq.runtime.load import load_model
 from ptq.scheme import parse_scheme
 from sparsity.attach import attach, decode_modes
-from sparsity.decode import DecodeLinear, Phase
+from sparsity.decode import BREAK_EVEN, DecodeLinear, Phase
 from sparsity.sites import Site, prune
 
 PROMPT, STEPS = 6, 4
@@ -160,7 +160,7 @@ def test_decoding_with_pruned_gates(family, batch, loaded):
 
 def test_prompts_single_positions_and_large_batches_are_dense(loaded):
     model, architecture = loaded("llama")
-    one, many = ids_of(1)[:, :1], ids_of(9)
+    one, many = ids_of(1)[:, :1], ids_of(BREAK_EVEN + 1)
     with torch.inference_mode():
         first, whole = model(input_ids=one).logits, model(input_ids=many).logits
     stepped = run(model, many)
