@@ -10,7 +10,7 @@ from test_statistics import DOWN, K, Q, new_context, open_block
 
 from calibration.statistics import Gram
 from ptq.methods import AdaDim, AdaDimPublished, Gptq, Rtn
-from ptq.methods.adadim import along, both_axes
+from ptq.methods.adadim import along, both_axes, column_energies
 from ptq.methods.rtn import round_to_nearest
 from ptq.numerics.gptq import gptq_round
 from ptq.numerics.integers import fake_quantize, grid_parameters
@@ -187,11 +187,32 @@ def test_oracles_3_and_10_selection(tmp_path, method):
         gram = context.statistic(name, Gram).matrix
         if isinstance(method, AdaDim) or name == DOWN:
             for side in ("in", "out"):
-                expected = float(rounding_error(segment.weight(name), gram, along(scheme, side).weights))
+                counts = column_energies(segment, name)
+                w, quantizer = segment.weight(name), along(scheme, side).weights
+                expected = float(rounding_error(w, gram, quantizer, importance=counts))
                 assert notes[name][f"adadim.{side}"] == pytest.approx(expected, rel=1e-5)
     again, states = unbalanced(tmp_path)
     method.apply(again, new_context(again, states, kinds=(Gram,)))
     assert again.schemes == segment.schemes and {n: dict(v) for n, v in again.notes.items()} == notes
+
+
+@pytest.mark.parametrize("kind", ["linear", "value"])
+@torch.no_grad()
+def test_outputs_count_by_what_reads_them(tmp_path, kind):
+    """Rows times powers of two, the columns that read them divided by those: the model and the error along the inputs
+    stay, while groups along the outputs now mix large rows with small ones. Large rows alone must not decide."""
+    plain, states = unbalanced(tmp_path)
+    planted, same = unbalanced(tmp_path)
+    group = next(g for g in planted.spec.balance if g.kind == kind)
+    s = torch.ones(planted.weight(group.producer).shape[0])
+    s[::8] = 2.0**-6
+    planted.absorb(group, s)
+    for segment, entering in ((plain, states), (planted, same)):
+        AdaDim().apply(segment, new_context(segment, entering, kinds=(Gram,)))
+    before, after = plain.notes[group.producer], planted.notes[group.producer]
+    assert after["adadim.in"] == pytest.approx(before["adadim.in"], rel=1e-4)
+    assert after["adadim.out"] > 5 * before["adadim.out"]
+    assert planted.schemes[group.producer].weights.grouping.axis == "in"
 
 
 @pytest.mark.parametrize("rounding", [Rtn(), Gptq()])

@@ -179,6 +179,8 @@ def test_refusals(tmp_path):
     assert "parts of --clipped-softmax" in refused("analyze", model, *few, "--gated")
     asked = (*few, "--clipped-softmax")
     assert "some must be left" in refused("analyze", model, *asked, "--windows", "4")
+    unmeasured = ("--sensitivity", "w4a16-g32", "--probe-windows", "0")
+    assert "--probe-windows 0" in refused("analyze", model, *few, *unmeasured)
     assert "--head-windows 3" in refused("analyze", model, *asked, "--windows", "2", "--head-windows", "3")
     assert "gama" in refused("analyze", model, *asked, "--windows", "2", "--softmax", "gama=1")
     falcon = save_tiny("falcon-rw", tmp_path / "falcon")

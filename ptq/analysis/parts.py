@@ -101,6 +101,8 @@ def check_parts(
             )
         for text in softmax.settings:
             parse_softmax(text, parts.options.seq_len)
+    if sensitivity and parts.probe_windows < 1:
+        raise ToolkitError(f"--probe-windows {parts.probe_windows}: less than 1", "pass --probe-windows 4")
     if parts.quantized and (sensitivity or try_advice):
         option = "--sensitivity" if sensitivity else "--try"
         raise ToolkitError(f"{option}: {parts.folder.name} is quantized already", "analyze the float model")

@@ -20,6 +20,7 @@ from calibration.errors import Problem
 from calibration.passes import Phase, Stream
 from calibration.segment import Segment
 from calibration.statistics import Gram, Statistic
+from ptq.methods.balancing import by_value_channel
 from ptq.numerics.grids import fake_quantize
 from ptq.numerics.objective import rounding_error
 from ptq.scheme import NARROW_SCALES, Axis, Grouping, QuantScheme
@@ -58,8 +59,12 @@ def choose(segment: Segment, linear: str, options: tuple[QuantScheme, ...], erro
 
 @dataclass(frozen=True)
 class AdaDim:
-    """The axis of less error of the linear's own output, ||(Q(W) - W) X^T||^2 with Q = round to nearest, from the Gram
-    matrix of its input: no forward pass."""
+    """The axis of less error of the linear's output, ||C (Q(W) - W) X^T||^2 with Q = round to nearest, from the Gram
+    matrix of its input: no forward pass.
+
+    C is diagonal: an output that one linear alone reads counts by the norm of the column it meets there. Without it,
+    outputs that are large and multiplied by little (outlier channels between up and down) decide for all others.
+    """
 
     name: ClassVar[str] = "adadim"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.CHOOSE,)
@@ -85,10 +90,23 @@ class AdaDim:
 
 
 def gram_errors(segment: Segment, context: Context, linear: str, options: tuple[QuantScheme, ...]) -> list[float]:
-    """||(Q(W) - W) X^T||^2 of every option; a clipping range counts for the option it was searched for, the first."""
+    """||C (Q(W) - W) X^T||^2 of every option; a clipping range counts for the option it was searched for, the first."""
     w, gram = segment.weight(linear), context.product_gram(linear)
-    clip = segment.ranges.get(linear)
-    return [float(rounding_error(w, gram, o.weights, clip if i == 0 else None)) for i, o in enumerate(options)]
+    clip, importance = segment.ranges.get(linear), column_energies(segment, linear)
+    return [
+        float(rounding_error(w, gram, o.weights, clip if i == 0 else None, importance=importance))
+        for i, o in enumerate(options)
+    ]
+
+
+def column_energies(segment: Segment, linear: str) -> torch.Tensor | None:
+    """``[out]``: squared norms of the columns that read the outputs of ``linear``, summed over readers and query heads;
+    None where something else than linears reads them, or a part of them."""
+    group = next((g for g in segment.spec.balance if g.producer == linear and g.kind != "norm"), None)
+    if group is None or group.rows is not None:
+        return None
+    columns = torch.stack([segment.weight(name).square().sum(dim=0) for name in group.consumers]).sum(dim=0)
+    return by_value_channel(group, columns).sum(dim=0)
 
 
 @dataclass(frozen=True)

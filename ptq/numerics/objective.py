@@ -35,6 +35,7 @@ def rounding_error(
     quant: TensorQuant,
     clip: torch.Tensor | None = None,
     global_scale: torch.Tensor | None = None,
+    importance: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """||(Q(W) - W) X^T||^2 of rounding to nearest, a scalar.
 
@@ -42,6 +43,7 @@ def rounding_error(
         w: ``[out, in]``, gram ``[in, in]``; see `output_energy`.
         clip: ``[lines, G]`` clipping bounds, or None.
         global_scale: ``[1]``, for two-level formats; None takes that of W alone.
+        importance: ``[out]``, what the squared error of an output counts; None counts all alike.
     """
     total = torch.zeros((), dtype=torch.float32, device=w.device)
     across = quant.grouping.axis == "out"
@@ -51,7 +53,8 @@ def rounding_error(
         if clip is not None:
             per_group = rows_per_group(quant, w.shape[0])
             bound = clip[:, rows.start // per_group : -(-rows.stop // per_group)] if across else clip[rows]
-        total += output_energy(fake_quantize(w[rows], quant, bound, global_scale).sub_(w[rows]), gram)
+        d = fake_quantize(w[rows], quant, bound, global_scale).sub_(w[rows])
+        total += output_energy(d if importance is None else d * importance[rows, None].sqrt(), gram)
     return total
 
 
