@@ -169,5 +169,5 @@ def test_what_cannot_be_exchanged_is_refused(tmp_path):
         ptq.evaluate(bloom, dataset=str(text_file(tmp_path / "t.txt")), seq_len=32, probabilities="log2-4")
     folder = tiny_checkpoint("llama", tmp_path / "llama")
     quantize(folder, tmp_path / "kv", method="rtn", scheme="w8a8kv4", format="native")
-    with pytest.raises(ToolkitError, match="KV cache of this model is quantized"):
+    with pytest.raises(ToolkitError, match="exchanged already, for a quantized KV cache"):
         ptq.evaluate(tmp_path / "kv", dataset=str(tmp_path / "t.txt"), seq_len=32, probabilities="log2-4")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ptq.analysis.record import AnalysisRecord
 from ptq.analysis.softmax_record import SoftmaxSweep
 from ptq.report import figures
-from ptq.report.axis import Axis, Tick
+from ptq.report.axis import LOG_FROM, Axis, Tick
 from ptq.report.bars import Bar, Segment
 from ptq.study.frontier import together
 from ptq.study.sensitivity import LinearSensitivity, SchemeSensitivity
@@ -17,7 +17,6 @@ from ptq.study.sensitivity import LinearSensitivity, SchemeSensitivity
 SHOWN_BARS = 24
 MAX_ROWS = 700
 """Rows of the table of linears rounded alone; the largest divergences stay."""
-_WIDE = 4.0  # perplexities this many times apart are not told apart on a linear axis
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def gamma_chart(sweep: SoftmaxSweep | None) -> Chart | None:
             [f"{r.softmax}, 8 bits\n{figures.perplexity(r.perplexity_8_bit)}" for r in rows],
         ),
     ]
-    return _chart(lines, True, max(values) > _WIDE * min(values), plain.perplexity)
+    return _chart(lines, True, max(values) > LOG_FROM * min(values), plain.perplexity)
 
 
 def pareto_chart(record: AnalysisRecord) -> Chart | None:

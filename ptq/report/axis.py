@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 _MAX_TICKS = 9
+LOG_FROM = 4.0  # values this many times apart are not told apart on a linear axis
 
 
 @dataclass(frozen=True)

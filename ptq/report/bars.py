@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from calibration.record import Evaluation, RunRecord
 from ptq.report import figures, wording
-from ptq.report.axis import Axis, Tick
+from ptq.report.axis import LOG_FROM, Axis, Tick
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MAX_SCHEMES = 6
-_LOG_FROM = 4.0  # perplexities this many times apart are not told apart on a linear axis
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def quality(record: RunRecord) -> tuple[Quality, ...]:
 def _quality(result: wording.Results) -> Quality:
     values = [e.perplexity for e in result.evaluations] + ([result.reference] if result.reference is not None else [])
     finite = [v for v in values if math.isfinite(v)]
-    log = bool(finite) and min(finite) > 0 and max(finite) / min(finite) > _LOG_FROM
+    log = bool(finite) and min(finite) > 0 and max(finite) / min(finite) > LOG_FROM
     axis = Axis.around(finite, log)
     return Quality(
         title=wording.protocol_title(result.protocol),

@@ -55,8 +55,8 @@ def exchange_softmax(
         probabilities: of all blocks, or one entry per block.
 
     Raises:
-        ToolkitError: the family computes attention in its own way (Falcon, BLOOM), or it is exchanged already for a
-            quantized KV cache.
+        ToolkitError: the family computes attention in its own way (Falcon, BLOOM), or it is exchanged already (a
+            quantized KV cache, another softmax).
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -65,7 +65,8 @@ def exchange_softmax(
     if reason is not None:
         raise ToolkitError(reason, "leave out what exchanges attention probabilities")
     if model.config._attn_implementation.startswith("ptq-"):
-        raise ToolkitError("the KV cache of this model is quantized", "use a model without kv in its scheme")
+        taken = "the attention of this model is exchanged already, for a quantized KV cache or another softmax"
+        raise ToolkitError(taken, "use a model without kv in its scheme, and exchange it once")
     name = f"ptq-explicit-{next(_numbers)}"
     AttentionInterface.register(name, explicit_attention(probabilities, look))
     # without a mask function of its own a model is silently not causal
