@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 import ptq
-from calibration.corpora import load_corpus
-from calibration.models import load_tokenizer
-from calibration.perplexity import encode_for, score
-from calibration.windows import Scoring
+from calibration.model.opening import load_tokenizer
+from calibration.scoring.perplexity import encode_for, score
+from calibration.scoring.windows import Scoring
+from calibration.text.corpora import load_corpus
 from ptq.evaluation import logits_of
 from ptq.runtime.load import load_model
 

@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 
-from calibration.checkpoint import CheckpointReader
-from ptq.export.formats import format_of
+from calibration.model.checkpoint import CheckpointReader
+from ptq.formats.registry import format_of
 
 Dequantize = Callable[[CheckpointReader, str, tuple[int, int]], torch.Tensor]
 """(checkpoint, name of a linear, its shape) to float32 ``[out, in]``."""

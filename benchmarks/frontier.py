@@ -19,11 +19,11 @@ from tempfile import TemporaryDirectory
 from probes import reweighted, second_order
 from table import Bench, add_arguments
 
-from calibration.models import locate
+from calibration.model.opening import locate
 from calibration.progress import Silent
 from ptq.fitting.budget import Budget
 from ptq.fitting.job import prepare_fit
-from ptq.job import Options, calibration_windows
+from ptq.planning.job import Options, calibration_windows
 from ptq.study.ranks import spearman
 
 UNIFORM = ",".join(f"w{bits}a16-{group}-sym" for bits in (2, 3, 4) for group in ("g128", "g64", "g32"))

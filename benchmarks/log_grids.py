@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from calibration.architectures import resolve
-from calibration.corpora import load_corpus
-from calibration.models import load_tokenizer
-from calibration.perplexity import encode_for, score
-from calibration.samples import model_tokens
-from calibration.windows import Scoring
+from calibration.model.opening import load_tokenizer
+from calibration.scoring.perplexity import encode_for, score
+from calibration.scoring.windows import Scoring
+from calibration.text.corpora import load_corpus
+from calibration.text.samples import model_tokens
 from ptq.evaluation import logits_of
 from ptq.numerics.softmax import SoftmaxRule
 from ptq.runtime.explicit_attention import exchange_softmax

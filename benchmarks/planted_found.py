@@ -14,12 +14,11 @@ from pathlib import Path
 
 import torch
 
-from calibration.models import forward_dtype, locate, open_model
+from calibration.model.opening import forward_dtype, locate, open_model
 from calibration.progress import Silent
-from calibration.samples import model_tokens
-from calibration.text import TokenBatches
+from calibration.text.crops import TokenBatches
+from calibration.text.samples import default_dataset, model_tokens
 from ptq.analysis.observe import Findings, Subject, observe
-from ptq.evaluation import default_dataset
 
 GROWTH = 5.0
 INPUTS = ("attention input", "mlp input", "down input")

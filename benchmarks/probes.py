@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from calibration.text import TokenBatches
+from calibration.text.crops import TokenBatches
 from ptq.fitting.sensitivity import Sensitivities
 
 WINDOWS = 4

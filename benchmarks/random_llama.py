@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from calibration.shards import ShardWriter
+from calibration.model.shards import ShardWriter
 
 
 def main() -> None:

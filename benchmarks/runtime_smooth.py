@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 
 import ptq
-from calibration.corpora import load_corpus
-from calibration.models import load_tokenizer
-from calibration.perplexity import EncodedText, encode_for, score
-from calibration.windows import Scoring
+from calibration.model.opening import load_tokenizer
+from calibration.scoring.perplexity import EncodedText, encode_for, score
+from calibration.scoring.windows import Scoring
+from calibration.text.corpora import load_corpus
 from ptq.activations import ActivationQuant, RuntimeSmooth
 from ptq.evaluation import logits_of
 from ptq.numerics.activations import fake_quantize_inputs

@@ -20,16 +20,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from calibration.context import Context
 from calibration.errors import Problem
-from calibration.passes import Phase, Stream
 from calibration.progress import Silent
-from calibration.segment import Segment
-from calibration.statistics import Gram, Statistic
+from calibration.walk.context import Context
+from calibration.walk.passes import Phase, Stream
+from calibration.walk.segment import Segment
+from calibration.walk.statistics import Gram, Statistic
 from ptq.fitting.job import prepare_fit
-from ptq.job import Options, prepare
 from ptq.methods import METHODS
-from ptq.pipeline import run
+from ptq.planning.job import Options, prepare
+from ptq.run.pipeline import run
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ HERE = Path(__file__).parent
 
 def tokens_file(model: Path, dataset: str, samples: int, seq_len: int, path: Path) -> None:
     """The calibration windows of `ptq quantize --dataset` as a file that both tools read."""
-    from calibration.corpora import load_corpus
-    from calibration.models import load_tokenizer
-    from calibration.text import calibration_tokens
+    from calibration.model.opening import load_tokenizer
+    from calibration.text.corpora import load_corpus
+    from calibration.text.crops import calibration_tokens
 
     batches = calibration_tokens(load_corpus(dataset, "calibrate"), load_tokenizer(model), samples, seq_len, seed=0)
     save_file({"input_ids": batches.input_ids}, path)

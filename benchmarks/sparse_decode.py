@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from calibration.architectures import ArchitectureSpec
-from calibration.models import open_model
-from cli.decoding import load_with_sites
+from calibration.model.opening import open_model
 from ptq.runtime.bench import Speed, measure_speed
 from ptq.runtime.generate import decode_tokens, read_bandwidth
 from ptq.runtime.load import load_model
+from ptq.sparse.decoding import load_with_sites
 from sparsity.attach import decode_modes
 from sparsity.sites import Mode, Site
 

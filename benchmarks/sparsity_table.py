@@ -24,18 +24,19 @@ from typing import Any
 import torch
 from table import remembered
 
-from calibration.corpora import load_corpus
-from calibration.encoding import EncodedText
-from calibration.models import forward_dtype, load_tokenizer, locate, open_model
-from calibration.passes import Pass
-from calibration.perplexity import encode_for, score
+from calibration.model.opening import forward_dtype, load_tokenizer, locate, open_model
 from calibration.progress import Silent
-from calibration.text import TokenBatches, calibration_tokens
-from calibration.windows import Scoring
-from cli.sparse import linear_sizes
-from ptq.evaluation import default_dataset, logits_of
+from calibration.scoring.perplexity import encode_for, score
+from calibration.scoring.windows import Scoring
+from calibration.text.corpora import load_corpus
+from calibration.text.crops import TokenBatches, calibration_tokens
+from calibration.text.encoding import EncodedText
+from calibration.text.samples import default_dataset
+from calibration.walk.passes import Pass
+from ptq.evaluation import logits_of
 from ptq.runtime.dequantized import float_weights
 from ptq.runtime.load import checkpoint_dtype, load_model
+from ptq.sparse.masks import linear_sizes
 from sparsity.files import sites_from
 from sparsity.job import Base, calibrate
 from sparsity.masking import Masks, mask_model, skipped_weights

@@ -26,21 +26,21 @@ from typing import Any, ClassVar
 import torch
 
 from calibration.architectures import Balance
-from calibration.context import Context
-from calibration.corpora import load_corpus
 from calibration.errors import Problem, ToolkitError
-from calibration.float_blocks import FloatBlocks
-from calibration.models import load_tokenizer, locate, open_model
-from calibration.passes import Phase, Stream
+from calibration.model.opening import load_tokenizer, locate, open_model
+from calibration.model.shards import ShardWriter
+from calibration.model.skeleton import Skeleton
 from calibration.progress import Silent
-from calibration.segment import Segment
-from calibration.shards import ShardWriter
-from calibration.skeleton import Skeleton
-from calibration.statistics import Statistic
-from calibration.text import calibration_tokens
-from calibration.walk import Walk
+from calibration.text.corpora import load_corpus
+from calibration.text.crops import calibration_tokens
+from calibration.walk.context import Context
+from calibration.walk.float_blocks import FloatBlocks
+from calibration.walk.passes import Phase, Stream
+from calibration.walk.segment import Segment
+from calibration.walk.statistics import Statistic
+from calibration.walk.walk import Walk
 from ptq.committed import encode_segment
-from ptq.export.write import copy_small_files, outside_blocks
+from ptq.formats.write import copy_small_files, outside_blocks
 
 PLACES = {"norm": "norm", "down": "linear", "value": "value"}
 """Names of places to the kinds of `Balance`: norm -> its readers, up -> down, v -> o."""

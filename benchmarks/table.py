@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 
-from calibration.corpora import load_corpus
-from calibration.encoding import EncodedText
-from calibration.models import load_tokenizer, locate
-from calibration.perplexity import LogitsModel, encode_for, score
+from calibration.model.opening import load_tokenizer, locate
 from calibration.record import Evaluation, read_record, read_timings
-from calibration.windows import Scoring
-from ptq.evaluation import default_dataset, logits_of
+from calibration.scoring.perplexity import LogitsModel, encode_for, score
+from calibration.scoring.windows import Scoring
+from calibration.text.corpora import load_corpus
+from calibration.text.encoding import EncodedText
+from calibration.text.samples import default_dataset
+from ptq.evaluation import logits_of
 from ptq.runtime.load import load_model
 
 CPU = torch.device("cpu")

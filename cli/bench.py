@@ -31,12 +31,12 @@ def bench(
     quiet_libraries()
     import torch
 
-    from calibration.models import load_tokenizer, locate
-    from cli.decoding import load_with_sites
+    from calibration.model.opening import load_tokenizer, locate
     from ptq.devices import parse_dtype, resolve_device
     from ptq.runtime.bench import measure_speed
     from ptq.runtime.generate import decode_tokens, read_bandwidth
     from ptq.runtime.load import load_model
+    from ptq.sparse.decoding import load_with_sites
     from sparsity.files import load_sparsity
 
     folder, where = locate(model), resolve_device(device)

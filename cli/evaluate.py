@@ -78,12 +78,12 @@ def evaluate(
     import dataclasses
     import json as json_module
 
-    from calibration.checkpoint import write_atomically
+    from calibration.model.checkpoint import write_atomically
     from calibration.record import SCHEMA_VERSION
     from cli.progress import TerminalProgress
-    from cli.sparse import MaskedRuntime, reached_lines
     from ptq.evaluation import evaluate as score
     from ptq.evaluation import evaluate_tasks
+    from ptq.sparse.masks import MaskedRuntime, reached_lines
 
     sparse = MaskedRuntime()
     with TerminalProgress() as progress:

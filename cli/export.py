@@ -23,10 +23,10 @@ def export(
     quiet_libraries()
     import dataclasses
 
-    from calibration.checkpoint import CheckpointReader
-    from calibration.models import locate, weights_fingerprint
+    from calibration.model.checkpoint import CheckpointReader
+    from calibration.model.opening import locate, weights_fingerprint
     from cli.progress import TerminalProgress
-    from ptq.convert import export_model
+    from ptq.conversion import export_model
     from sparsity.files import load_sparsity, save_sparsity
 
     sparsity = load_sparsity(locate(model))

@@ -45,7 +45,7 @@ def fit(
     from cli.progress import TerminalProgress
     from ptq.fitting.budget import parse_budget
     from ptq.fitting.job import prepare_fit
-    from ptq.job import Options
+    from ptq.planning.job import Options
 
     budget = parse_budget(size, bpw, max_ppl_increase)
     if out.exists() and not overwrite:

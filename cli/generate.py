@@ -31,11 +31,11 @@ def generate(
 
     import torch
 
-    from calibration.models import load_tokenizer
-    from cli.decoding import load_decoder
+    from calibration.model.opening import load_tokenizer
     from ptq.devices import parse_dtype, resolve_device
     from ptq.runtime.generate import generate as run
     from ptq.runtime.generate import read_bandwidth
+    from ptq.sparse.decoding import load_decoder
 
     where = resolve_device(device)
     width = torch.bfloat16 if dtype == "auto" else parse_dtype(dtype)

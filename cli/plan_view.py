@@ -14,7 +14,7 @@ from rich.table import Table
 from calibration.record import RunRecord, read_timings
 
 if TYPE_CHECKING:
-    from ptq.job import Job
+    from ptq.planning.job import Job
 
 
 def size(n_bytes: int) -> str:

@@ -122,7 +122,7 @@ def _write(
     import dataclasses
     import json
 
-    from calibration.checkpoint import write_atomically
+    from calibration.model.checkpoint import write_atomically
     from ptq.study.precision_law import PrecisionLaw
 
     data = {

@@ -83,10 +83,11 @@ def quantize(
     if out is None and not dry_run:
         raise ToolkitError("--out is missing", "pass --out DIR, or --dry-run to see the plan only")
     quiet_libraries()
-    from cli.sparse import MaskedRuntime, all_methods, refuse_sparse
-    from ptq.job import Options, prepare
-    from ptq.pipeline import run
+    from ptq.planning.job import Options, prepare
+    from ptq.run.pipeline import run
     from ptq.session import Session
+    from ptq.sparse.masks import MaskedRuntime
+    from ptq.sparse.methods import all_methods, refuse_sparse
     from sparsity.methods import METHODS as SPARSIFIERS
 
     if out is not None and not dry_run:

@@ -50,8 +50,8 @@ def sparsify(
     quiet_libraries()
     from calibration.errors import ToolkitError, unknown_value
     from cli.progress import TerminalProgress
-    from cli.sparse import sparsifiers
-    from cli.sparse_run import SparsifyOptions, run_sparsify
+    from ptq.sparse.methods import sparsifiers
+    from ptq.sparsification import SparsifyOptions, run_sparsify
     from sparsity.methods import METHODS
 
     if sum(goal is not None for goal in (target, skip_bytes, max_ppl_increase)) > 1:

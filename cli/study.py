@@ -95,7 +95,7 @@ def sensitivity(
     if windows < 1:
         raise ToolkitError(f"--windows {windows}: less than 1", "give --windows a positive number")
     quiet_libraries()
-    from ptq.job import Options
+    from ptq.planning.job import Options
     from ptq.report.sensitivity_markdown import render
     from ptq.study.sensitivity import study_sensitivity
 

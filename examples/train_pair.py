@@ -29,7 +29,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from calibration.architectures import resolve
 from calibration.progress import Silent
-from calibration.text import TokenBatches
+from calibration.text.crops import TokenBatches
 from ptq.analysis.softmax_bench import Norms
 from ptq.analysis.softmax_record import SoftmaxRow
 from ptq.analysis.softmax_sweep import SweepOptions, sweep_softmax

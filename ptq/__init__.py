@@ -14,10 +14,10 @@ from typing import Any
 
 __version__ = "0.1.0"
 _API = {
-    "quantize": "ptq.pipeline",
+    "quantize": "ptq.run.pipeline",
     "evaluate": "ptq.evaluation",
     "prepare_checkpoint": "ptq.preparation",
-    "export_model": "ptq.convert",  # `export` is the package of formats
+    "export_model": "ptq.conversion",  # `export` is the package of formats
     "load_model": "ptq.runtime.load",
     "generate": "ptq.runtime.generate",
 }

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from calibration.checkpoint import CheckpointReader
 from calibration.errors import ToolkitError
-from calibration.segment import Segment
-from calibration.walk import Tensors, Transforms
-from ptq.export.formats import FORMATS
+from calibration.model.checkpoint import CheckpointReader
+from calibration.walk.segment import Segment
+from calibration.walk.walk import Tensors, Transforms
+from ptq.formats.registry import FORMATS
 from ptq.linears import ModelLayout
 from ptq.numerics.activations import fake_quantize_inputs
 from ptq.quantized import INPUT_GRID, QuantizedTensor

@@ -54,3 +54,10 @@ def peak_rss_bytes() -> int:
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def evaluation_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto``: float32 on CPUs, so that numbers compare between machines; bfloat16 on GPUs."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return parse_dtype(name)

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 
 from calibration.architectures import resolve
-from calibration.corpora import load_corpus
-from calibration.encoding import token_ids, too_short
 from calibration.errors import ToolkitError
-from calibration.models import DEMO, DEMO_FOLDER, load_tokenizer, locate
-from calibration.perplexity import evaluate_text
+from calibration.model.opening import context_length, load_tokenizer, locate
 from calibration.progress import Progress
-from calibration.record import REPORT_FILE, Evaluation, read_record
-from calibration.samples import model_tokens
-from calibration.tasks import TaskRun, lm_eval_tasks
-from calibration.text import TokenBatches, check_tokenizer
-from calibration.windows import Scoring
-from ptq.devices import parse_dtype, resolve_device
+from calibration.record import Evaluation
+from calibration.scoring.perplexity import evaluate_text
+from calibration.scoring.tasks import TaskRun, lm_eval_tasks
+from calibration.scoring.windows import Scoring
+from calibration.text.corpora import load_corpus
+from calibration.text.crops import TokenBatches, check_tokenizer
+from calibration.text.encoding import token_ids, too_short
+from calibration.text.samples import default_dataset, model_tokens
+from ptq.devices import evaluation_dtype, resolve_device
 from ptq.gating import SparseRuntime
 from ptq.numerics.logarithmic import LogQuant
 from ptq.numerics.softmax import SoftmaxRule
@@ -31,31 +31,6 @@ from ptq.runtime.log_values import LogGrid, describe, log_probabilities, parse_l
 
 TASK_BATCH = 8  # sequences per forward in lm-eval tasks
 EVAL_TOKENS = 2048  # tokens per forward
-
-
-def context_length(config: Any) -> int:
-    """The longest window that a model takes; 2048 where its config names none (ALiBi)."""
-    for name in ("max_position_embeddings", "n_positions", "seq_length"):
-        value = getattr(config, name, None)
-        if value:
-            return int(value)
-    return 2048
-
-
-def default_dataset(folder: Path) -> str:
-    """``builtin`` for the demo and what was made of it, else ``wikitext2``."""
-    if folder.resolve() == DEMO_FOLDER.resolve():
-        return "builtin"
-    if (folder / REPORT_FILE).exists() and read_record(folder).model.get("source") == DEMO:
-        return "builtin"
-    return "wikitext2"
-
-
-def evaluation_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto``: float32 on CPUs, so that numbers compare between machines; bfloat16 on GPUs."""
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return parse_dtype(name)
 
 
 def logits_of(loaded: Loaded, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:

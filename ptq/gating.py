@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from calibration.architectures import ArchitectureSpec
-from calibration.passes import Pass
+from calibration.walk.passes import Pass
 
 
 class SparseRuntime(Protocol):

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 
-from calibration.checkpoint import CheckpointReader
-from calibration.models import locate, open_model
+from calibration.model.checkpoint import CheckpointReader
+from calibration.model.opening import context_length, locate, open_model
 from ptq.devices import resolve_device
-from ptq.evaluation import context_length
-from ptq.export.checks import summary
-from ptq.export.formats import Format, format_of
+from ptq.formats.checks import summary
+from ptq.formats.registry import Format, format_of
 from ptq.runtime.kernels.dispatch import refusals, select
 from ptq.runtime.kernels.kernel import KernelQuery
 

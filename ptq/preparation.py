@@ -19,19 +19,18 @@ import torch
 from torch import nn
 
 from calibration.architectures import ArchitectureSpec
-from calibration.checkpoint import CheckpointReader, write_atomically
-from calibration.corpora import check_name
 from calibration.errors import ToolkitError
-from calibration.models import fingerprint, locate, open_model
+from calibration.model.checkpoint import CheckpointReader, write_atomically
+from calibration.model.opening import context_length, fingerprint, locate, open_model
+from calibration.model.shards import ShardWriter
+from calibration.model.skeleton import build_model, load_parameters, set_submodule
 from calibration.progress import Progress, Silent
-from calibration.samples import model_tokens
-from calibration.shards import ShardWriter
-from calibration.skeleton import build_model, load_parameters, set_submodule
-from calibration.text import TokenBatches
+from calibration.text.corpora import check_name
+from calibration.text.crops import TokenBatches
+from calibration.text.samples import default_dataset, model_tokens
 from ptq.devices import resolve_device
-from ptq.evaluation import context_length, default_dataset
-from ptq.export.formats import Format, format_of
-from ptq.export.write import copy_small_files
+from ptq.formats.registry import Format, format_of
+from ptq.formats.write import copy_small_files
 from ptq.runtime.load import checkpoint_dtype, read_linear
 from ptq.session import Session
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibration.checkpoint import disk_errors, sync_folder, write_atomically
 from calibration.errors import ToolkitError
+from calibration.model.checkpoint import disk_errors, sync_folder, write_atomically
 
 PLAN_FILE = "plan.json"
 BLOCKS = "blocks"

@@ -12,7 +12,7 @@ from torch import nn
 
 from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
-from calibration.skeleton import set_submodule
+from calibration.model.skeleton import set_submodule
 from sparsity.decode import DecodeLinear, GatedFeedForward, MaskedLinear, Phase, row_slice
 from sparsity.kernels.pages import on_huge_pages
 from sparsity.sites import Mode, Site

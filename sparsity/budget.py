@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import torch
 
 from calibration.architectures import ArchitectureSpec
-from calibration.capture import Watch
-from calibration.context import Context
 from calibration.errors import Problem
-from calibration.segment import Segment
+from calibration.walk.capture import Watch
+from calibration.walk.context import Context
+from calibration.walk.segment import Segment
 from sparsity.files import sites_from
 from sparsity.gate import GatePass
 from sparsity.masking import Masks, block_watches

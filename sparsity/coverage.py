@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 from calibration.architectures import ArchitectureSpec, BlockSpec
 from calibration.errors import ToolkitError
-from calibration.passes import Pass
+from calibration.walk.passes import Pass
 
 
 @runtime_checkable

@@ -15,9 +15,9 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file
 
-from calibration.checkpoint import CheckpointReader, save_tensors, write_atomically
 from calibration.errors import ToolkitError
-from calibration.models import weights_fingerprint
+from calibration.model.checkpoint import CheckpointReader, save_tensors, write_atomically
+from calibration.model.opening import weights_fingerprint
 from sparsity.sites import MODES, Mode, Site
 
 TENSORS_FILE = "sparsity.safetensors"
@@ -36,7 +36,7 @@ class Sparsity:
     Attributes:
         method: ``cats``, ``chess``, ...; with ``+`` where several added sites.
         target: what was asked for, in [0, 1).
-        base: `calibration.models.weights_fingerprint` of the weights that the thresholds were made for.
+        base: `calibration.model.opening.weights_fingerprint` of the weights that the thresholds were made for.
         sites: in execution order.
         settings: of the method, everything that decides the thresholds.
         calibration: of the text, as in a run record.

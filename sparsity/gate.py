@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from calibration.architectures import ArchitectureSpec
-from calibration.passes import Phase, Stream
-from calibration.statistics import Statistic
+from calibration.walk.passes import Phase, Stream
+from calibration.walk.statistics import Statistic
 
 
 class GatePass:

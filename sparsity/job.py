@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from calibration.architectures import ArchitectureSpec
-from calibration.checkpoint import CheckpointReader, TensorSource
 from calibration.errors import PlanError
-from calibration.float_blocks import FloatBlocks
-from calibration.models import weights_fingerprint
-from calibration.passes import Gates, Pass
+from calibration.model.checkpoint import CheckpointReader, TensorSource
+from calibration.model.opening import weights_fingerprint
+from calibration.model.skeleton import Skeleton
 from calibration.progress import Progress
-from calibration.skeleton import Skeleton
-from calibration.text import TokenBatches
-from calibration.walk import Walk
+from calibration.text.crops import TokenBatches
+from calibration.walk.float_blocks import FloatBlocks
+from calibration.walk.passes import Gates, Pass
+from calibration.walk.walk import Walk
 from sparsity.budget import Choice
 from sparsity.files import REACHED, SHARED, Sparsity, save_sparsity, sites_from
 from sparsity.rules import settings_of

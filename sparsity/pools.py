@@ -13,11 +13,11 @@ from typing import TypeVar
 import torch
 
 from calibration.architectures import FeedForward, SharedInput
-from calibration.capture import Look, Watch
-from calibration.context import Context
 from calibration.errors import ToolkitError
 from calibration.histogram import Histogram
-from calibration.segment import Segment
+from calibration.walk.capture import Look, Watch
+from calibration.walk.context import Context
+from calibration.walk.segment import Segment
 from sparsity.masking import FIRST
 
 K = TypeVar("K", bound=Hashable)

@@ -12,7 +12,7 @@ import torch
 from calibration.architectures import ArchitectureSpec
 from calibration.errors import Problem, ToolkitError
 from calibration.histogram import Histogram
-from calibration.segment import Segment
+from calibration.walk.segment import Segment
 from sparsity.files import REACHED, SHARED, site_tensors
 from sparsity.pools import MIN_TOKENS, Pool
 from sparsity.sites import Mode, Site

@@ -11,10 +11,10 @@ import torch
 from tiny_models import save_tiny
 
 from calibration.architectures import ArchitectureSpec
-from calibration.models import open_model
-from calibration.passes import Pass
+from calibration.model.opening import open_model
 from calibration.progress import Silent
-from calibration.text import TokenBatches
+from calibration.text.crops import TokenBatches
+from calibration.walk.passes import Pass
 from ptq.runtime.dequantized import float_weights
 from ptq.runtime.load import load_model
 from sparsity.budget import Profile

@@ -9,10 +9,10 @@ import torch
 from tiny_runs import IDS, logits, quantize, text_file, tiny_checkpoint
 
 import ptq
-from calibration.checkpoint import CheckpointReader
 from calibration.errors import PlanError
+from calibration.model.checkpoint import CheckpointReader
 from calibration.progress import Silent
-from ptq.export.formats import format_of
+from ptq.formats.registry import format_of
 from ptq.numerics.activations import fake_quantize_inputs
 from ptq.runtime.linear import QuantLinear
 from ptq.runtime.load import load_model, read_linear
@@ -89,12 +89,12 @@ def test_eval_says_which_path_it_scored(model, tmp_path):
 def test_static_ranges_are_those_of_the_calibration_inputs(model, tmp_path):
     """The first block's q_proj sees the same inputs in the float model."""
     out = run(model, tmp_path / "out", "w8a8-astatic", "ranges+rtn", format="native")
-    tokens = ptq.job.calibration_windows(
-        ptq.job.prepare(
+    tokens = ptq.planning.job.calibration_windows(
+        ptq.planning.job.prepare(
             model,
             method="gptq",
             scheme="w8a8",
-            options=ptq.job.Options(dataset=str(text_file(tmp_path)), samples=8, seq_len=32),
+            options=ptq.planning.job.Options(dataset=str(text_file(tmp_path)), samples=8, seq_len=32),
         ),
         Silent(),
     )

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from tiny_models import save_tiny
 
-from calibration.checkpoint import CheckpointReader
-from calibration.models import locate, open_model
+from calibration.model.checkpoint import CheckpointReader
+from calibration.model.opening import locate, open_model
 from calibration.progress import Silent
-from calibration.samples import model_tokens
-from calibration.text import TokenBatches
+from calibration.text.crops import TokenBatches
+from calibration.text.samples import model_tokens
 from ptq.analysis.activations import standout_channels
 from ptq.analysis.advice import advise
 from ptq.analysis.observe import Findings, Subject, observe

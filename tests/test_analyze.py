@@ -12,9 +12,9 @@ from tiny_models import FAMILIES, save_tiny
 from transformers import AutoModelForCausalLM
 
 from calibration.errors import ToolkitError
-from calibration.models import open_model
+from calibration.model.opening import open_model
 from calibration.progress import Silent
-from calibration.text import TokenBatches
+from calibration.text.crops import TokenBatches
 from ptq.analysis.observe import Subject, observe
 from ptq.analysis.sites import ROLES
 

@@ -12,7 +12,7 @@ from broken_checkpoints import MODELS
 from byte_tokenizer import byte_tokenizer
 from command import done, refused, run_ptq, snapshot, text_file, tiny
 
-import calibration.checkpoint
+import calibration.model.checkpoint
 
 SMALL = ("--samples", "2", "--seq-len", "16", "--scheme", "w4a16-g32")
 
@@ -177,7 +177,7 @@ def test_full_disk_before_and_while_writing(place, monkeypatch):
     def full(*args: object, **named: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(calibration.checkpoint, "save_file", full)
+    monkeypatch.setattr(calibration.model.checkpoint, "save_file", full)
     message = refused(*quantize(place))
     assert "the disk is full" in message and "--resume" in message and not (place / "out").exists()
     shutil.rmtree(place / "out.partial")
@@ -187,7 +187,7 @@ def test_full_disk_while_exporting(models, place, monkeypatch):
     def full(*args: object, **named: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(calibration.checkpoint, "save_file", full)
+    monkeypatch.setattr(calibration.model.checkpoint, "save_file", full)
     says(place, ["export", models / "quantized", "--format", "native", "--out", place / "out"], "the disk is full")
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calibration.checkpoint import DTYPES, CheckpointReader, read_config, save_tensors, write_atomically
 from calibration.errors import ToolkitError
-from calibration.shards import ShardWriter
+from calibration.model.checkpoint import DTYPES, CheckpointReader, read_config, save_tensors, write_atomically
+from calibration.model.shards import ShardWriter
 
 INDEX = "model.safetensors.index.json"
 
@@ -104,7 +104,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("calibration.checkpoint.os.fsync", fail)
+    monkeypatch.setattr("calibration.model.checkpoint.os.fsync", fail)
     with pytest.raises(ToolkitError, match="the disk is full"):
         save_tensors(path, {"a": torch.ones(4)})
     with pytest.raises(ToolkitError, match="the disk is full"):

@@ -21,7 +21,7 @@ from tiny_runs import (
 from transformers import AutoModelForCausalLM
 
 from calibration.errors import ToolkitError
-from calibration.models import check_finite, open_model
+from calibration.model.opening import check_finite, open_model
 from ptq.runtime.load import load_model
 
 Tensors = dict[str, torch.Tensor]

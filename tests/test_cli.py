@@ -10,9 +10,9 @@ import pytest
 import torch
 from command import done, process, refused, run_ptq, text_file, tiny
 
-from calibration.checkpoint import CheckpointReader
+from calibration.model.checkpoint import CheckpointReader
 from calibration.record import read_record, read_timings
-from ptq.export.formats import FORMATS, format_of
+from ptq.formats.registry import FORMATS, format_of
 from ptq.methods import COMBINATIONS, METHODS
 from ptq.quantized import QuantizedTensor
 from ptq.runtime.load import read_linear

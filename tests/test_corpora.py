@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from byte_tokenizer import BOS, byte_tokenizer
 
-from calibration.corpora import load_corpus
-from calibration.encoding import encode_text
 from calibration.errors import ToolkitError
-from calibration.hub_sets import _revision
-from calibration.text import calibration_tokens
+from calibration.text.corpora import load_corpus
+from calibration.text.crops import calibration_tokens
+from calibration.text.encoding import encode_text
+from calibration.text.hub_sets import _revision
 
 
 @pytest.fixture

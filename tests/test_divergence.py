@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from toy_models import V, bigram, random_text
 
-from calibration.perplexity import score
-from calibration.windows import Scoring
+from calibration.scoring.perplexity import score
+from calibration.scoring.windows import Scoring
 
 
 def test_a_model_does_not_diverge_from_itself_or_from_its_shifted_logits() -> None:

@@ -13,9 +13,9 @@ from tiny_runs import edit_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from calibration.architectures import Residual, resolve
-from calibration.skeleton import load_parameters
-from calibration.states import HiddenStates
-from calibration.text import TokenBatches
+from calibration.model.skeleton import load_parameters
+from calibration.text.crops import TokenBatches
+from calibration.walk.states import HiddenStates
 from ptq.methods import OutlierTune, RepQuant, Rotate, SmoothQuant
 from ptq.scheme import parse_scheme
 

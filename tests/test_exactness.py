@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from calibration.architectures import resolve
 from calibration.architectures.spec import Balance
-from calibration.checkpoint import CheckpointReader
-from calibration.float_blocks import FloatBlocks
-from calibration.segment import Segment
-from calibration.skeleton import Skeleton, load_parameters
-from calibration.states import HiddenStates
-from calibration.text import TokenBatches
+from calibration.model.checkpoint import CheckpointReader
+from calibration.model.skeleton import Skeleton, load_parameters
+from calibration.text.crops import TokenBatches
+from calibration.walk.float_blocks import FloatBlocks
+from calibration.walk.segment import Segment
+from calibration.walk.states import HiddenStates
 
 
 @contextmanager

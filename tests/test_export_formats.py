@@ -9,11 +9,11 @@ import torch
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationScheme
 
-from calibration.checkpoint import TensorInfo
 from calibration.errors import ToolkitError
-from ptq.export.formats import FORMATS, format_of
-from ptq.export.gptq import Gptq
-from ptq.export.readback import compare
+from calibration.model.checkpoint import TensorInfo
+from ptq.formats.gptq import Gptq
+from ptq.formats.readback import compare
+from ptq.formats.registry import FORMATS, format_of
 from ptq.linears import ModelLayout, PlannedLinear
 from ptq.numerics.bitstream import pack
 from ptq.numerics.integers import round_scale

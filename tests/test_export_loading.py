@@ -12,9 +12,9 @@ import torch
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from calibration.checkpoint import CheckpointReader, save_tensors
-from ptq.export.formats import FORMATS, format_of
-from ptq.export.readback import compare
+from calibration.model.checkpoint import CheckpointReader, save_tensors
+from ptq.formats.readback import compare
+from ptq.formats.registry import FORMATS, format_of
 from ptq.linears import ModelLayout, PlannedLinear
 from ptq.methods.rtn import round_to_nearest
 from ptq.scheme import parse_scheme

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from calibration.checkpoint import TensorInfo
 from calibration.errors import ToolkitError
-from ptq.export.checks import stored_scale, summary
-from ptq.export.formats import FORMATS, choose, format_of
-from ptq.export.readback import compare
+from calibration.model.checkpoint import TensorInfo
+from ptq.formats.checks import stored_scale, summary
+from ptq.formats.readback import compare
+from ptq.formats.registry import FORMATS, choose, format_of
 from ptq.linears import ModelLayout, PlannedLinear
 from ptq.quantized import QuantizedTensor
 from ptq.scheme import parse_scheme

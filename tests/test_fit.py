@@ -18,10 +18,10 @@ from calibration.record import read_record
 from ptq.fitting.allocation import allocate
 from ptq.fitting.budget import Budget, parse_budget
 from ptq.fitting.job import prepare_fit
-from ptq.job import Options, calibration_windows
 from ptq.numerics.feedback import column_costs, feedback_error
 from ptq.numerics.gptq import gptq_round
 from ptq.numerics.grids import fake_quantize
+from ptq.planning.job import Options, calibration_windows
 from ptq.scheme import parse_scheme
 
 torch.set_num_threads(1)

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from test_cli import codes
 
 from calibration.record import read_record
-from ptq.export.formats import FORMATS
-from ptq.export.native import Native
-from ptq.export.readback import compare
+from ptq.formats.native import Native
+from ptq.formats.readback import compare
+from ptq.formats.registry import FORMATS
 from ptq.methods.rtn import round_to_nearest
 from ptq.runtime.load import load_model
 from ptq.scheme import parse_scheme

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from tiny_runs import edit_config, rewrite
 
-from calibration.generated import GREEDY, first_tokens, generate_tokens
 from calibration.record import read_record
+from calibration.text.generated import GREEDY, first_tokens, generate_tokens
 
 WORDS = ("--scheme", "w4a16-g32", "--samples", "6", "--seq-len", "24", "--dataset", "generated")
 

@@ -9,9 +9,9 @@ import torch
 from command import done, products, refused, text_file, tiny
 from test_cli import codes
 
-from calibration.finished import FinishedBlocks
 from calibration.record import read_record
-from ptq.export.formats import FORMATS
+from calibration.walk.finished import FinishedBlocks
+from ptq.formats.registry import FORMATS
 from ptq.runtime.load import load_model
 
 FAST = ("--samples", "3", "--seq-len", "24")

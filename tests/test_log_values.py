@@ -12,7 +12,7 @@ from tiny_runs import IDS, logits, quantize, rewrite, tiny_checkpoint
 import ptq
 from calibration.architectures import resolve
 from calibration.errors import ToolkitError
-from calibration.text import TokenBatches
+from calibration.text.crops import TokenBatches
 from ptq.numerics.logarithmic import CANDIDATES, LogQuant, fake_quantize_log, log_sqrt2, signed_log
 from ptq.numerics.softmax import SoftmaxRule
 from ptq.runtime.explicit_attention import exchange_softmax, exchanged_softmax, explicit_attention

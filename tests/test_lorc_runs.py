@@ -49,7 +49,7 @@ def test_bits_are_those_of_the_file(place):
 def test_a_killed_run_resumes_to_the_same_bytes(place, monkeypatch):
     words = ["quantize", place / "llama", "--method", "gptq+lorc", "--dataset", place / "text.txt", *SMALL]
     with monkeypatch.context() as patch:
-        patch.setattr("ptq.pipeline.write_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("ptq.run.pipeline.write_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run_ptq(*words, "--out", place / "again").code == 130
     last = place / "again.partial/blocks/block-00001.safetensors"
     last.unlink()

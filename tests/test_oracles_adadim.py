@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_statistics import DOWN, K, Q, new_context, open_block
 
-from calibration.statistics import Gram
+from calibration.walk.statistics import Gram
 from ptq.methods import AdaDim, AdaDimPublished, Gptq, Rtn
 from ptq.methods.adadim import along, both_axes, column_energies
 from ptq.methods.rtn import round_to_nearest

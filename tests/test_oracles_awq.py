@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_statistics import inputs_of, new_context, open_block, scheme
 
-from calibration.segment import Segment
+from calibration.walk.segment import Segment
 from ptq.methods import Awq, Gptq, Rtn
 from ptq.numerics.awq import (
     candidate_scales,
@@ -204,7 +204,7 @@ def test_oracle_8_searching_changes_nothing(duo, tmp_path, monkeypatch):
     before = {n: m.clone() for n, m in segment.masters.items()}
     chosen: list[torch.Tensor] = []
     monkeypatch.setattr(Segment, "absorb", lambda self, g, s: (chosen.append(s), torch.ones(width_of(g, self)))[1])
-    monkeypatch.setattr("calibration.context.Context.rescale", lambda *args: None)
+    monkeypatch.setattr("calibration.walk.context.Context.rescale", lambda *args: None)
     for _ in range(2):
         Awq(duo=duo).apply(segment, new_context(segment, states))
     n = len(segment.spec.balance)

@@ -12,7 +12,7 @@ from test_exactness import wide_inside
 from test_statistics import inputs_of, new_context, open_block, scheme
 
 from calibration.record import read_record
-from calibration.statistics import Gram, Mean
+from calibration.walk.statistics import Gram, Mean
 from ptq.methods import AdaQuant, BiasCorrect, Equalize, Gptq, Rtn
 from ptq.methods.bias_correct import expected_inputs
 from ptq.methods.equalize import channel_ranges

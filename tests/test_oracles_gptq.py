@@ -12,7 +12,7 @@ import torch
 from test_statistics import DOWN, K, Q, V, new_context, open_block, scheme
 from test_statistics import OUT as O_PROJ
 
-from calibration.statistics import Gram
+from calibration.walk.statistics import Gram
 from ptq.methods.gptq import Gptq
 from ptq.methods.rtn import round_to_nearest
 from ptq.numerics.gptq import Rounded, column_order, gptq_round, inverse_factor

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_statistics import Q, new_context, open_block, scheme
 
-from calibration.statistics import Gram
+from calibration.walk.statistics import Gram
 from ptq.committed import encode_segment
 from ptq.methods import METHODS, Gptq, Lorc, Rtn
 from ptq.numerics.lowrank import factor_bits, factor_product, low_rank, quantize_factors

@@ -12,11 +12,11 @@ from test_statistics import new_context, open_block, scheme, tokens
 from tiny_runs import tiny_checkpoint
 
 import ptq
-from calibration.context import Context
-from calibration.passes import forwards_per_block
-from ptq.job import Options, prepare
+from calibration.walk.context import Context
+from calibration.walk.passes import forwards_per_block
 from ptq.methods import Gptq, NormTweak, Rtn
 from ptq.numerics.distribution import channel_distance, channel_moments, learning_rate
+from ptq.planning.job import Options, prepare
 from ptq.runtime.load import load_model
 
 torch.set_num_threads(1)
@@ -217,7 +217,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(place, monkeypatch):
     run(place, "whole", "gptq", 1e-3, 'target = "model"\n')
     words = ["quantize", place / "llama", "--recipe", place / "whole.toml", "--dataset", place / "text.txt", *WORDS]
     with monkeypatch.context() as patch:
-        patch.setattr("ptq.pipeline.write_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("ptq.run.pipeline.write_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run_ptq(*words, "--out", place / "again").code == 130
     (place / "again.partial/blocks/block-00001.safetensors").unlink()
     done(*words, "--out", place / "again", "--resume")

@@ -13,12 +13,12 @@ from test_statistics import inputs_of, new_context, open_block
 from tiny_runs import logits, plain_model
 
 from calibration.architectures import resolve
-from calibration.context import Context
 from calibration.errors import ToolkitError
 from calibration.record import read_record
-from calibration.statistics import Midpoints
+from calibration.walk.context import Context
+from calibration.walk.statistics import Midpoints
 from ptq.activations import ActivationQuant
-from ptq.export.loadable import check_keys
+from ptq.formats.loadable import check_keys
 from ptq.methods import OutlierTune
 from ptq.methods.static_steps import take_shift
 from ptq.numerics.activations import fake_quantize_inputs, quantize_inputs
@@ -208,7 +208,7 @@ def test_sequences_are_told_apart_in_the_model(family, tmp_path):
 @torch.no_grad()
 def test_other_statistics_are_gathered_again(tmp_path):
     """GPTQ behind OutlierTune sees the shifted inputs."""
-    from calibration.statistics import Gram
+    from calibration.walk.statistics import Gram
 
     segment, states = open_block("opt", tmp_path, scheme=W8A8)
     context: Context = new_context(segment, states, (Midpoints, Gram))
@@ -273,7 +273,7 @@ def test_a_tensor_that_a_class_lacks_stops_the_run(tmp_path, monkeypatch):
     text_file(tmp_path / "text.txt")
     tiny(tmp_path / "float", "falcon-40b")
     words = ["--method", "outliertune", "--dataset", tmp_path / "text.txt", *SMALL]
-    monkeypatch.setattr("ptq.pipeline.check_keys", lambda *_: None)
+    monkeypatch.setattr("ptq.run.pipeline.check_keys", lambda *_: None)
     done("quantize", tmp_path / "float", *words, "--out", tmp_path / "out")
     path = tmp_path / "out/config.json"
     source = load_file(tmp_path / "float/model.safetensors")

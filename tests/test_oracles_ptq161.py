@@ -12,11 +12,10 @@ from safetensors.torch import load_file
 from test_statistics import new_context, open_block, tokens
 from tiny_runs import assert_close, logits, tiny_checkpoint
 
-from calibration.context import Context
 from calibration.record import read_record
-from calibration.statistics import AbsMax
-from ptq.export.native import Native
-from ptq.job import prepare
+from calibration.walk.context import Context
+from calibration.walk.statistics import AbsMax
+from ptq.formats.native import Native
 from ptq.methods import Ptq161
 from ptq.methods.ptq161 import SALIENT, MixedLinear
 from ptq.methods.rtn import round_to_nearest
@@ -30,6 +29,7 @@ from ptq.numerics.binary import (
     signs,
     unpack_mask,
 )
+from ptq.planning.job import prepare
 from ptq.quantized import QuantizedTensor
 from ptq.runtime.linear import QuantLinear
 from ptq.runtime.load import load_model
@@ -223,7 +223,7 @@ def test_parts_are_counted_for_transposed_weights(tmp_path):
 def test_a_killed_run_resumes_to_the_same_bytes(place, monkeypatch):
     words = ["quantize", place / "llama", "--recipe", place / "r.toml", "--dataset", place / "text.txt", *WORDS]
     with monkeypatch.context() as patch:
-        patch.setattr("ptq.pipeline.write_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("ptq.run.pipeline.write_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run_ptq(*words, "--out", place / "again").code == 130
     (place / "again.partial/blocks/block-00001.safetensors").unlink()
     done(*words, "--out", place / "again", "--resume")

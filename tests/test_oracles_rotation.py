@@ -11,7 +11,7 @@ from test_statistics import open_block
 from tiny_models import save_tiny, tiny_model
 
 from calibration.errors import ToolkitError
-from calibration.passes import check_order
+from calibration.walk.passes import check_order
 from ptq.methods import Rotate, Rtn
 from ptq.methods.rotate import fuse_gain, unscaled_bias
 from ptq.numerics.hadamard import block_size, hadamard_matrix, hadamard_transform, odd_order

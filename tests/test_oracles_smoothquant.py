@@ -9,7 +9,7 @@ from test_oracles_awq import outputs, randn
 from test_statistics import inputs_of, new_context, open_block, scheme
 
 from calibration.record import read_record
-from calibration.statistics import AbsMax, Sample
+from calibration.walk.statistics import AbsMax, Sample
 from ptq.methods import SmoothQuant
 from ptq.numerics.integers import fake_quantize
 from ptq.numerics.smoothquant import activation_noise, smoothed_error, smoothing_scales

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 from toy_models import V, bigram, encoded, random_text
 
-from calibration.corpora import Corpus
 from calibration.errors import ToolkitError
-from calibration.perplexity import encode_for, evaluate_text, score
-from calibration.windows import Scoring, batches, cut_windows
+from calibration.scoring.perplexity import encode_for, evaluate_text, score
+from calibration.scoring.windows import Scoring, batches, cut_windows
+from calibration.text.corpora import Corpus
 
 
 def uniform(ids: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def test_batching_and_chunking_change_nothing(scoring: Scoring, monkeypatch: pyt
     text, model, other = random_text(5 * 32 + 7), bigram(), bigram(1)
     one = score(model, text, scoring, reference_fn=other)
     for size, elements in ((3, 1 << 24), (64, V * 7), (1, 1)):
-        monkeypatch.setattr("calibration.perplexity.CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr("calibration.scoring.perplexity.CHUNK_ELEMENTS", elements)
         many = score(model, text, dataclasses.replace(scoring, batch_size=size), reference_fn=other)
         assert many.protocol == one.protocol and (many.words, many.bytes) == (one.words, one.bytes)
         assert many.perplexity == pytest.approx(one.perplexity, rel=1e-6)

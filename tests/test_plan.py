@@ -14,12 +14,12 @@ import torch
 from command import done, text_file, tiny
 from tiny_models import FAMILIES
 
-from calibration.checkpoint import CheckpointReader
-from calibration.context import Context
 from calibration.errors import PlanError
+from calibration.model.checkpoint import CheckpointReader
 from calibration.record import read_record
-from ptq.job import Options, prepare
-from ptq.pipeline import quantize
+from calibration.walk.context import Context
+from ptq.planning.job import Options, prepare
+from ptq.run.pipeline import quantize
 
 HIDDEN, FFN, LAYERS, KV, WORDS = 8192, 28672, 80, 1024, 128256  # Llama 3 70B
 LINEARS = {
@@ -175,16 +175,16 @@ def test_what_other_formats_add_to_the_planned_bytes(place, tmp_path, name, kind
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "true_sequential"])
 def test_planned_forward_passes_are_those_made(place, tmp_path, monkeypatch, method):
     """Counted where the blocks are run: gathering and propagating. The last block has nothing to propagate to."""
-    import calibration.states
+    import calibration.walk.states
 
     calls: list[int] = []
-    original = calibration.states.HiddenStates.run
+    original = calibration.walk.states.HiddenStates.run
 
     def counted(self, block, index, keep, advance):
         calls.append(index)
         original(self, block, index, keep, advance)
 
-    monkeypatch.setattr(calibration.states.HiddenStates, "run", counted)
+    monkeypatch.setattr(calibration.walk.states.HiddenStates, "run", counted)
     made: list[int] = []
     leave = Context.__init__
 

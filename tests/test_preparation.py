@@ -11,7 +11,7 @@ from command import done, refused, text_file, tiny
 from safetensors.torch import load_file
 from tiny_runs import logits, plain_model
 
-from calibration.models import open_model
+from calibration.model.opening import open_model
 from ptq.preparation import LowRank, Training, trained_linears
 from ptq.runtime.load import load_model
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from command import done, environment, products, refused, run_ptq, text_file, tiny
 
-import calibration.checkpoint
-import calibration.finished
-import ptq.export.write
-import ptq.pipeline
+import calibration.model.checkpoint
+import calibration.walk.finished
+import ptq.formats.write
+import ptq.run.pipeline
 import ptq.session
 from calibration.record import read_timings
 from ptq.session import Session
@@ -93,9 +93,9 @@ def test_resumed_after_every_block(case, place, tmp_path):
         words = command(place, method, model, tmp_path / f"after-{finished}")
         with pytest.MonkeyPatch.context() as patch:
             if finished < 2:
-                kill_after(patch, calibration.finished, "save_tensors", finished)
+                kill_after(patch, calibration.walk.finished, "save_tensors", finished)
             else:
-                kill_after(patch, ptq.pipeline, "write_checkpoint", 0)
+                kill_after(patch, ptq.run.pipeline, "write_checkpoint", 0)
             interrupted(words)
         done(*words, "--resume")
         assert products(tmp_path / f"after-{finished}") == expected
@@ -104,16 +104,16 @@ def test_resumed_after_every_block(case, place, tmp_path):
 
 
 PLACES = [
-    (ptq.pipeline, "Walk", 0),
-    (calibration.finished, "write_atomically", 0),
-    (calibration.finished, "save_tensors", 0),
-    (calibration.checkpoint, "save_file", 1),
-    (calibration.checkpoint, "sync_folder", 3),
-    (ptq.export.write.ShardWriter, "finish", 0),
-    (ptq.export.write, "write_atomically", 0),
-    (ptq.pipeline, "copy_small_files", 0),
-    (ptq.pipeline, "verify_checkpoint", 0),
-    (ptq.pipeline, "write_reports", 0),
+    (ptq.run.pipeline, "Walk", 0),
+    (calibration.walk.finished, "write_atomically", 0),
+    (calibration.walk.finished, "save_tensors", 0),
+    (calibration.model.checkpoint, "save_file", 1),
+    (calibration.model.checkpoint, "sync_folder", 3),
+    (ptq.formats.write.ShardWriter, "finish", 0),
+    (ptq.formats.write, "write_atomically", 0),
+    (ptq.run.pipeline, "copy_small_files", 0),
+    (ptq.run.pipeline, "verify_checkpoint", 0),
+    (ptq.run.pipeline, "write_reports", 0),
     (Session, "finish", 0),
     (ptq.session, "sync_folder", 0),
 ]
@@ -141,7 +141,7 @@ def run_once(place: Path, made: dict[Path, dict[str, bytes]] = {}) -> dict[str, 
 
 def test_leftovers_of_a_killed_writer_do_not_matter(place, tmp_path, monkeypatch):
     words = command(place, "gptq", "llama", tmp_path / "out")
-    kill_after(monkeypatch, ptq.pipeline, "write_checkpoint", 0)
+    kill_after(monkeypatch, ptq.run.pipeline, "write_checkpoint", 0)
     interrupted(words)
     monkeypatch.undo()
     partial = tmp_path / "out.partial"
@@ -173,7 +173,7 @@ CHANGES = [
 def unfinished(place: Path) -> Path:
     """The folder of a run that died after its first block."""
     with pytest.MonkeyPatch.context() as patch:
-        kill_after(patch, calibration.finished, "save_tensors", 1)
+        kill_after(patch, calibration.walk.finished, "save_tensors", 1)
         interrupted(command(place, "gptq", "llama", place / "unfinished"))
     return place / "unfinished"
 
@@ -195,7 +195,7 @@ def test_overwrite_keeps_the_old_folder_until_the_new_one_is_whole(place, tmp_pa
     out.mkdir()
     (out / "old.txt").write_text("old")
     words = [*command(place, "gptq", "llama", out), "--overwrite"]
-    for owner, name in ((calibration.finished, "save_tensors"), (Session, "finish")):
+    for owner, name in ((calibration.walk.finished, "save_tensors"), (Session, "finish")):
         kill_after(monkeypatch, owner, name, 0)
         with pytest.raises(Killed):
             run_ptq(*words)
@@ -229,7 +229,7 @@ def count_renames(place: Path, tmp_path: Path) -> int:
 
 def test_a_full_disk_is_resumed_when_there_is_room(place, tmp_path, monkeypatch):
     words = command(place, "gptq", "llama", tmp_path / "out")
-    original, left = calibration.checkpoint.save_file, [2]
+    original, left = calibration.model.checkpoint.save_file, [2]
 
     def full(*args: object, **named: object) -> None:
         left[0] -= 1
@@ -237,7 +237,7 @@ def test_a_full_disk_is_resumed_when_there_is_room(place, tmp_path, monkeypatch)
             raise OSError(errno.ENOSPC, "No space left on device")
         original(*args, **named)
 
-    monkeypatch.setattr(calibration.checkpoint, "save_file", full)
+    monkeypatch.setattr(calibration.model.checkpoint, "save_file", full)
     message = refused(*words)
     assert "the disk is full" in message and "--resume" in message and not (tmp_path / "out").exists()
     monkeypatch.undo()

@@ -103,7 +103,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(method, place, tmp_path, monkeyp
     words = ["quantize", place / "llama", "--method", method, "--dataset", place / "text.txt", *SMALL]
     done(*words, "--out", tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr("ptq.pipeline.write_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("ptq.run.pipeline.write_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run_ptq(*words, "--out", tmp_path / "again").code == 130
     (tmp_path / "again.partial/blocks/block-00001.safetensors").unlink()
     done(*words, "--out", tmp_path / "again", "--resume")

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import logits, quantize, tiny_checkpoint
 
 from calibration.errors import PlanError
-from calibration.passes import check_order
-from ptq.recipe import method_recipe, parse_method
+from calibration.walk.passes import check_order
+from ptq.planning.recipe import method_recipe, parse_method
 from ptq.runtime.load import load_model
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")

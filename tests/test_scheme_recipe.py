@@ -9,10 +9,10 @@ import re
 import pytest
 
 from calibration.errors import ToolkitError
-from calibration.passes import Phase, Trains, check_order, forwards_per_block, stream_of
+from calibration.walk.passes import Phase, Trains, check_order, forwards_per_block, stream_of
 from ptq.linears import ModelLayout
 from ptq.methods import METHODS, Awq, Gptq, Rtn
-from ptq.recipe import method_recipe, parse_method, read_recipe
+from ptq.planning.recipe import method_recipe, parse_method, read_recipe
 from ptq.scheme import BITS, GROUP_SIZES, QUANTIZERS, Grouping, QuantScheme, TensorQuant, parse_scheme
 
 EMPTY = ModelLayout({}, (), (), "model.layers", False, "float32")

@@ -10,9 +10,9 @@ import torch
 from command import done, refused, text_file, tiny
 from tiny_models import save_tiny
 
-from calibration.models import open_model
+from calibration.model.opening import open_model
 from calibration.progress import Silent
-from calibration.text import TokenBatches
+from calibration.text.crops import TokenBatches
 from ptq.analysis.head_clipping import HEAD_GAMMAS, LIMIT, _largest, own_gammas
 from ptq.analysis.observe import Subject, observe
 from ptq.analysis.softmax_record import HeadClipping, SoftmaxRow

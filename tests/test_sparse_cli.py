@@ -9,8 +9,8 @@ import torch
 from command import done, refused, tiny
 
 from calibration.architectures import resolve
-from calibration.checkpoint import CheckpointReader
-from calibration.models import weights_fingerprint
+from calibration.model.checkpoint import CheckpointReader
+from calibration.model.opening import weights_fingerprint
 from ptq.runtime.load import load_model
 from sparsity.attach import decode_modes
 from sparsity.files import Sparsity, save_sparsity

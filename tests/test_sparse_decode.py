@@ -13,10 +13,10 @@ from transformers import DynamicCache
 
 from calibration.architectures import resolve
 from calibration.errors import ToolkitError
-from calibration.models import open_model
-from cli.decoding import fits_int4_rows, load_with_sites
+from calibration.model.opening import open_model
 from ptq.runtime.load import load_model
 from ptq.scheme import parse_scheme
+from ptq.sparse.decoding import fits_int4_rows, load_with_sites
 from sparsity.attach import attach, decode_modes
 from sparsity.decode import BREAK_EVEN, DecodeLinear, Phase
 from sparsity.sites import Site, prune

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from sparse_runs import TOKENS, make_sparse
 from tiny_models import FAMILIES
 
-from calibration import walk
-from calibration.text import TokenBatches
+from calibration.text.crops import TokenBatches
+from calibration.walk import walk
 from ptq.runtime.load import load_model
 from sparsity.files import SETTINGS_FILE, TENSORS_FILE, load_sparsity
 from sparsity.methods import METHODS, Cats, Chess, Scap, Teal

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 
-from calibration.checkpoint import CheckpointReader
 from calibration.errors import ToolkitError
-from calibration.models import weights_fingerprint
+from calibration.model.checkpoint import CheckpointReader
+from calibration.model.opening import weights_fingerprint
 from sparsity.files import SETTINGS_FILE, TENSORS_FILE, Sparsity, load_sparsity, save_sparsity, site_tensors, sites_from
 from sparsity.sites import Site, prune, small
 

@@ -10,14 +10,14 @@ import torch
 from test_exactness import load_whole, open_blocks
 from tiny_models import save_tiny
 
-from calibration.context import Context
 from calibration.errors import ToolkitError
-from calibration.passes import forwards_per_block
 from calibration.progress import Silent
-from calibration.states import HiddenStates
-from calibration.statistics import AbsMean, Gram
-from calibration.text import TokenBatches
-from calibration.walk import Walk
+from calibration.text.crops import TokenBatches
+from calibration.walk.context import Context
+from calibration.walk.passes import forwards_per_block
+from calibration.walk.states import HiddenStates
+from calibration.walk.statistics import AbsMean, Gram
+from calibration.walk.walk import Walk
 from ptq.methods import Awq, Gptq, Rtn
 from ptq.scheme import Grouping, QuantScheme, TensorQuant
 

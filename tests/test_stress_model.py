@@ -9,9 +9,9 @@ from tiny_runs import IDS, logits, plain_model
 
 from benchmarks.stress_model import PLACES, PlantOutliers, plant
 from calibration.errors import ToolkitError
-from calibration.models import locate, open_model
+from calibration.model.opening import locate, open_model
 from calibration.progress import Silent
-from calibration.samples import model_tokens
+from calibration.text.samples import model_tokens
 from ptq.analysis.observe import Subject, observe
 from ptq.evaluation import evaluate
 

@@ -10,8 +10,8 @@ import torch
 from command import done, refused, run_ptq, snapshot, text_file, tiny
 
 import ptq.study.calibration as study_module
-from calibration.models import load_tokenizer, open_model
-from calibration.random_tokens import random_tokens
+from calibration.model.opening import load_tokenizer, open_model
+from calibration.text.random_tokens import random_tokens
 from ptq.runtime.load import load_model
 from ptq.study.ranks import spearman, top_share_jaccard
 from ptq.study.spread import CalibrationRun, Overlap, levels, overlaps, range_of, seed_deviation, verdict

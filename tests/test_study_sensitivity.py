@@ -8,8 +8,8 @@ import pytest
 import torch
 from command import done, refused, text_file, tiny
 
-from ptq.job import Options, calibration_windows, prepare
 from ptq.numerics.grids import fake_quantize
+from ptq.planning.job import Options, calibration_windows, prepare
 from ptq.runtime.load import load_model
 from ptq.scheme import parse_scheme
 from ptq.study.ranks import spearman

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from calibration.errors import PlanError, ToolkitError
-from calibration.tasks import check_task_names, lm_eval_tasks, read_scores
+from calibration.scoring.tasks import check_task_names, lm_eval_tasks, read_scores
 
 
 def test_tasks_without_the_harness_say_what_to_install() -> None:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from byte_tokenizer import BOS, byte_tokenizer
 
-from calibration.corpora import Corpus
-from calibration.encoding import encode_text, wanted_bos
 from calibration.errors import ToolkitError
-from calibration.text import TokenBatches, calibration_tokens, check_tokenizer
+from calibration.text.corpora import Corpus
+from calibration.text.crops import TokenBatches, calibration_tokens, check_tokenizer
+from calibration.text.encoding import encode_text, wanted_bos
 
 
 def corpus(text: str, special_tokens: bool = False) -> Corpus:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import ptq
 from calibration.record import RunRecord
-from ptq.export.readback import read_codes
+from ptq.formats.readback import read_codes
 from ptq.scheme import parse_scheme
 
 VOCABULARY = 288  # 256 bytes, one special token, padding

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from calibration.encoding import EncodedText
+from calibration.text.encoding import EncodedText
 
 V = 37
 

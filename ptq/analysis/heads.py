@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from calibration.segment import Segment
-from calibration.text import TokenBatches
+from calibration.text.crops import TokenBatches
+from calibration.walk.segment import Segment
 from ptq.analysis.record import HeadRecord
 from ptq.analysis.sites import short, sites_of
 from ptq.runtime.explicit_attention import Scores

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibration.checkpoint import save_tensors, write_atomically
 from calibration.errors import ToolkitError
-from calibration.models import fingerprint, forward_dtype, load_tokenizer, locate, open_model
+from calibration.model.checkpoint import save_tensors, write_atomically
+from calibration.model.opening import context_length, fingerprint, forward_dtype, load_tokenizer, locate, open_model
 from calibration.progress import Progress, Silent
 from calibration.record import REPORT_FILE
-from calibration.samples import model_tokens
+from calibration.text.samples import default_dataset, model_tokens
+from calibration.versions import versions
 from ptq.analysis.advice import advise
 from ptq.analysis.observe import Subject, observe
 from ptq.analysis.parts import Parts, check_parts
@@ -21,11 +22,9 @@ from ptq.analysis.softmax_sweep import SweepOptions
 from ptq.analysis.summary import summarize
 from ptq.analysis.trial import verdicts
 from ptq.devices import parse_dtype, resolve_device
-from ptq.evaluation import context_length, default_dataset
-from ptq.export.formats import format_of
-from ptq.job import Options
+from ptq.formats.registry import format_of
+from ptq.planning.job import Options
 from ptq.report import analysis_html, analysis_markdown
-from ptq.reporting import versions
 from ptq.runtime.dequantized import float_weights
 from ptq.runtime.load import checkpoint_dtype
 from ptq.session import Session
@@ -35,7 +34,7 @@ CHANNELS_FILE = "channels.safetensors"
 
 @dataclass(frozen=True)
 class AnalysisOptions:
-    """Text and where forward passes run, as in `ptq.job.Options`; and what is looked at beside outliers.
+    """Text and where forward passes run, as in `ptq.planning.job.Options`; and what is looked at beside outliers.
 
     Attributes:
         softmax: other softmaxes to try, or None.

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from calibration.architectures import ArchitectureSpec
-from calibration.capture import watching
-from calibration.checkpoint import TensorSource
 from calibration.errors import ToolkitError
-from calibration.float_blocks import FloatBlocks
+from calibration.model.checkpoint import TensorSource
+from calibration.model.skeleton import Skeleton
 from calibration.progress import Progress
-from calibration.skeleton import Skeleton
-from calibration.text import TokenBatches
+from calibration.text.crops import TokenBatches
+from calibration.walk.capture import watching
+from calibration.walk.float_blocks import FloatBlocks
 from ptq.analysis.heads import HeadObserver
 from ptq.analysis.record import HeadRecord, SiteRecord, WeightRecord
 from ptq.analysis.sites import SiteObserver

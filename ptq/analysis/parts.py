@@ -13,14 +13,14 @@ from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.memory import return_freed
 from calibration.progress import Progress
-from calibration.text import TokenBatches
+from calibration.text.crops import TokenBatches
 from ptq.analysis.record import Advice, Trial
 from ptq.analysis.softmax_record import SoftmaxSweep
 from ptq.analysis.softmax_sweep import SweepOptions, sweep_softmax
 from ptq.analysis.trial import try_recipes
-from ptq.evaluation import evaluation_dtype
+from ptq.devices import evaluation_dtype
 from ptq.fitting.job import Fit
-from ptq.job import Options
+from ptq.planning.job import Options
 from ptq.runtime.attention import has_interface
 from ptq.runtime.explicit_attention import parse_softmax
 from ptq.runtime.load import load_model

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from calibration.architectures import ArchitectureSpec, BlockSpec, SharedInput
-from calibration.capture import Watch
-from calibration.segment import Segment
+from calibration.walk.capture import Watch
+from calibration.walk.segment import Segment
 from ptq.analysis.activations import (
     EMERGENT_SHARE,
     SIGMAS,

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from calibration.architectures import ArchitectureSpec
-from calibration.capture import Watch, watching
-from calibration.encoding import EncodedText
-from calibration.perplexity import score
 from calibration.record import Evaluation
-from calibration.text import TokenBatches
-from calibration.windows import Scoring
+from calibration.scoring.perplexity import score
+from calibration.scoring.windows import Scoring
+from calibration.text.crops import TokenBatches
+from calibration.text.encoding import EncodedText
+from calibration.walk.capture import Watch, watching
 from ptq.analysis.activations import SequenceNorms
 from ptq.analysis.sites import short, sites_of
 from ptq.analysis.static_inputs import Ranges, gathering_ranges

@@ -14,7 +14,7 @@ from typing import Any
 
 from calibration.architectures import ArchitectureSpec
 from calibration.progress import Progress
-from calibration.text import TokenBatches
+from calibration.text.crops import TokenBatches
 from ptq.analysis.head_clipping import HEAD_GAMMAS, LIMIT, clip_heads, own_gammas
 from ptq.analysis.sites import short
 from ptq.analysis.softmax_bench import Bench, Norms, RowCounts

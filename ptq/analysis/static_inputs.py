@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from calibration.architectures import ArchitectureSpec
-from calibration.capture import Watch, accumulate, watching
-from calibration.statistics import Extremes
+from calibration.walk.capture import Watch, accumulate, watching
+from calibration.walk.statistics import Extremes
 from ptq.numerics.activations import fake_quantize_inputs, step_and_zero
 from ptq.numerics.grids import fake_quantize
 from ptq.scheme import parse_scheme

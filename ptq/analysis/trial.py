@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch
 
-from calibration.encoding import EncodedText
 from calibration.errors import ToolkitError
 from calibration.memory import return_freed
-from calibration.perplexity import score
 from calibration.progress import Progress, Silent
-from calibration.text import TokenBatches
-from calibration.windows import Scoring
+from calibration.scoring.perplexity import score
+from calibration.scoring.windows import Scoring
+from calibration.text.crops import TokenBatches
+from calibration.text.encoding import EncodedText
 from ptq.analysis.record import Advice, Trial
 from ptq.analysis.sites import short
 from ptq.evaluation import EVAL_TOKENS, logits_of
-from ptq.job import Options, prepare
-from ptq.pipeline import run as run_job
+from ptq.planning.job import Options, prepare
+from ptq.run.pipeline import run as run_job
 from ptq.runtime.load import load_model
 
 PLAIN = "rtn"

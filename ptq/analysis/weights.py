@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from calibration.segment import Segment
+from calibration.walk.segment import Segment
 from ptq.analysis.activations import SIGMAS, outlier_channels
 from ptq.analysis.moments import deviation, kurtosis
 from ptq.analysis.record import OutlierChannel, WeightRecord

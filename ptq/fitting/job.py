@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calibration.errors import PlanError, Problem, ToolkitError, unknown_value
-from calibration.float_blocks import FloatBlocks
+from calibration.model.skeleton import Skeleton
 from calibration.progress import Progress
-from calibration.skeleton import Skeleton
-from ptq.export.formats import FORMATS, PREFERRED, Format
+from calibration.walk.float_blocks import FloatBlocks
 from ptq.fitting.allocation import allocate
 from ptq.fitting.budget import Budget
 from ptq.fitting.sensitivity import Sensitivities, Sweep
-from ptq.job import Job, Options, calibration_windows, prepare
+from ptq.formats.registry import FORMATS, PREFERRED, Format
 from ptq.linears import ModelLayout, PlannedLinear
-from ptq.plan import Plan
+from ptq.planning.job import Job, Options, calibration_windows, prepare
+from ptq.planning.plan import Plan
 from ptq.scheme import BITS, FLOAT_PRESETS, GROUP_SIZES, QuantScheme, parse_scheme
 
 OFFERED = (*(f"w{bits}a16-g{size}-sym" for bits in BITS for size in GROUP_SIZES), *FLOAT_PRESETS)

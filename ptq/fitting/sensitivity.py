@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from calibration.context import Context
-from calibration.float_blocks import FloatBlocks
 from calibration.memory import return_freed
+from calibration.model.skeleton import Skeleton, load_parameters, release
 from calibration.progress import Progress
-from calibration.segment import Segment
-from calibration.skeleton import Skeleton, load_parameters, release
-from calibration.states import HiddenStates
-from calibration.statistics import Gram
-from calibration.text import TokenBatches
+from calibration.text.crops import TokenBatches
+from calibration.walk.context import Context
+from calibration.walk.float_blocks import FloatBlocks
+from calibration.walk.segment import Segment
+from calibration.walk.states import HiddenStates
+from calibration.walk.statistics import Gram
 from ptq.numerics.feedback import column_costs, feedback_error
 from ptq.numerics.grids import fake_quantize
 from ptq.numerics.objective import output_energy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from calibration.passes import Pass
+from calibration.walk.passes import Pass
 from ptq.methods.adadim import AdaDim, AdaDimPublished
 from ptq.methods.adaquant import AdaQuant
 from ptq.methods.awq import Awq

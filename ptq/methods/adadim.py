@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from calibration.capture import Call
-from calibration.context import Context
 from calibration.errors import Problem
-from calibration.passes import Phase, Stream
-from calibration.segment import Segment
-from calibration.statistics import Gram, Statistic
+from calibration.walk.capture import Call
+from calibration.walk.context import Context
+from calibration.walk.passes import Phase, Stream
+from calibration.walk.segment import Segment
+from calibration.walk.statistics import Gram, Statistic
 from ptq.methods.balancing import by_value_channel
 from ptq.numerics.grids import fake_quantize
 from ptq.numerics.objective import rounding_error

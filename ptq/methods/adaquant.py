@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from calibration.context import Context
 from calibration.errors import Problem
-from calibration.passes import Phase, Stream
-from calibration.segment import Segment
-from calibration.statistics import Gram, Statistic
-from ptq.export.checks import matching, refuse
+from calibration.walk.context import Context
+from calibration.walk.passes import Phase, Stream
+from calibration.walk.segment import Segment
+from calibration.walk.statistics import Gram, Statistic
+from ptq.formats.checks import matching, refuse
 from ptq.methods.rounding import put
 from ptq.methods.rtn import round_to_nearest
 from ptq.numerics.adaquant import adaquant

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from calibration.architectures import Balance, SharedInput
-from calibration.context import Context
-from calibration.segment import Segment
+from calibration.walk.context import Context
+from calibration.walk.segment import Segment
 
 
 def quantized_consumers(segment: Segment, group: Balance) -> list[list[str]]:

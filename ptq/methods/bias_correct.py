@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from calibration.context import Context
 from calibration.errors import Problem
-from calibration.passes import Phase, Stream
-from calibration.segment import Segment
-from calibration.statistics import Mean, Statistic
-from ptq.export.checks import matching
+from calibration.walk.context import Context
+from calibration.walk.passes import Phase, Stream
+from calibration.walk.segment import Segment
+from calibration.walk.statistics import Mean, Statistic
+from ptq.formats.checks import matching
 from ptq.numerics.dfq import expected_relu, mean_error
 
 

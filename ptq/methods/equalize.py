@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 
 from calibration.architectures import Balance
-from calibration.context import Context
 from calibration.errors import Problem
-from calibration.passes import Phase, Stream
-from calibration.segment import Segment
-from calibration.statistics import Statistic
+from calibration.walk.context import Context
+from calibration.walk.passes import Phase, Stream
+from calibration.walk.segment import Segment
+from calibration.walk.statistics import Statistic
 from ptq.numerics.dfq import equalizing_scales
 
 SWEEPS = 20

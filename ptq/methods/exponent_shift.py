@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from calibration.context import Context
 from calibration.errors import Problem
-from calibration.passes import Phase, Stream
-from calibration.segment import Segment
-from calibration.statistics import AbsMax, Statistic
+from calibration.walk.context import Context
+from calibration.walk.passes import Phase, Stream
+from calibration.walk.segment import Segment
+from calibration.walk.statistics import AbsMax, Statistic
 from ptq.methods.balancing import balance, by_value_channel, note_all, quantized_consumers
 from ptq.numerics.exponent_shift import channel_shifts
 from ptq.scheme import FloatFormat

@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from calibration.context import Context
 from calibration.errors import Problem
-from calibration.passes import Phase, Stream
-from calibration.segment import Segment
-from calibration.statistics import Gram, Statistic
-from ptq.export.checks import matching, refuse
+from calibration.walk.context import Context
+from calibration.walk.passes import Phase, Stream
+from calibration.walk.segment import Segment
+from calibration.walk.statistics import Gram, Statistic
+from ptq.formats.checks import matching, refuse
 from ptq.methods.rounding import global_scales
 from ptq.numerics.float_search import COARSE, SHORTLIST, search_bounds
 from ptq.numerics.objective import rounding_error

@@ -13,12 +13,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from calibration.context import Context
 from calibration.errors import Problem
-from calibration.passes import Phase, Stream
-from calibration.segment import Segment
-from calibration.statistics import Gram, Statistic
-from ptq.export.checks import matching, refuse
+from calibration.walk.context import Context
+from calibration.walk.passes import Phase, Stream
+from calibration.walk.segment import Segment
+from calibration.walk.statistics import Gram, Statistic
+from ptq.formats.checks import matching, refuse
 from ptq.methods.rounding import record_errors
 from ptq.numerics.lowrank import FACTOR_BITS, factor_bits, low_rank, quantize_factors
 from ptq.quantized import LORA, QuantizedTensor

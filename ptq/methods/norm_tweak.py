@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from calibration.context import Context
 from calibration.errors import Problem
-from calibration.passes import Phase, Stream
-from calibration.segment import Segment
-from calibration.states import Reference
-from calibration.statistics import Statistic
+from calibration.walk.context import Context
+from calibration.walk.passes import Phase, Stream
+from calibration.walk.segment import Segment
+from calibration.walk.states import Reference
+from calibration.walk.statistics import Statistic
 from ptq.numerics.distribution import channel_distance, learning_rate
 
 

@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 import torch
 
 from calibration.architectures import ArchitectureSpec, Balance, BlockSpec
-from calibration.context import Context
 from calibration.errors import Problem
-from calibration.passes import Phase, Stream
-from calibration.segment import Segment
-from calibration.statistics import Midpoints, Statistic
+from calibration.walk.context import Context
+from calibration.walk.passes import Phase, Stream
+from calibration.walk.segment import Segment
+from calibration.walk.statistics import Midpoints, Statistic
 from ptq.activations import ActivationQuant
-from ptq.export.checks import refuse
+from ptq.formats.checks import refuse
 from ptq.linears import ModelLayout
 from ptq.methods.balancing import balance, quantized_consumers
 from ptq.methods.static_steps import (

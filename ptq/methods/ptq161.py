@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from calibration.context import Context
 from calibration.errors import Problem
-from calibration.passes import Pass, Phase, Stream
-from calibration.segment import Segment
-from calibration.states import Reference
-from calibration.statistics import AbsMax, Gram, Statistic
-from ptq.export.checks import matching, refuse
+from calibration.walk.context import Context
+from calibration.walk.passes import Pass, Phase, Stream
+from calibration.walk.segment import Segment
+from calibration.walk.states import Reference
+from calibration.walk.statistics import AbsMax, Gram, Statistic
+from ptq.formats.checks import matching, refuse
 from ptq.linears import ModelLayout
 from ptq.methods.rounding import put
 from ptq.numerics.binary import (

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 
 from calibration.architectures import BlockSpec
-from calibration.context import Context
 from calibration.errors import Problem, ToolkitError
-from calibration.passes import Phase, Stream
-from calibration.segment import Segment
-from calibration.statistics import EqualBins, Extremes, Statistic
+from calibration.walk.context import Context
+from calibration.walk.passes import Phase, Stream
+from calibration.walk.segment import Segment
+from calibration.walk.statistics import EqualBins, Extremes, Statistic
 from ptq.activations import ActivationQuant
 from ptq.numerics.activations import step_and_zero
 from ptq.numerics.integers import round_scale

@@ -17,14 +17,14 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from calibration.architectures import ArchitectureSpec, Balance, BlockSpec
-from calibration.capture import Watch
-from calibration.context import Context
 from calibration.errors import Problem
-from calibration.passes import Phase, Stream
-from calibration.segment import Segment
-from calibration.statistics import Extremes, Statistic
+from calibration.walk.capture import Watch
+from calibration.walk.context import Context
+from calibration.walk.passes import Phase, Stream
+from calibration.walk.segment import Segment
+from calibration.walk.statistics import Extremes, Statistic
 from ptq.activations import ActivationQuant
-from ptq.export.checks import refuse
+from ptq.formats.checks import refuse
 from ptq.linears import ModelLayout
 from ptq.methods.balancing import balance, by_value_channel, note_all, quantized_consumers, spread
 from ptq.methods.static_steps import (

@@ -18,11 +18,11 @@ from typing import Any, ClassVar
 import torch
 
 from calibration.architectures import ArchitectureSpec, Balance, BlockSpec, Residual
-from calibration.context import Context
 from calibration.errors import Problem, ToolkitError
-from calibration.passes import Phase, Read, Stream, Transform
-from calibration.segment import Segment
-from calibration.statistics import Statistic
+from calibration.walk.context import Context
+from calibration.walk.passes import Phase, Read, Stream, Transform
+from calibration.walk.segment import Segment
+from calibration.walk.statistics import Statistic
 from ptq.linears import ModelLayout
 from ptq.numerics.hadamard import block_size, hadamard_transform, odd_order
 from ptq.numerics.rotation import Kind, Rotation, make_rotation

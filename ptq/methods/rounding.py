@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from calibration.segment import Segment
+from calibration.walk.segment import Segment
 from ptq.numerics.grids import global_scale_of
 from ptq.numerics.objective import output_error
 from ptq.quantized import QuantizedTensor

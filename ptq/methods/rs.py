@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from calibration.context import Context
 from calibration.errors import Problem
-from calibration.passes import Phase, Stream
-from calibration.segment import Segment
-from calibration.statistics import Statistic
+from calibration.walk.context import Context
+from calibration.walk.passes import Phase, Stream
+from calibration.walk.segment import Segment
+from calibration.walk.statistics import Statistic
 from ptq.activations import RuntimeSmooth
 from ptq.scheme import QuantScheme
 

@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import torch
 
 from calibration.architectures import Balance
-from calibration.context import Context
 from calibration.errors import Problem
-from calibration.passes import Phase, Stream
-from calibration.segment import Segment
-from calibration.statistics import AbsMax, Gram, Sample, Statistic
+from calibration.walk.context import Context
+from calibration.walk.passes import Phase, Stream
+from calibration.walk.segment import Segment
+from calibration.walk.statistics import AbsMax, Gram, Sample, Statistic
 from ptq.activations import ActivationQuant
 from ptq.methods.balancing import balance, by_value_channel, note_all, quantized_consumers, spread
 from ptq.numerics.awq import sample_rows

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from calibration.architectures import ArchitectureSpec, Balance, resolve
-from calibration.segment import Segment
+from calibration.walk.segment import Segment
 from ptq.activations import ActivationQuant
 from ptq.scheme import QuantScheme
 

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
+from calibration.architectures import ArchitectureSpec
 from ptq.activations import CacheQuant
 from ptq.numerics.activations import fake_quantize_inputs
 from ptq.numerics.hadamard import hadamard_transform
+from ptq.scheme import QuantScheme
 
 _numbers = itertools.count()
 
@@ -78,3 +80,22 @@ def _function(base: str, module: torch.nn.Module) -> Callable[..., Any]:
         return ALL_ATTENTION_FUNCTIONS[base]
     function: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
     return function
+
+
+def cache_layers(spec: ArchitectureSpec, schemes: Mapping[str, QuantScheme | None]) -> dict[int, CacheQuant]:
+    """Decoder layer -> grid of its KV cache. The linears that read the block's first input make keys and values, and
+    their schemes, by full name, say it.
+
+    Raises:
+        ValueError: linears of one layer differ, with their names.
+    """
+    layers = {}
+    for index in range(spec.n_blocks):
+        makers = [spec.prefix(index) + name for name in spec.block(index).inputs[0].linears]
+        found = {name: scheme.cache for name in makers if (scheme := schemes.get(name)) is not None}
+        if len(set(found.values())) > 1:
+            raise ValueError(", ".join(found))
+        cache = next(iter(found.values()), None)
+        if cache is not None:
+            layers[index] = cache
+    return layers

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 
 from calibration.architectures import ArchitectureSpec
-from calibration.checkpoint import CheckpointReader, TensorInfo, TensorSource
 from calibration.errors import ToolkitError
-from ptq.export.adapter import read_adapter
-from ptq.export.formats import format_of
+from calibration.model.checkpoint import CheckpointReader, TensorInfo, TensorSource
+from ptq.formats.adapter import read_adapter
+from ptq.formats.registry import format_of
 from ptq.runtime.load import checkpoint_dtype, read_linear
 
 

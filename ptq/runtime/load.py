@@ -12,15 +12,14 @@ from typing import Any
 import torch
 
 from calibration.architectures import ArchitectureSpec
-from calibration.checkpoint import CheckpointReader
 from calibration.errors import ToolkitError
-from calibration.models import locate, open_model
-from calibration.skeleton import build_model, load_parameters, set_submodule
-from ptq.activation_plan import cache_layers
-from ptq.export.adapter import read_adapter
-from ptq.export.formats import Format, format_of
+from calibration.model.checkpoint import CheckpointReader
+from calibration.model.opening import locate, open_model
+from calibration.model.skeleton import build_model, load_parameters, set_submodule
+from ptq.formats.adapter import read_adapter
+from ptq.formats.registry import Format, format_of
 from ptq.quantized import QuantizedTensor
-from ptq.runtime.attention import quantize_cache
+from ptq.runtime.attention import cache_layers, quantize_cache
 from ptq.runtime.linear import QuantLinear
 
 LinearFactory = Callable[[str, QuantizedTensor, torch.Tensor | None], torch.nn.Module | None]

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from calibration.architectures import ArchitectureSpec
-from calibration.capture import accumulate
-from calibration.statistics import Sample
-from calibration.text import TokenBatches
+from calibration.text.crops import TokenBatches
+from calibration.walk.capture import accumulate
+from calibration.walk.statistics import Sample
 from ptq.numerics.log_search import SHIFTS, bases_of, errors_of, search_base, search_base_and_scale
 from ptq.numerics.logarithmic import LogQuant, signed_log
 from ptq.runtime.explicit_attention import Probabilities, Scores, exchanged_softmax

@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 from calibration.architectures import ArchitectureSpec
-from calibration.capture import transform_input
 from calibration.errors import ToolkitError, nearest
+from calibration.walk.capture import transform_input
 from ptq.numerics.log_search import SHIFTS
 from ptq.numerics.logarithmic import CANDIDATES, LogQuant, fake_quantize_log, log_sqrt2, signed_log
 from ptq.runtime.explicit_attention import Probabilities

@@ -17,21 +17,23 @@ from typing import Any
 import torch
 
 from calibration.architectures import ArchitectureSpec
-from calibration.capture import accumulate
-from calibration.checkpoint import write_atomically
-from calibration.corpora import load_corpus
-from calibration.encoding import EncodedText, too_short
 from calibration.errors import ToolkitError
-from calibration.models import fingerprint, load_tokenizer
-from calibration.perplexity import encode_for, score
+from calibration.model.checkpoint import write_atomically
+from calibration.model.opening import context_length, fingerprint, load_tokenizer
 from calibration.progress import Progress, Silent
 from calibration.record import Evaluation, Protocol
-from calibration.statistics import AbsMax
-from calibration.text import TokenBatches
-from calibration.windows import Scoring
-from ptq.evaluation import EVAL_TOKENS, context_length, default_dataset, evaluation_dtype, logits_of
-from ptq.job import BATCH_TOKENS, Job, Options, calibration_windows, prepare
-from ptq.pipeline import run as run_job
+from calibration.scoring.perplexity import encode_for, score
+from calibration.scoring.windows import Scoring
+from calibration.text.corpora import load_corpus
+from calibration.text.crops import TokenBatches
+from calibration.text.encoding import EncodedText, too_short
+from calibration.text.samples import default_dataset
+from calibration.walk.capture import accumulate
+from calibration.walk.statistics import AbsMax
+from ptq.devices import evaluation_dtype
+from ptq.evaluation import EVAL_TOKENS, logits_of
+from ptq.planning.job import BATCH_TOKENS, Job, Options, calibration_windows, prepare
+from ptq.run.pipeline import run as run_job
 from ptq.runtime.load import Loaded, load_model
 from ptq.session import Session
 from ptq.study.spread import CalibrationRun, Overlap, overlaps

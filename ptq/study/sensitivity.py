@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibration.checkpoint import write_atomically
 from calibration.errors import ToolkitError
-from calibration.models import fingerprint
+from calibration.model.checkpoint import write_atomically
+from calibration.model.opening import fingerprint
 from calibration.progress import Progress, Silent
-from calibration.text import TokenBatches
+from calibration.text.crops import TokenBatches
 from ptq.fitting.job import Fit, float_blocks, prepare_fit
 from ptq.fitting.sensitivity import Sweep
-from ptq.job import Options, calibration_windows
+from ptq.planning.job import Options, calibration_windows
 from ptq.scheme import QuantScheme, parse_scheme
 from ptq.session import Session
 from ptq.study.ranks import spearman

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from calibration.passes import Pass
+from calibration.walk.passes import Pass
 from sparsity.methods.cats import Cats
 from sparsity.methods.chess import Chess, ChessWithAttention
 from sparsity.methods.fatrelu import FatRelu

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from calibration.architectures import ArchitectureSpec, BlockSpec
-from calibration.capture import Watch
-from calibration.context import Context
 from calibration.errors import Problem
-from calibration.segment import Segment
+from calibration.walk.capture import Watch
+from calibration.walk.context import Context
+from calibration.walk.segment import Segment
 from sparsity.gate import GatePass
 from sparsity.pools import Pool, checked, gated
 from sparsity.rules import gate_problems, pool_rule, put, target_problems, token_problems

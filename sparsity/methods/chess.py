@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from calibration.architectures import ArchitectureSpec, BlockSpec
-from calibration.capture import Watch
-from calibration.context import Context
 from calibration.errors import Problem
-from calibration.segment import Segment
+from calibration.walk.capture import Watch
+from calibration.walk.context import Context
+from calibration.walk.segment import Segment
 from sparsity.gate import GatePass
 from sparsity.methods.cats import gate_groups, gate_pools
 from sparsity.pools import MIN_TOKENS, ChannelMeans, Pool, checked, gated

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from calibration.architectures import ArchitectureSpec, BlockSpec
-from calibration.context import Context
 from calibration.errors import Problem
-from calibration.segment import Segment
+from calibration.walk.context import Context
+from calibration.walk.segment import Segment
 from sparsity.gate import GatePass
 from sparsity.methods.cats import gate_groups, gate_pools
 from sparsity.pools import checked, gated, input_pools

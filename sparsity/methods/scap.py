@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from calibration.architectures import ArchitectureSpec, BlockSpec
-from calibration.capture import Watch
-from calibration.context import Context
 from calibration.errors import Problem
-from calibration.segment import Segment
+from calibration.walk.capture import Watch
+from calibration.walk.context import Context
+from calibration.walk.segment import Segment
 from sparsity.files import sites_from
 from sparsity.gate import GatePass
 from sparsity.masking import Masks, block_masked, block_watches

@@ -1,0 +1,1 @@
+"""Checkpoints and the model classes they belong to: reading, writing, building."""

@@ -1,0 +1,165 @@
+"""Where a model comes from: a local folder, the built-in demo, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibration.architectures import ArchitectureSpec, check_family, resolve
+from calibration.errors import ToolkitError
+from calibration.model.checkpoint import CheckpointReader, read_config
+
+DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parents[1] / "demo"
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]  # never pickles
+NOT_FILES = ["consolidated*.safetensors", "*/*"]  # the same weights once more, in other layouts
+
+
+def locate(model: str | Path) -> Path:
+    """The folder of a checkpoint; a hub id is downloaded into the hub cache first.
+
+    Raises:
+        ToolkitError: no such folder, or the hub does not give it.
+    """
+    if str(model) == DEMO:
+        return DEMO_FOLDER
+    path = Path(model)
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise ToolkitError(f"{path}: the folder is empty", "name a folder with config.json and *.safetensors")
+        return path
+    if path.exists():
+        raise ToolkitError(f"{path}: is a file", "name the folder that holds config.json and *.safetensors")
+    if len(path.parts) > 2 or str(model).startswith((".", "/", "~")):
+        raise ToolkitError(f"{path}: no such folder", "check the path, or use a hub id such as org/name")
+    return _download(str(model))
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=FILES, ignore_patterns=NOT_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ToolkitError(
+            f"{model}: neither a local folder nor to be had from the hub ({reason})",
+            "check the spelling and the network, log in for gated models (hf auth login), or name a local folder",
+        ) from None
+
+
+def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[CheckpointReader, Any, ArchitectureSpec]:
+    """Headers, transformers config and architecture of a checkpoint; no tensor is read.
+
+    Raises:
+        ToolkitError: broken folder, unknown architecture, code of the checkpoint's own without permission.
+    """
+    data = read_config(folder)
+    if "auto_map" in data and not trust_remote_code and data.get("model_type") not in _known_types():
+        raise ToolkitError(
+            f"{folder}: model_type '{data.get('model_type')}' needs Python code that comes with the checkpoint",
+            "read that code, then pass --trust-remote-code",
+        )
+    reader = CheckpointReader(folder)
+    check_family(str(data.get("model_type")), reader.infos)
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ToolkitError(f"{folder}/config.json: {reason}", "compare it with the model's original config") from None
+    spec = resolve(config)
+    reader.add_base_prefix(spec.base_prefix, (*(stored for stored, _ in spec.root_renames), "lm_head."))
+    return reader, config, spec
+
+
+def _known_types() -> tuple[str, ...]:
+    from calibration.architectures import FAMILIES
+
+    return tuple(FAMILIES)
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ToolkitError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ToolkitError(
+            f"{folder}: no usable tokenizer ({reason})", "copy the tokenizer files of the model into the folder"
+        ) from None
+
+
+def fingerprint(reader: CheckpointReader) -> str:
+    """sha256 (first 16 hex digits) over config, tensor names, shapes and dtypes, and the sizes of the files."""
+    tensors = sorted((n, str(i.dtype), i.shape, i.shard) for n, i in reader.infos.items())
+    sizes = sorted((s, (reader.folder / s).stat().st_size) for s in {i.shard for i in reader.infos.values()})
+    blob = json.dumps([reader.config, tensors, sizes], sort_keys=True, default=str)
+    return hashlib.sha256(blob.encode()).hexdigest()[:16]
+
+
+def weights_fingerprint(reader: CheckpointReader) -> str:
+    """sha256 (first 16 hex digits) over names, shapes, dtypes and the first bytes of all tensors.
+
+    It tells fine-tuned models of one shape apart, which `fingerprint` does not, and stays the same when the config is
+    edited or the shards are cut anew. A page of each tensor is read.
+    """
+    digest = hashlib.sha256()
+    for name, info in sorted(reader.infos.items()):
+        digest.update(f"{name} {info.dtype} {info.shape} ".encode())
+        digest.update(reader.first_bytes(name, 4096))
+    reader.close()
+    return digest.hexdigest()[:16]
+
+
+def check_finite(reader: CheckpointReader, advance: Any = None) -> None:
+    """Read every tensor once, in file order, and refuse NaN and Inf before any work is done on them.
+
+    Raises:
+        ToolkitError: names the tensor and how many of its values are not finite.
+
+    Scalars are left out: no model of the table has one for a parameter, and the mask value that older GPT-NeoX and
+    GPT-2 files carry (``attention.masked_bias``, -1e9) is -inf in float16.
+    """
+    for name, info in sorted(reader.infos.items(), key=lambda item: (item[1].shard, item[0])):
+        if info.dtype.is_floating_point and info.shape:
+            tensor = reader.tensor(name)
+            bad = int((~torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)).sum())
+            if bad:
+                raise ToolkitError(
+                    f"{name} in {info.shard}: {bad} of {info.numel} values are NaN or Inf",
+                    "fetch the checkpoint again; if its author's file has them, it cannot be quantized",
+                )
+        if advance is not None:
+            advance(name)
+    reader.close()
+
+
+def forward_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of calibration forwards: the checkpoint's own where the machine multiplies it fast, else float32."""
+    if device.type == "cuda":
+        return stored if stored in (torch.bfloat16, torch.float16) else torch.float32
+    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if stored == torch.bfloat16 and fast else torch.float32
+
+
+def context_length(config: Any) -> int:
+    """The longest window that a model takes; 2048 where its config names none (ALiBi)."""
+    for name in ("max_position_embeddings", "n_positions", "seq_length"):
+        value = getattr(config, name, None)
+        if value:
+            return int(value)
+    return 2048

@@ -1,0 +1,145 @@
+"""The model class with its parameters on the meta device; parameters come and go one segment at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from calibration.architectures import ArchitectureSpec
+from calibration.errors import ToolkitError
+from calibration.model.checkpoint import TensorInfo
+from calibration.model.experts import ExpertList
+
+
+def build_model(config: Any, spec: ArchitectureSpec, dtype: torch.dtype, device: torch.device) -> Any:
+    """A transformers causal language model without weights.
+
+    Parameters are on meta; buffers that no file stores (rotary frequencies, Gemma's embedding scale) are computed on
+    ``device``; experts are `ExpertList` modules. In eval mode.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=spec.attention)
+    model.eval()
+    for module in model.modules():
+        missing = [n for n, b in module.named_buffers(recurse=False) if b.is_meta]
+        for name in missing:
+            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
+        if missing:
+            model._init_weights(module)  # transformers' own computation of these buffers
+    blocks = model.get_submodule(spec.blocks)
+    for index in range(spec.n_blocks):
+        experts = spec.experts(index)
+        if experts is not None:
+            with torch.device("meta"):
+                replacement = ExpertList(experts).to(dtype)
+            set_submodule(blocks[index], experts.module, replacement)
+    return model
+
+
+def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put ``module`` at ``path`` below ``root``."""
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)
+
+
+def load_parameters(root: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Set parameters or buffers of ``root`` by name, without copying; names and shapes must exist.
+
+    Raises:
+        KeyError: ``root`` has no such parameter or buffer.
+        ToolkitError: the shapes differ.
+    """
+    for name, tensor in tensors.items():
+        parent, _, leaf = name.rpartition(".")
+        module = root.get_submodule(parent)
+        slot = module._parameters.get(leaf, module._buffers.get(leaf))
+        if slot is None:
+            raise KeyError(name)
+        if slot.shape != tensor.shape:
+            raise _misfit(name, tensor.shape, slot.shape)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            module._buffers[leaf] = tensor
+
+
+def _misfit(name: str, stored: Sequence[int], expected: Sequence[int]) -> ToolkitError:
+    return ToolkitError(
+        f"{name}: shape {tuple(stored)}, the model of config.json has {tuple(expected)}",
+        "config.json and weights do not belong together: fetch both again",
+    )
+
+
+def release(root: nn.Module) -> None:
+    """Drop all parameters of ``root`` to meta."""
+    for module in root.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+class Skeleton:
+    """A model that is walked block by block.
+
+    Attributes:
+        spec: the architecture table's entry.
+        model: the model class, see `build_model`.
+        dtype, device: of forward passes.
+    """
+
+    def __init__(self, config: Any, spec: ArchitectureSpec, dtype: torch.dtype, device: torch.device) -> None:
+        self.spec = spec
+        self.dtype = dtype
+        self.device = device
+        self.model = build_model(config, spec, dtype, device)
+
+    def block(self, index: int) -> nn.Module:
+        return self.model.get_submodule(self.spec.blocks)[index]
+
+    def check_complete(self, infos: Mapping[str, TensorInfo], added: Collection[str] = ()) -> None:
+        """Refuse a checkpoint that lacks parameters or has them in another shape, which would fail far from the cause.
+
+        Args:
+            infos: headers of all tensors of the checkpoint.
+            added: names in the checkpoint of parameters that passes make.
+
+        Raises:
+            ToolkitError: names what is missing, or the first shape that differs.
+        """
+        stored = {self.spec.root_module_name(n): info for n, info in infos.items()}
+        tied = self.model.all_tied_weights_keys  # {"lm_head.weight": "model.embed_tokens.weight"} where tied
+        missing = [n for n, _ in self.model.named_parameters(remove_duplicate=False) if n not in stored]
+        made = {self.spec.root_module_name(n) for n in added}
+        missing = [n for n in missing if tied.get(n) not in stored and n not in made]
+        if missing:
+            more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+            raise ToolkitError(
+                f"{', '.join(missing[:4])}{more}: not in the checkpoint, and the model has no other source for it",
+                "fetch the checkpoint again; if it is complete, load it with AutoModelForCausalLM.from_pretrained and "
+                "save it with save_pretrained, which writes every tensor under today's name",
+            )
+        for name, parameter in self.model.named_parameters():
+            if name in stored and stored[name].shape != tuple(parameter.shape):
+                raise _misfit(name, stored[name].shape, parameter.shape)
+
+    def stem_names(self, names: Iterable[str]) -> list[str]:
+        """Of the checkpoint names, those that must be in memory to run everything before the blocks."""
+        outside = (n for n in names if not n.startswith(self.spec.blocks + "."))
+        return [n for n in outside if not self.spec.root_module_name(n).startswith("lm_head.") and self._has(n)]
+
+    def _has(self, name: str) -> bool:
+        """Checkpoints carry buffers that today's classes compute (``attn.bias`` masks): those are not loaded."""
+        try:
+            self.model.get_parameter(self.spec.root_module_name(name))
+        except AttributeError:
+            return False
+        return True
+
+    def block_has(self, index: int, name: str) -> bool:
+        """Whether the block has a parameter for this block-relative checkpoint name."""
+        return self._has(self.spec.prefix(index) + name)

@@ -1,0 +1,1 @@
+"""Perplexity, divergence and tasks: windows, protocols, sums."""

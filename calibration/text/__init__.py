@@ -1,0 +1,1 @@
+"""Text: corpora by name or file, token ids, calibration windows."""

@@ -1,0 +1,34 @@
+"""Calibration windows without any language in them: what a calibration set costs that is as wrong as can be (the
+nonsense sets of Paglieri et al. 2024, arXiv 2405.20835, are random punctuation)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from calibration.text.crops import TokenBatches, tokens_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RANDOM = "random"
+"""What ``--dataset`` says for them."""
+
+
+def random_tokens(tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int) -> TokenBatches:
+    """Windows of ids drawn uniformly from the vocabulary, special tokens left out, int64 ``[samples, seq_len]``."""
+    text = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)))
+    draws = torch.randint(0, len(text), (samples, seq_len), generator=torch.Generator().manual_seed(seed))
+    ids = text[draws]
+    source = {
+        "dataset": RANDOM,
+        "builder": "random tokens",
+        "samples": samples,
+        "samples_asked": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "tokens": ids.numel(),
+        "fingerprint": tokens_fingerprint(ids),
+    }
+    return TokenBatches(ids, source)

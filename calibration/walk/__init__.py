@@ -1,0 +1,1 @@
+"""The walk over a model's blocks, and what a pass may ask of it."""

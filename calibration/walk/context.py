@@ -1,0 +1,190 @@
+"""`Context`: the data of one segment, by asking. The number of forward passes is visible in what a pass asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from calibration.architectures import SharedInput
+from calibration.errors import ToolkitError
+from calibration.walk.capture import Call, Watch, accumulate, record_calls, watching
+from calibration.walk.segment import Segment
+from calibration.walk.states import HiddenStates, Reference
+from calibration.walk.statistics import Gram, Statistic
+
+S = TypeVar("S", bound=Statistic)
+
+
+class Context:
+    """Statistics of one segment on the calibration inputs.
+
+    Linears that share an input share their accumulators. The first request gathers ``kinds`` for every input of the
+    block in one forward pass; exact edits keep them valid (`rescale`), any other edit makes them stale, and passes
+    that want fresh ones say so with `refresh`.
+
+    Args:
+        segment: the block.
+        states: hidden states entering it, None where no pass needs data.
+        kinds: what all passes of the run will ask for.
+        propagate: also replace the states by the block's outputs while gathering: on a float stream one forward does
+            both, because nothing edited the block yet.
+        allow_unseen: an expert without calibration tokens gets a zero Gram instead of an error.
+        references: outputs of the float block, a tensor per batch, of every kind that a pass trains towards.
+        advance: called after every batch and every rounded linear with what was done, for the progress display.
+        show: called with what is at work and does not count: the searches before rounding.
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        states: HiddenStates | None,
+        kinds: Sequence[type[Statistic]],
+        propagate: bool,
+        allow_unseen: bool,
+        advance: Callable[[str], None],
+        references: Mapping[Reference, Sequence[torch.Tensor]] | None = None,
+        show: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.segment = segment
+        self.forwards = 0
+        self.advance, self.show = advance, show
+        self._states = states
+        self._kinds = tuple(kinds)
+        self._propagate = propagate
+        self._allow_unseen = allow_unseen
+        self._references = references or {}
+        self._store: dict[tuple[SharedInput, type[Any]], Statistic] = {}
+        self._products: dict[SharedInput, torch.Tensor] = {}
+        self._product_dtype = next(segment.module.parameters()).dtype
+
+    def statistic(self, linear: str, kind: type[S]) -> S:
+        """The accumulator of the input of ``linear``, gathered before the first edit that was not exact."""
+        shared = self.segment.spec.shared_input(linear)
+        if (shared, kind) not in self._store:
+            assert kind in self._kinds, f"a pass asks for {kind.__name__} without declaring it"
+            self._gather(self.segment.spec.inputs, self._kinds)
+        found = self._store[shared, kind]
+        assert isinstance(found, kind)
+        return found
+
+    def gather(self) -> None:
+        """Gather now what passes of this run will ask for, where that has not been done: a pass that changes the block
+        without asking for anything calls this first."""
+        if self._kinds and not self._store:
+            self._gather(self.segment.spec.inputs, self._kinds)
+
+    def has(self, kind: type[Statistic]) -> bool:
+        """Whether passes of this run gather ``kind``."""
+        return kind in self._kinds
+
+    def product_gram(self, linear: str) -> torch.Tensor:
+        """The Gram matrix ``[in, in]`` in the dtype in which products are fast: that of the forward pass where it is
+        bfloat16, else as gathered. Made once per input, for searches that multiply by it many times."""
+        gram = self.statistic(linear, Gram)
+        if self._product_dtype != torch.bfloat16:
+            return gram.matrix
+        shared = self.segment.spec.shared_input(linear)
+        if shared not in self._products:
+            self._products = {shared: gram.matrix.to(torch.bfloat16)}  # one at a time: a Gram matrix may be large
+        return self._products[shared]
+
+    def refresh(self, stage: int | None, *kinds: type[Statistic]) -> None:
+        """Gather ``kinds`` again for the inputs of one stage, or of all (None), with the block as it now is (one
+        forward pass)."""
+        self._gather(tuple(s for s in self.segment.spec.inputs if stage in (None, s.stage)), kinds)
+
+    def calls(self, paths: Iterable[str], batches: int) -> dict[str, list[Call]]:
+        """Arguments of the calls of some submodules of the block, as it now is, in the first batches (part of one
+        forward pass). Only for passes of the quantized stream: a float stream may have left the block already."""
+        assert self._states is not None and not self._propagate, "this stream does not keep the inputs of the block"
+        self.segment.sync()
+        with record_calls(self.segment.module, paths) as calls:
+            self._states.run(self.segment.module, self.segment.index, False, self.advance, batches)
+        self.forwards += 1
+        return calls
+
+    def watch(self, watches: Iterable[Watch], batches: int | None = None) -> None:
+        """One forward pass of the block as it now is, or only its first batches, with functions that look at what
+        flows between its submodules and may replace it. Only for passes of the quantized stream."""
+        assert self._states is not None and not self._propagate, "this stream does not keep the inputs of the block"
+        self.segment.sync()
+        tell = self.advance if batches is None else self.show  # a part of the set is a search, not a step of the run
+        with watching(self.segment.module, watches):
+            self._states.run(self.segment.module, self.segment.index, False, tell, batches)
+        self.forwards += 1
+
+    @property
+    def batches(self) -> range:
+        """Numbers of the calibration batches, for `output` and `reference`."""
+        assert self._states is not None, "this run has no calibration samples"
+        return range(len(self._states.batches))
+
+    def reference(self, kind: Reference, batch: int) -> torch.Tensor:
+        """The float block's output on one batch, ``[batch, seq_len, hidden]``, as it was before the first edit."""
+        return self._references[kind][batch]
+
+    def output(self, batch: int, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The block as it now is on one batch of the quantized stream, ``[batch, seq_len, hidden]``, with these
+        block-relative parameters, as the file stores them, in place of its own; differentiable in them."""
+        assert self._states is not None and not self._propagate, "this stream does not keep the inputs of the block"
+        segment = self.segment
+        segment.sync()
+        rename = segment.architecture.module_name
+        cast = {rename(name): tensor.to(self._product_dtype) for name, tensor in parameters.items()}
+        result = self._states.output(segment.module, segment.index, batch, cast)
+        self.advance("train")
+        return result
+
+    def rescale(self, linears: Sequence[str], s: torch.Tensor) -> None:
+        """Follow an exact balance: the inputs of ``linears`` are now divided by ``s [in]``."""
+        shared = {self.segment.spec.shared_input(name) for name in linears}
+        for (key, _), statistic in self._store.items():
+            if key in shared:
+                statistic.rescale(s)
+        self._products.clear()
+
+    def forget(self, linears: Sequence[str]) -> None:
+        """The inputs of ``linears`` changed in a way that no statistic follows; the next request gathers again."""
+        shared = {s for s in self.segment.spec.inputs if not set(linears).isdisjoint(s.linears)}
+        self._store = {key: found for key, found in self._store.items() if key[0] not in shared}
+        self._products.clear()
+
+    def _gather(self, inputs: Sequence[SharedInput], kinds: Sequence[type[Statistic]]) -> None:
+        segment, states = self.segment, self._states
+        if self._propagate:
+            assert segment.edits == 0 and self.forwards == 0, "a float stream is collected once, before any edit"
+        assert states is not None, "this run has no calibration samples"
+        segment.sync()
+        device = next(iter(segment.masters.values())).device
+        fresh = {
+            (shared, kind): kind(segment.weight(shared.linears[0]).shape[1], device)
+            for shared in inputs
+            for kind in kinds
+        }
+        hooks = {
+            segment.architecture.module_name(shared.linears[0]): [fresh[shared, kind] for kind in kinds]
+            for shared in inputs
+        }
+        with accumulate(segment.module, hooks):
+            states.run(segment.module, segment.index, keep=self._propagate, advance=self.advance)
+        self.forwards += 1
+        self._store.update(fresh)
+        self._products.clear()
+        for (shared, _), statistic in fresh.items():
+            if not statistic.finite():
+                raise ToolkitError(
+                    f"{segment.full_name(shared.linears[0])}: NaN or Inf among its inputs",
+                    "the model overflows on this text: try --dtype float32, or check the checkpoint",
+                )
+        self._check_seen(inputs, kinds)
+
+    def _check_seen(self, inputs: Sequence[SharedInput], kinds: Sequence[type[Statistic]]) -> None:
+        unseen = [s for s in inputs if any(self._store[s, kind].tokens == 0 for kind in kinds)]
+        if unseen and not self._allow_unseen:
+            names = ", ".join(self.segment.full_name(s.linears[0]) for s in unseen[:4])
+            raise ToolkitError(
+                f"{names}{' ...' if len(unseen) > 4 else ''}: {len(unseen)} inputs saw no calibration tokens",
+                "use more --samples, or --unseen-experts rtn to round these experts without data",
+            )

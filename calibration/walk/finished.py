@@ -1,0 +1,83 @@
+"""Blocks that a run has finished: a file of tensors each, a record of its linears, thresholds where it has some."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibration.architectures import ArchitectureSpec
+from calibration.model.checkpoint import CheckpointReader, save_tensors, write_atomically
+from calibration.walk.segment import Segment
+
+
+@dataclass(frozen=True)
+class FinishedBlocks:
+    """The files of a run in ``folder``: ``block-00007.safetensors`` and ``block-00007.json``."""
+
+    folder: Path
+    spec: ArchitectureSpec
+
+    def count(self) -> int:
+        """Blocks from the first on that are finished. The tensor file is renamed into place last."""
+        count = 0
+        while self.tensors_path(count).exists() and self.record_path(count).exists():
+            count += 1
+        return min(count, self.spec.n_blocks)
+
+    def tensors_path(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.safetensors"
+
+    def record_path(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.json"
+
+    def gates_path(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.gates.safetensors"
+
+    def tensors(self, index: int) -> dict[str, torch.Tensor]:
+        """As written, by full checkpoint name."""
+        with CheckpointReader.of_file(self.tensors_path(index)) as file:
+            return {name: file.tensor(name) for name in file.infos}
+
+    def gates(self, index: int) -> dict[str, torch.Tensor]:
+        """Activation thresholds of a block, as its passes left them in ``segment.gates``."""
+        if not self.gates_path(index).exists():
+            return {}
+        with CheckpointReader.of_file(self.gates_path(index)) as file:
+            return {name: file.tensor(name) for name in file.infos}
+
+    def all_gates(self) -> dict[str, torch.Tensor]:
+        """`gates` of every block."""
+        return {name: t for index in range(self.spec.n_blocks) for name, t in self.gates(index).items()}
+
+    def linears(self, index: int) -> dict[str, Any]:
+        """What is recorded of a block's linears, by full name: ``{"scheme", "errors", "notes"}``."""
+        data = json.loads(self.record_path(index).read_text(encoding="utf-8"))["linears"]
+        return {self.spec.prefix(index) + name: entry for name, entry in data.items()}
+
+    def write(self, segment: Segment, tensors: Mapping[str, torch.Tensor], forwards: int) -> None:
+        """Commit one block.
+
+        Args:
+            tensors: of its file, full checkpoint names.
+            forwards: passes of the calibration set through the block that it took.
+        """
+        record = {
+            "forwards": forwards,
+            "linears": {
+                name: {
+                    "scheme": str(scheme),
+                    "errors": segment.errors[name],
+                    "notes": segment.notes.get(name, {}),
+                }
+                for name, scheme in segment.schemes.items()
+            },
+        }
+        if segment.gates:
+            save_tensors(self.gates_path(segment.index), segment.gates)
+        write_atomically(self.record_path(segment.index), (json.dumps(record, sort_keys=True) + "\n").encode())
+        save_tensors(self.tensors_path(segment.index), tensors)

@@ -1,0 +1,146 @@
+"""The decoder blocks of a checkpoint, loaded one at a time: their float weights, and the hidden states that enter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from calibration.memory import return_freed
+from calibration.model.checkpoint import TensorSource
+from calibration.model.skeleton import Skeleton, load_parameters, release
+from calibration.progress import Progress
+from calibration.text.crops import TokenBatches
+from calibration.walk.capture import transform_input
+from calibration.walk.context import Context
+from calibration.walk.outside import Outside
+from calibration.walk.passes import AddsBiases, Pass, Phase, TransformsInputs, repairs
+from calibration.walk.segment import Segment
+from calibration.walk.states import HiddenStates
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class FloatBlocks:
+    """The blocks as they are in the checkpoint, and as the passes that change their basis leave them.
+
+    Attributes:
+        passes: those of the run; none where the model is only looked at.
+        schemes: block index -> {linear: scheme} of the linears to quantize, block-relative names.
+        master_dtype: float32; float64 in exactness tests.
+    """
+
+    reader: TensorSource
+    skeleton: Skeleton
+    passes: Sequence[Pass] = ()
+    schemes: Callable[[int], Mapping[str, Any]] = lambda index: {}
+    batch_size: int = 4
+    master_dtype: torch.dtype = torch.float32
+
+    def __len__(self) -> int:
+        return self.skeleton.spec.n_blocks
+
+    @property
+    def outside(self) -> Outside:
+        """What lies outside the blocks, as the passes leave it."""
+        return Outside(self.reader, self.skeleton.spec, self.passes)
+
+    def transform_inputs(self) -> None:
+        """Give the model the input transforms that its weights will expect once the passes have been applied."""
+        for index in range(self.skeleton.spec.n_blocks):
+            block, quantized = self.skeleton.block(index), self.schemes(index)
+            for step in self.passes:
+                if isinstance(step, TransformsInputs):
+                    spec = self.skeleton.spec.block(index)
+                    for linear, transform in step.input_transforms(spec, quantized).items():
+                        path = self.skeleton.spec.module_name(linear)
+                        transform_input(block.get_submodule(path), transform)
+
+    @torch.no_grad()
+    def observe(self, tokens: TokenBatches, progress: Progress) -> Iterator[tuple[Segment, HiddenStates]]:
+        """Every block of the model as it is, loaded, with the states entering it; nothing is committed. The caller runs
+        the states through the block, looking at what it wants, before it asks for the next one."""
+        states = self.enter(tokens, progress)
+        progress.stage("blocks", self.skeleton.spec.n_blocks * len(states.batches))
+        for index in range(self.skeleton.spec.n_blocks):
+            segment = self.load(index)
+            yield segment, states
+            release(segment.module)
+            segment.masters.clear()  # the caller may still hold the segment while the next one is loaded
+            return_freed()
+
+    def enter(self, tokens: TokenBatches, progress: Progress) -> HiddenStates:
+        """The hidden states that enter the first block: load what comes before it, run every batch, drop it again."""
+        progress.stage("embed", 1)
+        outside = self.outside
+        names = self.skeleton.stem_names(outside.names)
+        stem = {self.skeleton.spec.root_module_name(n): self.cast(outside.tensor(n)) for n in names}
+        load_parameters(self.skeleton.model, stem)
+        self.reader.close()
+        states = HiddenStates.from_tokens(self.skeleton, tokens, self.batch_size)
+        for name in stem:
+            parent, _, leaf = name.rpartition(".")
+            module = self.skeleton.model.get_submodule(parent)
+            module._parameters[leaf] = torch.nn.Parameter(stem[name].to("meta"), requires_grad=False)
+        progress.advance("embed")
+        return states
+
+    def outside_parameters(self) -> dict[str, torch.Tensor]:
+        """Every parameter that is in no block, in the dtype of the forward pass, by its name in the model."""
+        parameters = dict(self.skeleton.model.named_parameters(remove_duplicate=False))
+        names = {self.skeleton.spec.root_module_name(name): name for name in self.outside.names}
+        found = {t: self.cast(self.outside.tensor(name)) for t, name in names.items() if t in parameters}
+        self.reader.close()
+        return found
+
+    def cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.skeleton.device, self.skeleton.dtype)
+
+    def stored(self, index: int, without: Container[str] = ()) -> dict[str, torch.Tensor]:
+        """Stored tensors of one block but those in ``without``, block-relative names, in their stored dtypes."""
+        prefix = self.skeleton.spec.prefix(index)
+        names = [n[len(prefix) :] for n in self.reader.infos if n.startswith(prefix)]
+        names = [n for n in names if n not in without]
+        tensors = {n: self.reader.tensor(prefix + n) for n in names if self.skeleton.block_has(index, n)}
+        self.reader.close()
+        return tensors
+
+    def fill(self, index: int, tensors: Tensors) -> None:
+        rename = self.skeleton.spec.module_name
+        load_parameters(self.skeleton.block(index), {rename(n): t for n, t in tensors.items()})
+
+    def load(self, index: int, with_module: bool = True) -> Segment:
+        """One block with float masters; ``with_module`` also fills the module for forward passes."""
+        spec, stored = self.skeleton.spec, self.stored(index)
+        for step in self.passes:
+            if isinstance(step, AddsBiases):
+                for linear in step.new_biases(self.skeleton.spec, index, stored):
+                    w = stored[f"{linear}.weight"]
+                    stored[f"{linear}.bias"] = w.new_zeros(w.shape[1 if self.skeleton.spec.conv1d else 0])
+        masters = {n: t.to(self.skeleton.device, self.master_dtype) for n, t in stored.items()}
+        if with_module:
+            self.fill(index, {n: masters[n].to(self.skeleton.dtype) for n in masters})
+        return Segment(
+            index=index,
+            prefix=spec.prefix(index),
+            spec=spec.block(index),
+            architecture=spec,
+            module=self.skeleton.block(index),
+            masters=masters,
+            stored_dtypes={n: t.dtype for n, t in stored.items()},
+            schemes=dict(self.schemes(index)),
+            keep_originals=repairs(self.passes),
+        )
+
+    def load_rebased(self, index: int, with_module: bool = True) -> Segment:
+        """`load`, and the passes that change the basis: hidden states have the new one, the file's weights do not."""
+        segment = self.load(index, with_module)
+        for step in self.passes:
+            if step.phases == (Phase.REBASE,):
+                step.apply(segment, Context(segment, None, (), False, False, lambda _: None))
+        if with_module:
+            segment.sync()
+        return segment

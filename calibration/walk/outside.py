@@ -1,0 +1,47 @@
+"""`Outside`: the tensors outside the decoder blocks as the passes leave them, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from calibration.architectures import ArchitectureSpec
+from calibration.model.checkpoint import TensorSource
+from calibration.walk.passes import Pass, Read, RewritesOutside
+
+
+class Outside:
+    """Embeddings, final norm, head and whatever else no block holds, by full checkpoint names.
+
+    Args:
+        passes: those of the run; the ones that rewrite tensors here do so in their order, when a tensor is read.
+    """
+
+    def __init__(self, reader: TensorSource, architecture: ArchitectureSpec, passes: Sequence[Pass]) -> None:
+        self.names = [n for n in reader.infos if not n.startswith(architecture.blocks + ".")]
+        self._read: Read = reader.tensor
+        for step in passes:
+            if isinstance(step, RewritesOutside):
+                rewritten = dict(step.outside(architecture, self.names))
+                self.names += [name for name in rewritten if name not in self.names]
+                self._read = _after(self._read, rewritten)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """In the dtype in which it is stored."""
+        return self._read(name)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All of them, in the order of their names."""
+        for name in sorted(self.names):
+            yield name, self.tensor(name)
+
+
+def _after(read: Read, rewritten: dict[str, Callable[[Read], Any]]) -> Read:
+    def tensor(name: str) -> torch.Tensor:
+        made = rewritten[name](read) if name in rewritten else read(name)
+        assert isinstance(made, torch.Tensor)
+        return made
+
+    return tensor

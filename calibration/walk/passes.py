@@ -1,0 +1,197 @@
+"""What a method is: one pass over one segment, with its place in the order of things."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from enum import IntEnum
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from calibration.architectures import ArchitectureSpec, BlockSpec
+from calibration.errors import Problem
+from calibration.walk.context import Context
+from calibration.walk.segment import Segment
+from calibration.walk.states import Reference
+from calibration.walk.statistics import Statistic
+
+Stream = Literal["none", "either", "quantized"]
+"""Which calibration inputs a pass wants: none at all; those of the float model or of the quantized one, whichever the
+run has (float where nothing asks for more, as AWQ was published); or what the quantized blocks before it produce."""
+
+
+class Phase(IntEnum):
+    """The composition rule: passes of a recipe must not go back to an earlier phase.
+
+    REBASE and BALANCE keep the function of the block (without data, with data). CHOOSE fills schemes and ranges and
+    leaves weights alone. ROUND quantizes every linear that has a scheme, exactly once. REPAIR moves what is left. GATE
+    adds activation thresholds.
+    """
+
+    REBASE = 0
+    BALANCE = 1
+    CHOOSE = 2
+    ROUND = 3
+    REPAIR = 4
+    GATE = 5
+
+
+class Pass(Protocol):
+    """A method. Its frozen dataclass *is* its configuration; nothing survives from one segment to the next.
+
+    Attributes:
+        name: as recipes and ``--method`` spell it.
+        phases: what it promises, in order (AWQ balances, then chooses clipping ranges).
+        stream: see `Stream`.
+        statistics: accumulators it reads, gathered for all passes of a run in one forward.
+        parts: names of the tensors that it puts into ``segment.parts``.
+    """
+
+    name: ClassVar[str]
+    phases: ClassVar[tuple[Phase, ...]]
+
+    @property
+    def stream(self) -> Stream: ...
+
+    @property
+    def statistics(self) -> tuple[type[Statistic], ...]: ...
+
+    @property
+    def parts(self) -> tuple[str, ...]: ...
+
+    def check(self, view: Any) -> Iterable[Problem]:
+        """What can be refused from shapes and schemes alone. ``view`` is the plan under construction."""
+
+    def forwards(self) -> int:
+        """Forward passes per block beyond the one that gathers the statistics."""
+
+    def apply(self, segment: Segment, context: Context) -> None:
+        """Edit the segment in place; report numbers through ``segment.note``."""
+
+
+@runtime_checkable
+class StoresParts(Protocol):
+    """A pass whose parts are large enough to be counted among the bits of a linear."""
+
+    def part_bits(self, out_features: int, in_features: int) -> int:
+        """Bits stored beside the codes of one linear ``[out, in]``."""
+
+
+@runtime_checkable
+class Gates(Protocol):
+    """A pass that fills ``segment.gates`` with thresholds of activation sparsity."""
+
+    def check_architecture(self, spec: ArchitectureSpec, tokens: int) -> Iterable[Problem]:
+        """What can be refused from the architecture table, and from the number of calibration tokens."""
+
+    def masked(
+        self, block: nn.Module, spec: ArchitectureSpec, index: int, gates: Mapping[str, torch.Tensor]
+    ) -> AbstractContextManager[Any]:
+        """While open, forward passes of a block are as sparse as the calibration of later blocks wants it."""
+
+
+@runtime_checkable
+class Trains(Protocol):
+    """A pass that fits parameters of the block to outputs of the float block, which the walk then computes."""
+
+    @property
+    def references(self) -> tuple[Reference, ...]: ...
+
+
+def references_of(passes: Sequence[Pass]) -> tuple[Reference, ...]:
+    """The outputs of the float block that some pass trains towards, each once."""
+    return tuple(dict.fromkeys(kind for p in passes if isinstance(p, Trains) for kind in p.references))
+
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
+Read = Callable[[str], torch.Tensor]
+"""A tensor of the checkpoint by its full name."""
+
+
+@runtime_checkable
+class RewritesOutside(Protocol):
+    """A pass that also changes tensors outside the blocks: embeddings, final norm, head."""
+
+    def outside(self, architecture: ArchitectureSpec, names: Collection[str]) -> Mapping[str, Callable[[Read], Any]]:
+        """Full name -> how to make the tensor from those before the pass. May add names to ``names``."""
+
+
+@runtime_checkable
+class TransformsInputs(Protocol):
+    """A pass whose blocks transform the inputs of some linears while they run."""
+
+    def input_transforms(self, spec: BlockSpec, quantized: Collection[str]) -> Mapping[str, Transform]:
+        """Linear -> the function of its input ``[..., in]``, for a block with these quantized linears."""
+
+
+@runtime_checkable
+class CalibratesInputs(Protocol):
+    """A pass that gives static inputs their range, as the part ``input_scale``."""
+
+    def calibrated(self, block: BlockSpec) -> Collection[str]:
+        """The linears whose inputs get one, where their scheme has static inputs."""
+
+
+@runtime_checkable
+class AddsBiases(Protocol):
+    """A pass that needs biases which the checkpoint does not have."""
+
+    def new_biases(self, architecture: ArchitectureSpec, index: int, stored: Collection[str]) -> Collection[str]:
+        """Linears of a block that get a bias, zeros until a pass edits it, from the names that the block stores. (An
+        entry of ``config.json`` switches on biases of several linears, needed or not.)"""
+
+
+@runtime_checkable
+class ChangesModel(Protocol):
+    """A pass that not every architecture admits, or that changes what ``config.json`` must say."""
+
+    def refusals(self, architecture: ArchitectureSpec) -> Iterable[Problem]:
+        """Why the pass cannot keep the function of this architecture, and what still works."""
+
+    def remarks(self, architecture: ArchitectureSpec, view: Any) -> Iterable[str]:
+        """Sentences for the plan about what the pass does here that a user may not expect."""
+
+    def config_changes(self, config: Any) -> Mapping[str, Any]:
+        """Entries of ``config.json`` that differ afterwards, from the transformers config before."""
+
+
+def repairs(passes: Sequence[Pass]) -> bool:
+    """Whether some pass compares the rounded weights with those before, which then stay in memory."""
+    return any(Phase.REPAIR in p.phases for p in passes)
+
+
+def check_order(passes: Sequence[Pass]) -> Iterable[Problem]:
+    """Problems of order: phases that go back, and anything but exactly one rounding pass."""
+    for before, after in pairwise(passes):
+        if after.phases[0] < before.phases[-1]:
+            yield Problem(
+                f"{before.name}+{after.name}",
+                f"'{after.name}' ({after.phases[0].name}) cannot follow '{before.name}' ({before.phases[-1].name})",
+                f"write {after.name}+{before.name}",
+            )
+    rebasing = [p.name for p in passes if p.phases == (Phase.REBASE,)]
+    for name in dict.fromkeys(n for n in rebasing if rebasing.count(n) > 1):
+        yield Problem(name, "changes the basis twice", f"write {name} once")
+    rounding = [p.name for p in passes if Phase.ROUND in p.phases]
+    if len(rounding) > 1:
+        yield Problem("+".join(rounding), "more than one pass rounds the weights", f"keep one of {', '.join(rounding)}")
+
+
+def stream_of(passes: Sequence[Pass]) -> Stream:
+    """The one stream of calibration inputs that serves all passes."""
+    wanted = {p.stream for p in passes}
+    return "quantized" if "quantized" in wanted else "either" if "either" in wanted else "none"
+
+
+def forwards_per_block(passes: Sequence[Pass]) -> int:
+    """Forward passes over the calibration set per block: one that gathers, where a pass reads statistics (and on a
+    float stream propagates at once), one of the float block per reference, those that passes add, and one that
+    propagates through the quantized block. (A training step counts as one; its backward pass comes on top.)"""
+    stream = stream_of(passes)
+    if stream == "none":
+        return 0
+    gathers = any(p.statistics for p in passes)
+    return gathers + len(references_of(passes)) + sum(p.forwards() for p in passes) + (stream == "quantized")

@@ -1,0 +1,95 @@
+"""`HiddenStates`: the residual stream of every calibration batch, and how a block is run on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from calibration.model.skeleton import Skeleton
+from calibration.text.crops import TokenBatches
+from calibration.walk.capture import Call
+
+Reference = Literal["inputs", "model"]
+"""Outputs of the float block that a pass may train towards: on the inputs of this run (what the blocks before it, as
+written, produce), or on the inputs that the float model has there."""
+
+
+class HiddenStates:
+    """Hidden states ``[batch, seq_len, hidden]`` in the dtype of the forward pass, one tensor per batch, in place.
+
+    A block is called with the arguments that the model itself passes to it (masks, rotary embeddings), recorded once
+    per batch size and block: masks that differ between layers stay right. Batches are unpadded, so the arguments do
+    not depend on the tokens.
+    """
+
+    def __init__(self, tuple_output: bool, device: torch.device) -> None:
+        self.batches: list[torch.Tensor] = []
+        self._calls: dict[int, list[Call]] = {}
+        self._tuple_output = tuple_output
+        self._device = device
+
+    @classmethod
+    def from_tokens(cls, skeleton: Skeleton, tokens: TokenBatches, batch_size: int) -> HiddenStates:
+        """Run everything before the blocks. The skeleton's stem must be loaded.
+
+        Every block's forward is replaced by a recorder that returns its input, so that the embedding, its scaling and
+        position embeddings come along without being named.
+        """
+        states = cls(skeleton.spec.tuple_output, skeleton.device)
+        blocks = skeleton.model.get_submodule(skeleton.spec.blocks)
+        entering: list[torch.Tensor] = []
+        calls: list[Call] = []
+
+        def recorder(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not calls:
+                entering.append(hidden)
+            calls.append((args, kwargs))
+            return (hidden,) if skeleton.spec.tuple_output else hidden
+
+        for block in blocks:
+            block.forward = recorder
+        try:
+            for ids in tokens.batches(batch_size):
+                calls.clear()
+                skeleton.model.base_model(ids.to(skeleton.device), use_cache=False)
+                states._calls.setdefault(ids.shape[0], list(calls))
+                states.batches.append(entering.pop())
+        finally:
+            for block in blocks:
+                del block.forward
+        return states
+
+    def run(
+        self, block: nn.Module, index: int, keep: bool, advance: Callable[[str], None], limit: int | None = None
+    ) -> None:
+        """Run every batch, or the first ``limit``, through ``block``; with ``keep`` its outputs replace the states."""
+        for i in range(len(self.batches[:limit])):
+            output = self.output(block, index, i)
+            if keep:
+                self.batches[i] = output
+            advance("forward")
+
+    def output(
+        self, block: nn.Module, index: int, batch: int, parameters: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """``block`` on one batch, ``[batch, seq_len, hidden]``. ``parameters``, by their names in the block's class,
+        stand in for its own; gradients reach them where autograd is on."""
+        hidden = self.batches[batch]
+        args, kwargs = self._calls[hidden.shape[0]][index]
+        output = functional_call(block, dict(parameters or {}), (hidden, *args), kwargs)
+        result: torch.Tensor = output[0] if self._tuple_output else output
+        return result
+
+    def copy(self) -> HiddenStates:
+        """A stream of its own that starts from the same states. Tensors are shared until a block replaces them."""
+        other = HiddenStates(self._tuple_output, self._device)
+        other.batches, other._calls = list(self.batches), self._calls
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        return sum(b.numel() * b.element_size() for b in self.batches)

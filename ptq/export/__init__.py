@@ -1,1 +1,0 @@
-"""File formats: one object per format, all listed in `ptq.export.formats`."""

@@ -1,0 +1,1 @@
+"""File formats: one object per format, all listed in `ptq.formats.registry`."""

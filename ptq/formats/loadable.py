@@ -1,0 +1,46 @@
+"""Whether the model class of a written config.json has a place for every tensor, and a tensor for every place.
+
+transformers drops tensors that a class lacks with no more than a warning: a bias or norm that a pass created would be
+lost without anyone noticing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+from calibration.errors import ToolkitError
+from calibration.model.opening import open_model
+from calibration.model.skeleton import build_model
+from ptq.formats.registry import format_of
+
+
+def check_keys(out: Path, source: Collection[str], trust_remote_code: bool = False) -> None:
+    """Compare the names in a written checkpoint with those of its model class, on the meta device.
+
+    Args:
+        source: names in the checkpoint it was made from: leftovers there (masks that today's classes compute) may stay.
+
+    Raises:
+        ToolkitError: a tensor without a place, or a parameter without a tensor.
+    """
+    reader, config, spec = open_model(out, trust_remote_code)
+    fmt = format_of(reader.config)
+    schemes = fmt.schemes(reader.config, reader.infos, reader.tensor) if fmt else {}
+    reader.close()
+    model = build_model(config, spec, torch.float32, torch.device("meta"))
+    places = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    packed = {f"{name}.{suffix}" for name in schemes for suffix in (fmt.suffixes if fmt else ())}
+    plain = {spec.root_module_name(name): name for name in reader.infos if name not in packed}
+    lost = [name for path, name in plain.items() if path not in places and name not in source]
+    held = {spec.root_module_name(f"{name}.weight") for name in schemes} | set(plain)
+    missing = [path for path in places - held if model.all_tied_weights_keys.get(path) not in held]
+    for names, what in ((lost, "has no place in the model class"), (missing, "has no tensor in the written files")):
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            raise ToolkitError(
+                f"{', '.join(sorted(names)[:4])}{more}: {what} of config.json, and would be lost on loading",
+                "this is a bug of ptq: please report it",
+            )

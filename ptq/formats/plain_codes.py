@@ -1,0 +1,203 @@
+"""compressed-tensors with one code per byte, and its words for quantized inputs and KV caches.
+
+``int-quantized``: ``weight`` int8 ``[out, in]`` holds our codes minus 128, ``weight_scale`` ``[out, 1]`` is in the
+model's dtype, and ``weight_zero_point`` int8 ``[out, 1]`` (zero minus 128) is there for asymmetric grids.
+``float-quantized``: ``weight`` float8_e4m3fn ``[out, in]``, whose bits are our codes. A static input has its step in
+``input_scale`` ``[1]``. Inputs are quantized by token (dynamic), by tensor, or by group; the cache by token and head.
+Source: compressed-tensors 0.20, ``compressors/quantized_compressors`` and ``quantization/quant_args``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from calibration.errors import Problem, ToolkitError
+from ptq.activations import ActivationQuant, CacheQuant, Granularity
+from ptq.formats import checks
+from ptq.linears import ModelLayout
+from ptq.quantized import INPUT_GRID, QuantizedTensor
+from ptq.scheme import E4M3FN, Grouping, QuantScheme, TensorQuant
+
+INT, FLOAT = "int-quantized", "float-quantized"
+STORED = {torch.int8: INT, torch.float8_e4m3fn: FLOAT}
+"""The layout by the dtype of ``weight``."""
+SUFFIXES = frozenset({"weight", INPUT_GRID[0]})
+INPUT_STEP = INPUT_GRID[0]
+
+
+def layout_of(scheme: QuantScheme) -> str | None:
+    """``int-quantized``, ``float-quantized``, or None where codes are packed."""
+    if scheme.weights.float_format == E4M3FN:
+        return FLOAT
+    integers = scheme.weights.float_format is None and scheme.weights.bits == 8
+    return INT if integers and scheme.inputs is not None and scheme.weights.grouping.size is None else None
+
+
+def problems(layout: ModelLayout, format_name: str) -> list[Problem]:
+    """Inputs and caches that the format, or its reader in transformers, does not know."""
+    found: list[Problem] = []
+
+    def refuse(condition: Any, reason: str, fix: str) -> None:
+        linears = checks.matching(layout, lambda linear: bool(condition(linear.scheme)))
+        found.extend(checks.refuse(linears, f"{reason}, which '{format_name}' does not know", fix))
+
+    native = checks.NATIVE
+    refuse(lambda s: s.inputs and s.inputs.smooth, "inputs are smoothed at run time", native)
+    refuse(lambda s: s.inputs and not s.inputs.symmetric, "inputs have zero points", f"leave azp out, or {native}")
+    refuse(
+        lambda s: s.inputs and s.inputs.granularity == "channel",
+        "inputs have a step per channel",
+        f"use -astatic or -atoken, or {native}",
+    )
+    refuse(
+        lambda s: s.inputs and s.inputs.kind == "fp4-e2m1",
+        "inputs are floats of 4 bits",
+        f"use a8, a4 or fp8, or {native}",
+    )
+    refuse(
+        lambda s: layout_of(s) and s.inputs and (s.inputs.kind == "int") != (layout_of(s) == INT),
+        "weights and inputs of 8 bits are integers on one side and floats on the other",
+        f"use w8a8 or fp8, or {native}",
+    )
+    refuse(
+        lambda s: s.weights.float_format == E4M3FN and s.weights.grouping.size is not None,
+        "floats of 8 bits have a scale per group",
+        f"use gchannel, or {native}",
+    )
+    refuse(
+        lambda s: s.inputs and s.weights.float_format not in (None, E4M3FN),
+        "weights of 4-bit floats have quantized inputs",
+        f"leave the inputs at a16, or {native}",
+    )
+    experts = [n for n in layout.quantized if n.expert is not None and n.scheme is not None and n.scheme.inputs]
+    reason = "is part of an expert, and transformers quantizes no inputs of experts"
+    found += checks.refuse(experts, reason, f"use a scheme with a16 for experts, or {native}")
+    return found
+
+
+def encode(q: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Tensors of a linear that `layout_of` gives one code per byte."""
+    tensors = {"weight_scale": checks.stored_scale(q.scale, dtype)}
+    if layout_of(q.scheme) == FLOAT:
+        return {"weight": q.codes.view(torch.float8_e4m3fn).clone(), **tensors}
+    if q.zero is not None:
+        tensors["weight_zero_point"] = _signed(q.zero)
+    return {"weight": _signed(q.codes), **tensors}
+
+
+def _signed(codes: torch.Tensor) -> torch.Tensor:
+    return (codes.to(torch.int16) - 128).to(torch.int8)
+
+
+def decode(tensors: Mapping[str, torch.Tensor], scheme: QuantScheme) -> QuantizedTensor:
+    """The inverse of `encode`, bit for bit."""
+    scale, weight, zero = tensors["weight_scale"].float(), tensors["weight"], tensors.get("weight_zero_point")
+    scale = scale.reshape(-1, 1).expand(weight.shape[0], 1).contiguous()  # one for the whole tensor in other's files
+    if weight.dtype == torch.float8_e4m3fn:
+        return QuantizedTensor(weight.view(torch.uint8), scale, None, scheme)
+    if scheme.weights.symmetric:
+        zero = None
+    unsigned = [None if t is None else (t.to(torch.int16) + 128).to(torch.uint8) for t in (weight, zero)]
+    assert unsigned[0] is not None
+    return QuantizedTensor(unsigned[0], scale, unsigned[1], scheme)
+
+
+def input_step(q: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """``input_scale`` where the inputs are static."""
+    step = q.parts.get(INPUT_STEP)
+    return {} if step is None else {INPUT_STEP: checks.stored_scale(step, dtype)}
+
+
+def with_input_step(q: QuantizedTensor, tensors: Mapping[str, torch.Tensor]) -> QuantizedTensor:
+    """The linear with its calibrated step as a part."""
+    step = tensors.get(INPUT_STEP)
+    return (
+        q
+        if step is None
+        else QuantizedTensor(q.codes, q.scale, q.zero, q.scheme, q.group_index, {INPUT_STEP: step.float().view(-1)})
+    )
+
+
+def weight_arguments(scheme: QuantScheme) -> dict[str, Any]:
+    """``weights`` of a config group with one code per byte."""
+    w = scheme.weights
+    kind = "int" if w.float_format is None else "float"
+    return {"num_bits": 8, "type": kind, "symmetric": w.symmetric, "strategy": "channel", "dynamic": False}
+
+
+def input_arguments(inputs: ActivationQuant | None) -> dict[str, Any] | None:
+    """``input_activations`` of a config group."""
+    if inputs is None:
+        return None
+    arguments = {
+        "num_bits": inputs.bits,
+        "type": "int" if inputs.kind == "int" else "float",
+        "symmetric": inputs.symmetric,
+        "strategy": inputs.granularity,
+        "dynamic": inputs.dynamic,
+    }
+    return arguments if inputs.group_size is None else {**arguments, "group_size": inputs.group_size}
+
+
+def cache_arguments(cache: CacheQuant | None, head_width: int) -> dict[str, Any] | None:
+    """``kv_cache_scheme``: dynamic, so that no scale is stored. "token" would mean a step per head for all tokens of a
+    call, so a token and head is said as the one group of ``head_width`` channels that it is."""
+    if cache is None:
+        return None
+    return input_arguments(replace(cache.grid, granularity="group", group_size=head_width))
+
+
+def head_width(config: Mapping[str, Any]) -> int:
+    """Channels of a key, from config.json."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def read_weights(weights: Mapping[str, Any]) -> TensorQuant:
+    """The weights of a group with one code per byte."""
+    if weights.get("type") == "float":
+        return TensorQuant.of_floats(E4M3FN, Grouping("channel"))
+    return TensorQuant(8, Grouping("channel"), "sym_gptq" if weights.get("symmetric", True) else "asym_zero_in")
+
+
+def read_inputs(arguments: Mapping[str, Any] | None, where: str) -> ActivationQuant | None:
+    """The inverse of `input_arguments`.
+
+    Raises:
+        ToolkitError: inputs that are not run here.
+    """
+    if not arguments:
+        return None
+    bits, kind, strategy = arguments["num_bits"], arguments.get("type", "int"), arguments.get("strategy", "tensor")
+    dynamic = arguments.get("dynamic", False)
+    known = strategy in ("token", "tensor", "group") and isinstance(dynamic, bool) and arguments.get("symmetric", True)
+    if not known or (strategy != "tensor" and not dynamic) or (kind == "float" and bits != 8):
+        raise ToolkitError(
+            f"{where}: quantized activations of {bits}-bit {kind} per {strategy}, dynamic {dynamic}",
+            "read here are symmetric ones per token, tensor or group, of integers or FP8",
+        )
+    granularity: Granularity = strategy
+    size = arguments.get("group_size") if strategy == "group" else None
+    return ActivationQuant(bits, "fp8-e4m3" if kind == "float" else "int", granularity, dynamic, True, size)
+
+
+def read_cache(arguments: Mapping[str, Any] | None, width: int) -> CacheQuant | None:
+    """The inverse of `cache_arguments`, for keys of ``width`` channels.
+
+    Raises:
+        ToolkitError: a cache with calibrated scales, or another grid.
+    """
+    if not arguments:
+        return None
+    cache = CacheQuant(arguments["num_bits"], "fp8-e4m3" if arguments.get("type") == "float" else "int")
+    expected = cache_arguments(cache, width)
+    assert expected is not None
+    if any(arguments.get(key) != value for key, value in expected.items()):
+        raise ToolkitError(
+            f"config.json: kv_cache_scheme {dict(arguments)} is not read here",
+            "read are dynamic ones with a group per head, asymmetric integers or symmetric floats",
+        )
+    return cache

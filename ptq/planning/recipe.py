@@ -1,0 +1,199 @@
+"""Recipes: which passes with which settings, and which scheme for which linear. TOML or ``--method`` to dataclasses.
+
+.. code-block:: toml
+
+    scheme = "w3a16-g128-sym"       # for everything no rule below names
+    format = "compressed-tensors"   # optional
+
+    [[pass]]
+    name = "awq"
+    grid = 20
+
+    [[pass]]
+    name = "gptq"
+    order = "group"
+
+    [[rule]]                        # first match wins
+    match = "*.down_proj"
+    scheme = "w4a16-g64-sym"        # or "float" to leave it alone
+
+Unknown keys are errors. Defaults live once, in the dataclass of the pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from calibration.errors import ToolkitError, nearest, unknown_value
+from calibration.walk.passes import Pass, Phase
+from ptq.methods import COMBINATIONS, DEFAULT_SCHEMES, METHODS
+from ptq.scheme import Quantizer, QuantScheme, parse_scheme
+
+Methods = Mapping[str, Callable[..., Pass]]
+"""Passes by the names that recipes use."""
+
+DEFAULT_SCHEME = "w4a16-g128"
+FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``match`` is a shell pattern over full linear names; scheme None leaves the linear in float."""
+
+    match: str
+    scheme: QuantScheme | None
+
+    def matches(self, name: str) -> bool:
+        return fnmatch.fnmatchcase(name, self.match)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Passes in order, and rules of which the first match decides; the last rule matches everything."""
+
+    passes: tuple[Pass, ...]
+    rules: tuple[Rule, ...]
+    format: str | None = None
+
+    @property
+    def method(self) -> str:
+        """``awq+gptq``"""
+        return "+".join(p.name for p in self.passes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that decides the result, defaults included."""
+        return {
+            "method": self.method,
+            "passes": [{"name": p.name, **_settings(p)} for p in self.passes],
+            "schemes": [{"match": r.match, "scheme": FLOAT if r.scheme is None else str(r.scheme)} for r in self.rules],
+        }
+
+
+def _settings(instance: Any) -> dict[str, Any]:
+    return {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
+
+
+def parse_method(text: str, methods: Methods = METHODS) -> tuple[Pass, ...]:
+    """``awq+gptq`` to passes with default settings.
+
+    Raises:
+        ToolkitError: a name that is no method, with the nearest one.
+    """
+    passes: list[Pass] = []
+    combined = False
+    for name in (name.strip() for name in text.split("+")):
+        if name not in methods and name not in COMBINATIONS:
+            raise unknown_value("--method", name, [*methods, *COMBINATIONS])
+        known = COMBINATIONS.get(name, (name,))
+        made = [methods[part]() for part in known]
+        if combined and len(made) == 1 and Phase.ROUND in made[0].phases:
+            passes.pop()  # the rounding that the combination ends with
+        passes += made
+        combined = len(made) > 1
+    return with_rounding(passes)
+
+
+def with_rounding(passes: Sequence[Pass]) -> tuple[Pass, ...]:
+    """Append ``rtn`` where no pass rounds, behind the last one that comes before rounding."""
+    if any(Phase.ROUND in p.phases for p in passes):
+        return tuple(passes)
+    before = sum(p.phases[-1] < Phase.ROUND for p in passes)
+    return (*passes[:before], METHODS["rtn"](), *passes[before:])
+
+
+def default_quantizer(format_name: str | None) -> Quantizer:
+    """Symmetric, but for AWQ files, whose readers expect zero points."""
+    return "asym_zero_in" if format_name == "awq" else "sym_gptq"
+
+
+def method_recipe(method: str, scheme: str | None, format_name: str | None, methods: Methods = METHODS) -> Recipe:
+    """The recipe that ``--method`` and ``--scheme`` stand for."""
+    passes = parse_method(method, methods)
+    parsed = parse_scheme(scheme or _default_scheme(passes), default_quantizer(format_name))
+    return Recipe(passes, (Rule("*", parsed),), format_name)
+
+
+def _default_scheme(passes: Sequence[Pass]) -> str:
+    return next((DEFAULT_SCHEMES[p.name] for p in passes if p.name in DEFAULT_SCHEMES), DEFAULT_SCHEME)
+
+
+def read_recipe(
+    path: Path, scheme: str | None = None, format_name: str | None = None, methods: Methods = METHODS
+) -> Recipe:
+    """A recipe file; ``scheme`` and ``format_name`` from the command line take the place of its own.
+
+    Raises:
+        ToolkitError: missing, not TOML, unknown keys or values.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ToolkitError(f"--recipe {path}: {error.strerror}", "name a TOML file, or use --method") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ToolkitError(f"{path}: not readable as TOML ({error})", "mend the line it names") from None
+    _only_keys(path, "", data, ("method", "scheme", "format", "pass", "rule"))
+    for key in ("method", "scheme", "format"):
+        _checked(f"{path}: {key}", data.get(key, ""), str)
+    for key in ("pass", "rule"):
+        if not isinstance(data.get(key, []), list) or not all(isinstance(t, dict) for t in data.get(key, [])):
+            raise ToolkitError(f"{path}: '{key}' is not a list of tables", f"write each one under [[{key}]]")
+    if ("method" in data) == ("pass" in data):
+        raise ToolkitError(f"{path}: needs either 'method' or [[pass]] tables", 'write method = "awq+gptq"')
+    passes = (
+        with_rounding([_read_pass(path, t, methods) for t in data["pass"]])
+        if "pass" in data
+        else parse_method(data["method"], methods)
+    )
+    format_name = format_name or data.get("format")
+    quantizer = default_quantizer(format_name)
+    rules = [_read_rule(path, table, quantizer) for table in data.get("rule", [])]
+    rules.append(Rule("*", parse_scheme(scheme or data.get("scheme", _default_scheme(passes)), quantizer)))
+    return Recipe(passes, tuple(rules), format_name)
+
+
+def _only_keys(path: Path, where: str, table: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key in table:
+        if key not in known:
+            raise ToolkitError(
+                f"{path}: unknown key '{where}{key}'", f"{nearest(key, known)}known keys: {', '.join(known)}"
+            )
+
+
+def _read_rule(path: Path, table: Mapping[str, Any], quantizer: Quantizer) -> Rule:
+    _only_keys(path, "rule.", table, ("match", "scheme"))
+    if not isinstance(table.get("match"), str) or not isinstance(table.get("scheme"), str):
+        raise ToolkitError(
+            f"{path}: a [[rule]] needs match and scheme", 'write match = "*.down_proj" and scheme = "w8a16-g128"'
+        )
+    return Rule(table["match"], None if table["scheme"] == FLOAT else parse_scheme(table["scheme"], quantizer))
+
+
+def _read_pass(path: Path, table: Mapping[str, Any], methods: Methods) -> Pass:
+    name = str(table.get("name"))
+    if name not in methods:
+        raise unknown_value(f"{path}: pass.name", name, methods)
+    method = methods[name]
+    types = get_type_hints(method)
+    fields = [f.name for f in dataclasses.fields(method)]  # type: ignore[arg-type]
+    _only_keys(path, f"{name}.", table, ("name", *fields))
+    settings = {k: _checked(f"{path}: {name}.{k}", v, types[k]) for k, v in table.items() if k != "name"}
+    return method(**settings)
+
+
+def _checked(where: str, value: Any, kind: Any) -> Any:
+    """A TOML value against the type of the dataclass field."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise unknown_value(where, str(value), get_args(kind))
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ToolkitError(f"{where}: {value!r} is not of type {kind.__name__}", f"write a {kind.__name__}")
+    return value

@@ -1,0 +1,91 @@
+"""What a run costs in bytes and forward passes, from headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from calibration.architectures import ArchitectureSpec, Residual
+from calibration.model.checkpoint import CheckpointReader
+from calibration.walk.outside import Outside
+from calibration.walk.passes import RewritesOutside, references_of, repairs
+from calibration.walk.statistics import Gram
+from ptq.linears import ModelLayout
+from ptq.numerics.objective import ROW_BYTES
+from ptq.planning.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes, except for the two that say otherwise.
+
+    ``float_bytes`` and ``output_bytes`` are all tensors of the checkpoint before and after; ``quantized_bytes`` those
+    of the quantized linears. ``peak_bytes`` is memory above interpreter and libraries, ``disk_bytes`` what the
+    run needs at its fullest. ``forwards`` counts forward passes over the calibration set per block.
+    """
+
+    float_bytes: int
+    output_bytes: int
+    quantized_bytes: int
+    quantized_weights: int
+    bits_per_weight: float
+    peak_bytes: int
+    disk_bytes: int
+    forwards: int
+
+
+def _untied_bytes(reader: CheckpointReader, spec: ArchitectureSpec, recipe: Recipe) -> int:
+    """Size of tensors outside the blocks that passes add: a head that was tied to the embedding."""
+    if not any(isinstance(p, RewritesOutside) for p in recipe.passes) or not isinstance(spec.residual, Residual):
+        return 0
+    added = [n for n in Outside(reader, spec, recipe.passes).names if n not in reader.infos]
+    return len(added) * reader.infos[f"{spec.residual.embeddings[0]}.weight"].nbytes
+
+
+def estimate(
+    reader: CheckpointReader,
+    config: Any,
+    spec: ArchitectureSpec,
+    layout: ModelLayout,
+    recipe: Recipe,
+    forwards: int,
+    calibration: tuple[int, int],
+    itemsize: int,
+) -> Sizes:
+    """What a run costs, from headers alone.
+
+    Args:
+        forwards: passes over the calibration set per block.
+        calibration: tokens of the whole set and of one batch.
+        itemsize: bytes per value of the forward dtype.
+    """
+    tokens, batch_tokens = calibration
+    weights = sum(linear.numel for linear in layout.quantized)
+    replaced = sum(reader.infos[f"{linear.name}.weight"].nbytes for linear in layout.quantized)
+    quantized_bytes = round(layout.quantized_bits / 8)
+    output = reader.total_bytes - replaced + quantized_bytes + _untied_bytes(reader, spec, recipe)
+    block = sum(info.numel for n, info in reader.infos.items() if n.startswith(spec.prefix(0)))
+    hidden = int(getattr(config, "hidden_size", None) or config.n_embd)
+    statistics = 0
+    if any(Gram in p.statistics for p in recipe.passes):
+        shapes = {linear.name: linear.shape for linear in layout.linears if linear.block == 0}
+        inputs = [shapes.get(spec.prefix(0) + s.linears[0], (0, 0))[1] for s in spec.block(0).inputs]
+        statistics = sum(4 * n * n for n in inputs) + 4 * max(inputs, default=0) ** 2
+    references = len(references_of(recipe.passes))
+    states = (1 + references) * tokens * hidden * itemsize if forwards else 0
+    copies = 4 + (itemsize if itemsize != 4 else 0) + 2  # masters, forward copy, codes and scales being written
+    copies += 4 if repairs(recipe.passes) else 0  # weights before rounding
+    widths = sum(sum(linear.shape) for linear in layout.linears if linear.block == 0)
+    graph = 2 * batch_tokens * widths * itemsize if references else 0  # one batch, what its backward pass needs
+    peak = block * copies + statistics + states + graph + 6 * ROW_BYTES
+    stem = sum(i.nbytes for n, i in reader.infos.items() if not n.startswith(spec.blocks + "."))
+    return Sizes(
+        float_bytes=reader.total_bytes,
+        output_bytes=output,
+        quantized_bytes=quantized_bytes,
+        quantized_weights=weights,
+        bits_per_weight=layout.quantized_bits / weights if weights else 0.0,
+        peak_bytes=max(peak, stem + states),
+        disk_bytes=2 * output,
+        forwards=forwards,
+    )

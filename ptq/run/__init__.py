@@ -1,0 +1,1 @@
+"""The main job: plan, walk, export, verify, evaluate, report."""

@@ -1,0 +1,173 @@
+"""From a finished walk to its record: per-linear numbers, sizes, evaluations, and the files that show them."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from calibration.model.checkpoint import write_atomically
+from calibration.model.opening import fingerprint
+from calibration.progress import Progress
+from calibration.record import REPORT_FILE, TIMINGS_FILE, Evaluation, LinearRecord, RunRecord, Timings
+from calibration.text.crops import TokenBatches
+from calibration.versions import versions
+from calibration.walk.walk import Walk
+from ptq.devices import peak_rss_bytes
+from ptq.evaluation import evaluate
+from ptq.formats.registry import Format
+from ptq.planning.job import Job
+from ptq.report import card, html, markdown
+
+
+class Stopwatch:
+    """Wall time by stage, and memory from here on."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.base_rss = peak_rss_bytes()
+        self.stages: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self.stages[name] = round(self.stages.get(name, 0.0) + time.perf_counter() - before, 3)
+
+    def timings(self, device: str, resumed_from: int) -> Timings:
+        return Timings(
+            seconds=round(time.perf_counter() - self.started, 3),
+            stages=self.stages,
+            peak_rss_bytes=peak_rss_bytes(),
+            base_rss_bytes=self.base_rss,
+            device=device,
+            threads=torch.get_num_threads(),
+            resumed_from=resumed_from,
+        )
+
+
+def linear_records(walk: Walk, job: Job) -> tuple[LinearRecord, ...]:
+    """One record per quantized linear, from what the walk wrote beside each block."""
+    records = []
+    planned = {linear.name: linear for linear in job.plan.layout.quantized}
+    for index in range(job.plan.spec.n_blocks):
+        for name, entry in walk.finished.linears(index).items():
+            linear = planned[name]
+            assert linear.scheme is not None
+            records.append(
+                LinearRecord(
+                    name=linear.name,
+                    block=index,
+                    shape=linear.shape,
+                    scheme=str(linear.scheme),
+                    bits_per_weight=job.plan.layout.bits_per_weight(linear),
+                    weight_error=entry["errors"]["weight"],
+                    relative_error=entry["errors"].get("output"),
+                    notes=entry["notes"],
+                )
+            )
+    return tuple(records)
+
+
+def left_in_float(job: Job) -> tuple[dict[str, Any], ...]:
+    """What stayed in float, by reason."""
+    reasons = Counter((linear.why, "linears of the blocks") for linear in job.plan.layout.left)
+    entries = [{"what": what, "why": why, "count": n} for (why, what), n in sorted(reasons.items())]
+    blocks = job.plan.spec.blocks + "."
+    outside = sum(not n.startswith(blocks) for n in job.reader.infos)
+    entries.append(
+        {"what": "tensors outside the blocks", "why": "embeddings, norms and head stay as they are", "count": outside}
+    )
+    routers = sum(len(job.plan.spec.block(i).routers) for i in range(job.plan.spec.n_blocks))
+    if routers:
+        entries.append({"what": "routers", "why": "small and sensitive", "count": routers})
+    return tuple(entries)
+
+
+def evaluations(job: Job, folder: Any, progress: Progress) -> tuple[Evaluation, ...]:
+    """The result against the float model on ``--eval``; both numbers come from the same windows."""
+    dataset = job.options.evaluate
+    if dataset is None:
+        return ()
+    result = evaluate(
+        folder,
+        dataset=dataset,
+        seq_len=job.seq_len,
+        reference=job.reader.folder,
+        device=job.options.device,
+        trust_remote_code=job.options.trust_remote_code,
+        sparse=job.sparse,
+        progress=progress,
+    )
+    assert result.divergence is not None
+    reference = Evaluation(
+        model="float",
+        protocol=result.protocol,
+        perplexity=result.divergence.reference_perplexity,
+        nll=result.nll - result.divergence.delta_nll * result.protocol.tokens_scored,
+        words=result.words,
+        bytes=result.bytes,
+    )
+    return (reference, result)
+
+
+def write_reports(
+    job: Job,
+    walk: Walk,
+    fmt: Format,
+    written: int,
+    verified: int,
+    tokens: TokenBatches | None,
+    folder: Any,
+    watch: Stopwatch,
+    resumed: int,
+    progress: Progress,
+) -> RunRecord:
+    """Evaluate if asked, then write report.json, report.md, report.html, README.md and timings.json into ``folder``."""
+    plan = job.plan
+    with watch("evaluate"):
+        scores = evaluations(job, folder, progress)
+    record = RunRecord(
+        model={
+            "name": job.name,
+            "source": job.source,
+            "architecture": plan.spec.family,
+            "parameters": sum(i.numel for i in job.reader.infos.values()),
+            "dtype": plan.layout.dtype,
+            "fingerprint": fingerprint(job.reader),
+            "bytes": plan.sizes.float_bytes,
+        },
+        recipe={**plan.recipe.to_json(), "command": job.options.command},
+        calibration=dict(tokens.source) if tokens else {},
+        result={
+            "format": fmt.name,
+            "format_reason": plan.format_reason,
+            "bytes": written,
+            "quantized_bytes": plan.sizes.quantized_bytes,
+            "bits_per_weight": plan.sizes.bits_per_weight,
+            "quantized_linears": len(plan.layout.quantized),
+            "quantized_weights": plan.sizes.quantized_weights,
+            "forward_passes": plan.sizes.forwards,
+            "loads_in": fmt.loads_in(plan.layout),
+            "verified": verified,
+        },
+        linears=linear_records(walk, job),
+        left=left_in_float(job),
+        evaluations=scores,
+        versions=versions(),
+    )
+    files = {p.name: p.stat().st_size for p in sorted(folder.glob("*.safetensors"))}
+    texts = {
+        REPORT_FILE: record.to_json(),
+        "report.md": markdown.render(record),
+        "report.html": html.render(record),
+        "README.md": card.model_card(record, job.name if job.source == "hub" else f"./{job.name}", files),
+        TIMINGS_FILE: watch.timings(str(job.device), resumed).to_json(),
+    }
+    for name, text in texts.items():
+        write_atomically(folder / name, text.encode("utf-8"))
+    return record

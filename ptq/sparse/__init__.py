@@ -1,0 +1,1 @@
+"""Where quantization and activation sparsity meet: joint recipes, masked scoring, sparse decoding."""
