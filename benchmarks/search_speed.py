@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from calibration.errors import Problem
 from calibration.progress import Silent
 from calibration.walk.context import Context
-from calibration.walk.passes import Phase, Stream
+from calibration.walk.passes import Pass, Phase, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram, Statistic
 from ptq.fitting.job import prepare_fit
@@ -33,20 +32,14 @@ from ptq.run.pipeline import run
 
 
 @dataclass(frozen=True)
-class Gather:
+class Gather(Pass):
     """Statistics and nothing else."""
 
     name: ClassVar[str] = "gather"
+    summary: ClassVar[str] = "gathers statistics"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.CHOOSE,)
     stream: ClassVar[Stream] = "either"
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Gram,)
-    parts: ClassVar[tuple[str, ...]] = ()
-
-    def check(self, view: Any) -> Iterable[Problem]:
-        return ()
-
-    def forwards(self) -> int:
-        return 0
 
     def apply(self, segment: Segment, context: Context) -> None:
         for linear in segment.schemes:

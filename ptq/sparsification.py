@@ -17,7 +17,6 @@ from calibration.model.opening import context_length, fingerprint, forward_dtype
 from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
 from calibration.text.samples import default_dataset, model_tokens
-from calibration.walk.passes import Pass
 from ptq.devices import evaluation_dtype, parse_dtype, resolve_device
 from ptq.evaluation import logits_of
 from ptq.planning.job import BATCH_TOKENS
@@ -27,6 +26,7 @@ from ptq.session import BLOCKS, Session
 from sparsity.budget import ROUNDS, Profile, choose
 from sparsity.coverage import with_bytes_skipped
 from sparsity.files import SETTINGS_FILE, TENSORS_FILE, Sparsity, site_tensors
+from sparsity.gate import GatePass
 from sparsity.job import Base, calibrate, check_plan, write
 from sparsity.masking import mask_model
 from sparsity.sites import Site
@@ -57,7 +57,7 @@ class SparsifyOptions:
 
 
 def run_sparsify(
-    model: str | Path, step: Pass, out: Path, options: SparsifyOptions, overwrite: bool, progress: Progress
+    model: str | Path, step: GatePass, out: Path, options: SparsifyOptions, overwrite: bool, progress: Progress
 ) -> Sparsity:
     """Thresholds of one method, beside a copy of the checkpoint.
 
@@ -76,7 +76,7 @@ def run_sparsify(
     if options.skip_bytes is not None:
         step = with_bytes_skipped(step, options.skip_bytes, reader.infos, spec)
     walked = step if options.max_increase is None else Profile(step)
-    check_plan(walked, spec, options.samples * seq_len)
+    check_plan(walked, spec, config, options.samples * seq_len)
     device = resolve_device(options.device)
     stored = checkpoint_dtype(reader, spec)
     dtype = forward_dtype(stored, device) if options.dtype == "auto" else parse_dtype(options.dtype)

@@ -21,7 +21,7 @@ from calibration.walk.capture import Watch, watching
 from calibration.walk.context import Context
 from calibration.walk.finished import FinishedBlocks
 from calibration.walk.float_blocks import FloatBlocks, Tensors
-from calibration.walk.passes import Gates, Phase, forwards_per_block, references_of, stream_of
+from calibration.walk.passes import Phase, forwards_per_block, references_of, stream_of
 from calibration.walk.segment import Segment
 from calibration.walk.states import HiddenStates, Reference
 from calibration.walk.statistics import Statistic
@@ -115,8 +115,7 @@ class Walk:
         with ExitStack() as stack:
             stack.enter_context(watching(block, [Watch.transforming(path, f) for path, f in transforms.items()]))
             for step in self.blocks.passes:
-                if isinstance(step, Gates):
-                    stack.enter_context(step.masked(block, self.blocks.skeleton.spec, index, gates))
+                stack.enter_context(step.masked(block, self.blocks.skeleton.spec, index, gates))
             states.run(block, index, keep=True, advance=advance)
         release(block)
 

@@ -52,20 +52,8 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
 """Names in the literature for passes in a row, as ``--method`` takes them; the last one rounds. A rounding pass behind
 the name takes its place: ``rrs+rtn``."""
 
-DEFAULT_SCHEMES: dict[str, str] = {
-    "fp4": "fp4-e2m1-g128",
-    "ptq1.61": "w1a16-salient20",
-    "smoothquant": "w8a8",
-    "outliertune": "w8a8-asym",
-    "repquant": "w8a8",
-    "rotate": "w4a4",
-    "rs": "w4a4",
-}
-"""What ``--method`` alone means, for methods that are not about 4-bit integer weights alone; the first pass decides."""
-
 __all__ = [
     "COMBINATIONS",
-    "DEFAULT_SCHEMES",
     "METHODS",
     "AdaDim",
     "AdaDimPublished",

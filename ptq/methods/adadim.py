@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -17,9 +17,10 @@ from torch import nn
 from calibration.errors import Problem
 from calibration.walk.capture import Call
 from calibration.walk.context import Context
-from calibration.walk.passes import Phase, Stream
+from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram, Statistic
+from ptq.linears import ModelLayout
 from ptq.methods.balancing import by_value_channel
 from ptq.numerics.grids import fake_quantize
 from ptq.numerics.objective import rounding_error
@@ -58,7 +59,7 @@ def choose(segment: Segment, linear: str, options: tuple[QuantScheme, ...], erro
 
 
 @dataclass(frozen=True)
-class AdaDim:
+class AdaDim(Pass):
     """The axis of less error of the linear's output, ||C (Q(W) - W) X^T||^2 with Q = round to nearest, from the Gram
     matrix of its input: no forward pass.
 
@@ -67,16 +68,10 @@ class AdaDim:
     """
 
     name: ClassVar[str] = "adadim"
+    summary: ClassVar[str] = "lays groups along the inputs or the outputs of a linear, by the error of its output"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.CHOOSE,)
     stream: ClassVar[Stream] = "either"
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Gram,)
-    parts: ClassVar[tuple[str, ...]] = ()
-
-    def check(self, view: Any) -> Iterable[Problem]:
-        return ()
-
-    def forwards(self) -> int:
-        return 0
 
     def alternatives(self, scheme: QuantScheme, shape: tuple[int, int]) -> tuple[QuantScheme, ...]:
         return both_axes(scheme, shape)
@@ -110,7 +105,7 @@ def column_energies(segment: Segment, linear: str) -> torch.Tensor | None:
 
 
 @dataclass(frozen=True)
-class AdaDimPublished:
+class AdaDimPublished(Pass):
     """The axis of less error of the output of the linear's attention or MLP module, as published.
 
     Linears whose output the module processes further (q, k, v, gate, up) are scored by running the module with each
@@ -127,12 +122,14 @@ class AdaDimPublished:
     moving: bool = True
 
     name: ClassVar[str] = "adadim-published"
+    summary: ClassVar[str] = (
+        "lays groups along the inputs or the outputs of a linear, by the error of its attention or MLP module"
+    )
     phases: ClassVar[tuple[Phase, ...]] = (Phase.CHOOSE,)
     stream: ClassVar[Stream] = "quantized"  # keeps the inputs of the block, which a float stream overwrites
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Gram,)
-    parts: ClassVar[tuple[str, ...]] = ()
 
-    def check(self, view: Any) -> Iterable[Problem]:
+    def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
         if self.batches < 1:
             yield Problem("adadim-published.batches", f"{self.batches} is not positive", "use 8")
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from calibration.errors import Problem
 from calibration.walk.context import Context
-from calibration.walk.passes import Phase, Stream
+from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram, Statistic
+from ptq.linears import ModelLayout
 from ptq.methods.rounding import global_scales, put
 from ptq.methods.rtn import round_to_nearest
 from ptq.numerics.gptq import Order, gptq_round
@@ -21,7 +22,7 @@ from ptq.scheme import QuantScheme
 
 
 @dataclass(frozen=True)
-class Gptq:
+class Gptq(Pass):
     """Round column by column with second-order error feedback.
 
     Attributes:
@@ -40,12 +41,13 @@ class Gptq:
     true_sequential: bool = False
 
     name: ClassVar[str] = "gptq"
+    title: ClassVar[str | None] = "GPTQ"
+    summary: ClassVar[str] = "rounds column by column and moves each column's error into those still to come"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.ROUND,)
     stream: ClassVar[Stream] = "quantized"
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Gram,)
-    parts: ClassVar[tuple[str, ...]] = ()
 
-    def check(self, view: Any) -> Iterable[Problem]:
+    def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
         if not 0 < self.damping < 1:
             yield Problem("gptq.damping", f"{self.damping} is outside (0, 1)", "use 0.01")
         if self.block_size < 1:

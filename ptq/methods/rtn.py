@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from calibration.errors import Problem
 from calibration.walk.context import Context
-from calibration.walk.passes import Phase, Stream
+from calibration.walk.passes import Pass, Phase
 from calibration.walk.segment import Segment
-from calibration.walk.statistics import Gram, Statistic
+from calibration.walk.statistics import Gram
 from ptq.methods.rounding import global_scales, put
 from ptq.numerics.grids import codes_of, grid_parameters, levels, own_global_scale, step_of
 from ptq.numerics.groups import join, split
@@ -43,20 +41,13 @@ def round_to_nearest(
 
 
 @dataclass(frozen=True)
-class Rtn:
+class Rtn(Pass):
     """Round to nearest, within clipping ranges where an earlier pass chose them."""
 
     name: ClassVar[str] = "rtn"
+    title: ClassVar[str | None] = "RTN"
+    summary: ClassVar[str] = "rounds every weight to its nearest level"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.ROUND,)
-    stream: ClassVar[Stream] = "none"
-    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
-    parts: ClassVar[tuple[str, ...]] = ()
-
-    def check(self, view: Any) -> Iterable[Problem]:
-        return ()
-
-    def forwards(self) -> int:
-        return 0
 
     def apply(self, segment: Segment, context: Context) -> None:
         context.gather()

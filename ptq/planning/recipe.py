@@ -32,7 +32,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from calibration.errors import ToolkitError, nearest, unknown_value
 from calibration.walk.passes import Pass, Phase
-from ptq.methods import COMBINATIONS, DEFAULT_SCHEMES, METHODS
+from ptq.methods import COMBINATIONS, METHODS
 from ptq.scheme import Quantizer, QuantScheme, parse_scheme
 
 Methods = Mapping[str, Callable[..., Pass]]
@@ -120,7 +120,7 @@ def method_recipe(method: str, scheme: str | None, format_name: str | None, meth
 
 
 def _default_scheme(passes: Sequence[Pass]) -> str:
-    return next((DEFAULT_SCHEMES[p.name] for p in passes if p.name in DEFAULT_SCHEMES), DEFAULT_SCHEME)
+    return next((p.default_scheme for p in passes if p.default_scheme is not None), DEFAULT_SCHEME)
 
 
 def read_recipe(

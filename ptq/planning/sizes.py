@@ -8,7 +8,7 @@ from typing import Any
 from calibration.architectures import ArchitectureSpec, Residual
 from calibration.model.checkpoint import CheckpointReader
 from calibration.walk.outside import Outside
-from calibration.walk.passes import RewritesOutside, references_of, repairs
+from calibration.walk.passes import references_of, repairs
 from calibration.walk.statistics import Gram
 from ptq.linears import ModelLayout
 from ptq.numerics.objective import ROW_BYTES
@@ -36,7 +36,7 @@ class Sizes:
 
 def _untied_bytes(reader: CheckpointReader, spec: ArchitectureSpec, recipe: Recipe) -> int:
     """Size of tensors outside the blocks that passes add: a head that was tied to the embedding."""
-    if not any(isinstance(p, RewritesOutside) for p in recipe.passes) or not isinstance(spec.residual, Residual):
+    if not isinstance(spec.residual, Residual):
         return 0
     added = [n for n in Outside(reader, spec, recipe.passes).names if n not in reader.infos]
     return len(added) * reader.infos[f"{spec.residual.embeddings[0]}.weight"].nbytes

@@ -25,7 +25,7 @@ from calibration.progress import Progress, Silent
 from calibration.record import RunRecord
 from calibration.text.crops import TokenBatches
 from calibration.walk.float_blocks import FloatBlocks
-from calibration.walk.passes import Gates
+from calibration.walk.passes import Phase
 from calibration.walk.walk import Walk
 from ptq.committed import CommittedBlocks, Restore, encode_segment, input_quantizers
 from ptq.evaluation import check_text
@@ -117,7 +117,7 @@ def run(
         progress.stage("verify", len(plan.layout.quantized))
         verified = verify_checkpoint(blocks.blocks, fmt, session.partial, progress.advance)
         check_keys(session.partial, reader.infos, options.trust_remote_code)
-    gating = [step for step in plan.recipe.passes if isinstance(step, Gates)]
+    gating = [step for step in plan.recipe.passes if Phase.GATE in step.phases]
     if gating:
         assert job.sparse is not None and tokens is not None, "GATE passes come with their runtime"
         job.sparse.write(session.partial, gating, walk.finished.all_gates(), tokens.source)

@@ -12,6 +12,7 @@ from calibration.model.opening import locate
 from calibration.walk.passes import Pass
 from ptq.methods import METHODS as QUANTIZERS
 from sparsity.files import load_sparsity
+from sparsity.gate import GatePass
 from sparsity.methods import METHODS as SPARSIFIERS
 
 
@@ -20,7 +21,7 @@ def all_methods(target: str | None) -> dict[str, Callable[..., Pass]]:
     return {**QUANTIZERS, **sparsifiers(target)}
 
 
-def sparsifiers(target: str | None, **settings: Any) -> dict[str, Callable[..., Pass]]:
+def sparsifiers(target: str | None, **settings: Any) -> dict[str, Callable[..., GatePass]]:
     """The methods of activation sparsity with a target as typed: ``0.5``, or shares by name (``down_proj=0.6,*=0.4``).
 
     Raises:
