@@ -16,6 +16,7 @@ from cli import (
     fit,
     generate,
     inspect,
+    methods,
     predict,
     prepare,
     quantize,
@@ -31,13 +32,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command("quantize")(quantize.quantize)
+app.command("quantize", cls=methods.ListsPasses)(quantize.quantize)
 app.command("fit")(fit.fit)
-app.command("sparsify")(sparsify.sparsify)
+app.command("sparsify", cls=methods.ListsGates)(sparsify.sparsify)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
+app.command("methods")(methods.methods)
 app.command("analyze")(analyze.analyze)
 app.command("bench")(bench.bench)
 app.command("compare")(compare.compare)

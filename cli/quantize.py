@@ -16,14 +16,12 @@ def quantize(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Passes joined by +; without one that rounds, rtn is appended. Before rounding: equalize, rotate, "
-            "smoothquant, exponent-shift, awq, outliertune, repquant, adadim, adadim-published, fp4, rs, ranges. "
-            "Rounding: rtn, gptq, adaquant, ptq1.61; rtn-ada, gptq-ada and rrs are combinations. Behind it: lorc, "
-            "norm-tweak, bias-correct; cats, chess, chess-qo, scap, teal, fatrelu with --target."
+            help="Passes joined by +, in the order of their phases; without one that rounds, rtn is appended. "
+            "Those of the phase gate take --target."
         ),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Share of activations that cats, chess, scap or teal prune: awq+scap, 0.5.")
+        str | None, typer.Option(help="Share of activations that a pass of the phase gate prunes: awq+scap, 0.5.")
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file with passes and schemes, instead of --method.")] = None,
     scheme: Annotated[

@@ -11,7 +11,7 @@ from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, percenta
 
 def sparsify(
     model: Model,
-    method: Annotated[str, typer.Option(help="cats, chess, chess-qo (also inputs of q and o), scap, teal, fatrelu.")],
+    method: Annotated[str, typer.Option(help="One of:")],
     out: Out,
     target: Annotated[
         str | None,
