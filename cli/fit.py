@@ -20,7 +20,7 @@ def fit(
     bpw: Annotated[float | None, typer.Option(help="Stored bits per quantized weight, everything counted.")] = None,
     max_ppl_increase: Annotated[str | None, typer.Option(help="Expected increase of perplexity: 2%.")] = None,
     out: Annotated[Path, typer.Option(help="The recipe, for `ptq quantize --recipe`.")] = Path("fit.toml"),
-    method: Annotated[str, typer.Option(help="rtn, gptq, awq or awq+gptq.")] = "gptq",
+    method: Annotated[str, typer.Option(help="One of:")] = "gptq",
     format: Annotated[str | None, typer.Option(help="compressed-tensors (default) or native.")] = None,
     schemes: Annotated[str, typer.Option(help="On offer, with commas. Default: all widths and groups.")] = "",
     dataset: Annotated[str | None, typer.Option(help="Calibration text, as for `ptq quantize`.")] = None,

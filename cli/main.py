@@ -33,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("quantize", cls=methods.ListsPasses)(quantize.quantize)
-app.command("fit")(fit.fit)
+app.command("fit", cls=methods.ListsFitted)(fit.fit)
 app.command("sparsify", cls=methods.ListsGates)(sparsify.sparsify)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)

@@ -53,6 +53,16 @@ class ListsGates(TyperCommand):
         super().format_help(ctx, formatter)
 
 
+class ListsFitted(TyperCommand):
+    """A command whose ``--method`` takes what `ptq fit` has a law for."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from ptq import catalogue
+
+        _extend_help(self, f"{', '.join(catalogue.fit_methods())}.")
+        super().format_help(ctx, formatter)
+
+
 def _names(phase: str) -> list[str]:
     from ptq import catalogue
 

@@ -28,6 +28,7 @@ class Entry:
     summary: str
     phases: tuple[str, ...]
     default_scheme: str | None
+    expected_errors: str | None
 
 
 @functools.cache
@@ -50,6 +51,14 @@ def combinations() -> dict[str, tuple[str, ...]]:
     """Names in the literature for passes in a row."""
     found: dict[str, tuple[str, ...]] = ast.literal_eval(_assigned(_tree(REGISTRIES[0]).body, "COMBINATIONS"))
     return found
+
+
+def fit_methods() -> tuple[str, ...]:
+    """What `ptq fit` takes: passes whose errors it may expect, a rounding one alone or behind one that prepares it."""
+    known = [entry for entry in methods() if entry.expected_errors is not None]
+    rounding = [entry.name for entry in known if "round" in entry.phases]
+    before = [entry.name for entry in known if "round" not in entry.phases]
+    return (*rounding, *before, *(f"{name}+{last}" for name in before for last in rounding if last != "rtn"))
 
 
 def named(name: str) -> Entry | None:
@@ -113,4 +122,6 @@ def _entry(module: str, cls: str) -> Entry:
     name, stages = text("name"), _attribute(module, cls, "phases")
     assert name is not None and isinstance(stages, ast.Tuple), f"{module}.{cls} has a name and phases"
     chosen = tuple(stage.attr.lower() for stage in stages.elts if isinstance(stage, ast.Attribute))
-    return Entry(name, text("title") or name, text("summary") or "", chosen, text("default_scheme"))
+    return Entry(
+        name, text("title") or name, text("summary") or "", chosen, text("default_scheme"), text("expected_errors")
+    )

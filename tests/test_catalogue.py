@@ -1,4 +1,4 @@
-"""What is listed of the passes (help, reports, docs/methods.md) is what their classes say, with no list kept by hand."""
+"""What is listed of the passes (help, reports, docs/methods.md) is what their classes say; no list is kept by hand."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def test_the_source_says_what_the_class_says(name):
     assert entry is not None
     assert (entry.name, entry.title) == (method.name, method.title or method.name)
     assert (entry.summary, entry.default_scheme) == (method.summary, method.default_scheme)
+    assert entry.expected_errors == method.expected_errors
     assert entry.phases == tuple(phase.name.lower() for phase in method.phases)
     assert wording.pass_sentence({"name": name}) == method.summary
 
@@ -31,6 +32,14 @@ def test_every_method_is_listed_once_in_the_order_of_phases():
     assert sorted(names) == sorted(METHODS) and catalogue.combinations() == COMBINATIONS
     first = [METHODS[name].phases[0] for name in names]
     assert first == sorted(first)
+
+
+def test_what_ptq_fit_takes():
+    offered = catalogue.fit_methods()
+    assert {"rtn", "gptq", "awq", "awq+gptq"} <= set(offered) and "awq+rtn" not in offered
+    assert {n for method in offered for n in method.split("+")} == {n for n in METHODS if METHODS[n].expected_errors}
+    words = {word.strip(".,") for word in done("fit", "--help").replace("│", " ").split()}
+    assert set(catalogue.fit_methods()) <= words
 
 
 def test_the_table_of_the_docs_is_current():

@@ -78,6 +78,8 @@ class Pass(ABC):
         summary: what it does, after "the pass": a few words with a verb, no full stop.
         default_scheme: what ``--method`` alone means; None where that is 4-bit integers or an earlier pass says it.
         phases: what it promises, in order (AWQ balances, then chooses clipping ranges).
+        expected_errors: what `ptq fit` may expect of it: errors as of rounding to nearest, or as with GPTQ's feedback;
+            None where it was not measured.
     """
 
     name: ClassVar[str]
@@ -85,6 +87,7 @@ class Pass(ABC):
     summary: ClassVar[str]
     default_scheme: ClassVar[str | None] = None
     phases: ClassVar[tuple[Phase, ...]]
+    expected_errors: ClassVar[Literal["nearest", "feedback"] | None] = None
 
     @property
     def stream(self) -> Stream:

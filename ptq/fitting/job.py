@@ -13,6 +13,7 @@ from calibration.errors import PlanError, Problem, ToolkitError, unknown_value
 from calibration.model.skeleton import Skeleton
 from calibration.progress import Progress
 from calibration.walk.float_blocks import FloatBlocks
+from ptq.catalogue import fit_methods
 from ptq.fitting.allocation import allocate
 from ptq.fitting.budget import Budget
 from ptq.fitting.sensitivity import Sensitivities, Sweep
@@ -26,7 +27,6 @@ OFFERED = (*(f"w{bits}a16-g{size}-sym" for bits in BITS for size in GROUP_SIZES)
 WHOLE_ROWS = tuple(f"w{bits}a16-gchannel-sym" for bits in BITS)
 """For linears whose inputs no group size divides."""
 
-METHODS = ("rtn", "gptq", "awq", "awq+gptq")
 PROBE_BITS = 3
 HEADER_BYTES = 160  # of one tensor in a safetensors header, with a short name, and of its small companions
 
@@ -120,7 +120,8 @@ class Fit:
         """One walk over the float blocks; see `ptq.fitting.sensitivity`."""
         job, options = self.job, {name: unit.options for unit in self.units for name in unit.names}
         probe = {name: min(found, key=_distance_from_probe) for name, found in options.items()}
-        sweep = Sweep(options, probe, feedback="gptq" in self.method)
+        feedback = any(step.expected_errors == "feedback" for step in self.plan.recipe.passes)
+        sweep = Sweep(options, probe, feedback=feedback)
         return sweep.run(float_blocks(job), calibration_windows(job, progress), progress)
 
     def solve(self, sensitivities: Sensitivities, budget: Budget) -> Choice:
@@ -196,7 +197,7 @@ def prepare_fit(
     """Resolve the model and what is on offer, from headers alone.
 
     Args:
-        method: of `METHODS`; rounding with GPTQ is expected to have GPTQ's errors.
+        method: of `fit_methods`; rounding with GPTQ is expected to have GPTQ's errors.
         format: compressed-tensors where None. Linears that engines run as one matrix (q, k and v; gate and up) take one
             scheme, but in native files.
         schemes: on offer; empty: every width and group size, MXFP4 and NVFP4, as far as the format holds them.
@@ -204,8 +205,8 @@ def prepare_fit(
     Raises:
         ToolkitError, PlanError: whatever can be refused.
     """
-    if method not in METHODS:
-        raise unknown_value("--method", method, METHODS)
+    if method not in fit_methods():
+        raise unknown_value("--method", method, fit_methods())
     if format is not None and format not in FORMATS:
         raise unknown_value("--format", format, FORMATS)
     fmt = FORMATS[format or PREFERRED]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -48,6 +48,7 @@ class Awq(Pass):
     title: ClassVar[str | None] = "AWQ"
     summary: ClassVar[str] = "scales input channels so that weights that meet large activations are rounded more finely"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.BALANCE, Phase.CHOOSE)
+    expected_errors: ClassVar[Literal["nearest", "feedback"] | None] = "nearest"
     stream: ClassVar[Stream] = "either"
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Gram, AbsMean)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -44,6 +44,7 @@ class Gptq(Pass):
     title: ClassVar[str | None] = "GPTQ"
     summary: ClassVar[str] = "rounds column by column and moves each column's error into those still to come"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.ROUND,)
+    expected_errors: ClassVar[Literal["nearest", "feedback"] | None] = "feedback"
     stream: ClassVar[Stream] = "quantized"
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Gram,)
 

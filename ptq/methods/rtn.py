@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -48,6 +48,7 @@ class Rtn(Pass):
     title: ClassVar[str | None] = "RTN"
     summary: ClassVar[str] = "rounds every weight to its nearest level"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.ROUND,)
+    expected_errors: ClassVar[Literal["nearest", "feedback"] | None] = "nearest"
 
     def apply(self, segment: Segment, context: Context) -> None:
         context.gather()
