@@ -18,7 +18,7 @@ from ptq.fitting.budget import Budget
 from ptq.fitting.sensitivity import Sensitivities, Sweep
 from ptq.formats.registry import FORMATS, PREFERRED, Format
 from ptq.linears import ModelLayout, PlannedLinear
-from ptq.planning.job import Job, Options, calibration_windows, prepare
+from ptq.planning.job import Job, Options, prepare
 from ptq.planning.plan import Plan
 from ptq.scheme import BITS, FLOAT_PRESETS, GROUP_SIZES, QuantScheme, parse_scheme
 
@@ -121,7 +121,8 @@ class Fit:
         job, options = self.job, {name: unit.options for unit in self.units for name in unit.names}
         probe = {name: min(found, key=_distance_from_probe) for name, found in options.items()}
         sweep = Sweep(options, probe, feedback="gptq" in self.method)
-        return sweep.run(float_blocks(job), calibration_windows(job, progress), progress)
+        job.tell(progress)
+        return sweep.run(float_blocks(job), job.windows(progress), progress)
 
     def solve(self, sensitivities: Sensitivities, budget: Budget) -> Choice:
         """The choice of least expected divergence under the budget.
