@@ -125,12 +125,12 @@ def evaluate(
     seq_len, notes = cut_to_context(seq_len, config)
     for note in notes:
         progress.message(note)
+    vocabulary = int(config.vocab_size)
     if corpus is None:
-        ids = read_ids(Path(dataset), 1, seq_len, int(config.vocab_size))
-        text = EncodedText.of_windows(ids[:, :seq_len], Path(dataset).name)
+        text = _windows_of_ids(Path(dataset), seq_len, vocabulary, protocol)
     else:
         tokenizer = load_tokenizer(folder, trust_remote_code)
-        check_tokenizer(tokenizer, int(config.vocab_size))
+        check_tokenizer(tokenizer, vocabulary)
         text = encode_for(protocol, corpus, tokenizer)
     other = None
     if reference is not None:
@@ -162,6 +162,14 @@ def evaluate(
         progress=window_ticks(progress),
     )
     return _with_pruning(result, pruning)
+
+
+def _windows_of_ids(path: Path, window: int, vocabulary: int, protocol: str) -> EncodedText:
+    """A file of token ids, one window from each of its rows."""
+    if protocol == "hf-stride":
+        fix = "use --protocol gptq, or give the text itself"
+        raise ToolkitError(f"--protocol {protocol}: overlaps windows of one text, {path.name} holds windows", fix)
+    return EncodedText.of_windows(read_ids(path, 1, window, vocabulary)[:, :window], path.name)
 
 
 def _with_pruning(result: Evaluation, pruning: Pruning | None) -> Evaluation:
