@@ -45,7 +45,7 @@ def display(progress: Display | None) -> Progress:
     """A caller's display as the `Progress` that the library talks to."""
     if progress is None:
         return Silent()
-    return progress if hasattr(progress, "stage") else CallbackProgress(progress)  # type: ignore[arg-type, return-value]
+    return progress if hasattr(progress, "stage") else CallbackProgress(progress)  # type: ignore[return-value]
 
 
 @contextmanager
