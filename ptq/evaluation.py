@@ -76,6 +76,7 @@ def evaluate(
     seq_len: int = 2048,
     protocol: str = "gptq",
     stride: int | None = None,
+    max_windows: int | None = None,
     reference: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -93,6 +94,7 @@ def evaluate(
     Args:
         dataset: a known set or a file; None: wikitext2, or the demo's own text for the demo.
         seq_len: window in tokens, cut to the model's context.
+        max_windows: score that many windows only, from the first on.
         sparse: prune activations of checkpoints with thresholds: at all positions but the first of a window; under
             the protocol ``decode`` in its second half. False: score the dense model.
         probabilities, mlp_values: logarithmic grids for attention probabilities and for what enters the last linear of
@@ -105,16 +107,11 @@ def evaluate(
         ToolkitError: unknown or broken model, data set, protocol, grid; text shorter than a window.
     """
     progress = progress or Silent()
-    grids = {
-        option: parse_log_grid(f"--{option}", text)
-        for option, text in (("probabilities", probabilities), ("mlp-values", mlp_values))
-        if text is not None
-    }
-    if calibration is not None and not any(grid.search for grid in grids.values()):
-        fix = "leave it out, or search a base: --probabilities adalog-4, --mlp-values adalog-4"
-        raise ToolkitError(f"--calibration {calibration}: no grid searches its base on it", fix)
+    grids = _grids(probabilities, mlp_values, calibration)
     if softmax is not None:
         parse_softmax(softmax, seq_len)
+    if max_windows is not None and max_windows < 1:
+        raise ToolkitError(f"--max-windows {max_windows}: less than 1", "give a positive number, or leave it out")
     where = resolve_device(device)
     width = evaluation_dtype(dtype, where)
     folder = locate(model)
@@ -125,51 +122,62 @@ def evaluate(
     seq_len, notes = cut_to_context(seq_len, config)
     for note in notes:
         progress.message(note)
-    vocabulary = int(config.vocab_size)
-    if corpus is None:
-        text = _windows_of_ids(Path(dataset), seq_len, vocabulary, protocol)
-    else:
-        tokenizer = load_tokenizer(folder, trust_remote_code)
-        check_tokenizer(tokenizer, vocabulary)
-        text = encode_for(protocol, corpus, tokenizer)
-    other = None
-    if reference is not None:
-        other = load_model(reference, dtype=width, device=where, trust_remote_code=trust_remote_code)
-    dense = seq_len // 2 if protocol == "decode" else FIRST
-    loaded, pruning = attach_masks(loaded, dense) if sparse else (loaded, None)
-    rule = None if softmax is None else parse_softmax(softmax, seq_len)
-    tokens = None
-    if any(grid.search for grid in grids.values()):
-        source, length = calibration or default_dataset(folder), min(seq_len, WINDOW)
-        tokens = model_tokens(folder, config, source, WINDOWS, length, 0, trust_remote_code)
-    path = loaded.path + _simulated(loaded.model, grids, rule, tokens)
-    if other is not None and sparse:
-        other, _ = attach_masks(other, dense)
     scoring = Scoring(
         protocol=protocol,
         window=seq_len,
         stride=stride,
         batch_size=max(1, EVAL_TOKENS // max(seq_len, 1)),
+        max_windows=max_windows,
         dtype=str(width).removeprefix("torch."),
     )
+    if corpus is None:
+        text = _windows_of_ids(Path(dataset), scoring, int(config.vocab_size))
+    else:
+        tokenizer = load_tokenizer(folder, trust_remote_code)
+        check_tokenizer(tokenizer, int(config.vocab_size))
+        text = encode_for(protocol, corpus, tokenizer)
+    other = None
+    if reference is not None:
+        other = load_model(reference, dtype=width, device=where, trust_remote_code=trust_remote_code)
+    dense, pruning = seq_len // 2 if protocol == "decode" else FIRST, None
+    if sparse:
+        loaded, pruning = attach_masks(loaded, dense)
+        other = None if other is None else attach_masks(other, dense)[0]
+    tokens = None
+    if any(grid.search for grid in grids.values()):
+        source, length = calibration or default_dataset(folder), min(seq_len, WINDOW)
+        tokens = model_tokens(folder, config, source, WINDOWS, length, 0, trust_remote_code)
+    rule = None if softmax is None else parse_softmax(softmax, seq_len)
     result = score(
         logits_of(loaded, where),
         text,
         scoring,
         model="float" if loaded.format is None else "quantized",
-        path=path,
+        path=loaded.path + _simulated(loaded.model, grids, rule, tokens),
         reference_fn=None if other is None else logits_of(other, where),
         progress=window_ticks(progress),
     )
     return _with_pruning(result, pruning)
 
 
-def _windows_of_ids(path: Path, window: int, vocabulary: int, protocol: str) -> EncodedText:
+def _grids(probabilities: str | None, mlp_values: str | None, calibration: str | None) -> dict[str, LogGrid]:
+    """Option -> grid; a text to search on is refused where nothing is searched."""
+    asked = (("probabilities", probabilities), ("mlp-values", mlp_values))
+    grids = {option: parse_log_grid(f"--{option}", text) for option, text in asked if text is not None}
+    if calibration is not None and not any(grid.search for grid in grids.values()):
+        fix = "leave it out, or search a base: --probabilities adalog-4, --mlp-values adalog-4"
+        raise ToolkitError(f"--calibration {calibration}: no grid searches its base on it", fix)
+    return grids
+
+
+def _windows_of_ids(path: Path, scoring: Scoring, vocabulary: int) -> EncodedText:
     """A file of token ids, one window from each of its rows."""
-    if protocol == "hf-stride":
+    if scoring.step != scoring.window:
         fix = "use --protocol gptq, or give the text itself"
-        raise ToolkitError(f"--protocol {protocol}: overlaps windows of one text, {path.name} holds windows", fix)
-    return EncodedText.of_windows(read_ids(path, 1, window, vocabulary)[:, :window], path.name)
+        raise ToolkitError(
+            f"--protocol {scoring.protocol}: overlaps windows of one text, {path.name} holds windows", fix
+        )
+    return EncodedText.of_windows(read_ids(path, 1, scoring.window, vocabulary)[:, : scoring.window], path.name)
 
 
 def _with_pruning(result: Evaluation, pruning: Pruning | None) -> Evaluation:

@@ -68,6 +68,7 @@ def evaluate(
     seq_len: int = 2048,
     protocol: str = "gptq",
     stride: int | None = None,
+    max_windows: int | None = None,
     reference: Model | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -91,6 +92,7 @@ def evaluate(
         seq_len: window in tokens, cut to the model's context.
         protocol: gptq (disjoint windows), llama.cpp, hf-stride, or decode (the second half of each window is scored,
             and only it is sparse). ``stride`` is for hf-stride.
+        max_windows: score that many windows only, from the first on.
         device, dtype: ``auto`` is float32 on CPUs and bfloat16 on GPUs.
         kernel: for quantized linears; None: the fastest that can run each.
         sparse: prune by activation thresholds that lie in the folder; False: score the dense model.
@@ -114,6 +116,7 @@ def evaluate(
             seq_len=seq_len,
             protocol=protocol,
             stride=stride,
+            max_windows=max_windows,
             reference=other,
             device=device,
             dtype=dtype,
