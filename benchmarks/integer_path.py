@@ -22,8 +22,8 @@ from calibration.model.opening import load_tokenizer, locate
 from calibration.scoring.perplexity import encode_for, score
 from calibration.scoring.windows import Scoring
 from calibration.text.corpora import load_corpus
-from calibration.text.samples import default_dataset
 from ptq.evaluation import logits_of
+from ptq.planning.source import default_dataset
 from ptq.runtime.load import load_model
 
 SETTINGS = "rtn:w8a8,ranges+rtn:w8a8-astatic,rtn:w8a8kv8,rtn:fp8,rtn:w4a8,gptq:w4a4-rs128,gptq:w4a4-rs128b64"

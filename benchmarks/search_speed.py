@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import ClassVar
+from unittest import mock
 
 import torch
 
@@ -26,9 +27,9 @@ from calibration.walk.passes import Pass, Phase, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram, Statistic
 from ptq.fitting.job import prepare_fit
-from ptq.methods import METHODS
 from ptq.planning.job import Options, prepare
 from ptq.run.pipeline import run
+from ptq.sparse.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def main() -> None:
 
     def quantized(method: str, scheme: str) -> float:
         def work() -> None:
-            methods = {**METHODS, "gather": Gather}
-            job = prepare(args.model, method=method, scheme=scheme, format="native", options=options, methods=methods)
+            with mock.patch.dict(METHODS, {"gather": Gather}):
+                job = prepare(args.model, method=method, scheme=scheme, format="native", options=options)
             with TemporaryDirectory() as folder:
                 run(job, Path(folder) / "out")
 

@@ -31,9 +31,9 @@ from calibration.scoring.windows import Scoring
 from calibration.text.corpora import load_corpus
 from calibration.text.crops import TokenBatches, calibration_tokens
 from calibration.text.encoding import EncodedText
-from calibration.text.samples import default_dataset
 from calibration.walk.passes import Pass
 from ptq.evaluation import logits_of
+from ptq.planning.source import default_dataset
 from ptq.runtime.dequantized import float_weights
 from ptq.runtime.load import checkpoint_dtype, load_model
 from ptq.sparse.masks import linear_sizes

@@ -26,8 +26,8 @@ from calibration.scoring.perplexity import LogitsModel, encode_for, score
 from calibration.scoring.windows import Scoring
 from calibration.text.corpora import load_corpus
 from calibration.text.encoding import EncodedText
-from calibration.text.samples import default_dataset
 from ptq.evaluation import logits_of
+from ptq.planning.source import default_dataset
 from ptq.runtime.load import load_model
 
 CPU = torch.device("cpu")

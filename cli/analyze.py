@@ -58,34 +58,31 @@ def analyze(
       ptq analyze demo --clipped-softmax --gated --out demo-heads
     """
     quiet_libraries()
-    from calibration.errors import ToolkitError
+    import ptq
     from cli.progress import TerminalProgress
-    from ptq.analysis.job import analyze as run
-    from ptq.analysis.softmax_sweep import GATES, SETTINGS, SweepOptions
     from ptq.report.figures import perplexity, short
 
-    more = tuple(softmax or ())
-    if (gated or more) and not clipped_softmax:
-        raise ToolkitError("--gated and --softmax are parts of --clipped-softmax", "add --clipped-softmax")
-    settings = tuple(dict.fromkeys([*SETTINGS, *(GATES if gated else ()), *more]))
     with TerminalProgress() as progress:
-        record = run(
+        record = ptq.analyze(
             model,
             out=out,
-            overwrite=overwrite,
-            progress=progress,
             dataset=dataset,
             samples=samples,
             seq_len=seq_len,
             seed=seed,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            softmax=SweepOptions(settings, head_windows, gated) if clipped_softmax else None,
+            clipped_softmax=clipped_softmax,
+            gated=gated,
+            softmax=tuple(softmax or ()),
+            head_windows=head_windows,
             sensitivity=entries("--sensitivity", sensitivity) if sensitivity else (),
             try_advice=try_advice,
             windows=windows,
             probe_windows=probe_windows,
+            device=device,
+            dtype=dtype,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
             command=command_line(),
         )
     for key, words in (("with_first_token", "all tokens"), ("without_first_token", "without first tokens")):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Device, Model, TrustRemoteCode, quiet_libraries
+from cli.options import Dense, Device, Model, TrustRemoteCode, quiet_libraries
 
 
 def evaluate(
@@ -64,6 +64,7 @@ def evaluate(
             "off-by-one, closed=0.9 (heads output 0 where the first token gets so much), normalise."
         ),
     ] = None,
+    dense: Dense = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score MODEL: perplexity, and with --reference the distance from another model.
@@ -78,16 +79,13 @@ def evaluate(
     import dataclasses
     import json as json_module
 
+    import ptq
     from calibration.model.checkpoint import write_atomically
     from calibration.record import SCHEMA_VERSION
     from cli.progress import TerminalProgress
-    from ptq.evaluation import evaluate as score
-    from ptq.evaluation import evaluate_tasks
-    from ptq.sparse.masks import MaskedRuntime, reached_lines
 
-    sparse = MaskedRuntime()
     with TerminalProgress() as progress:
-        result = score(
+        result = ptq.evaluate(
             model,
             dataset=dataset,
             seq_len=seq_len,
@@ -102,18 +100,18 @@ def evaluate(
             softmax=softmax,
             calibration=calibration,
             trust_remote_code=trust_remote_code,
-            sparse=sparse,
+            sparse=not dense,
             progress=progress,
         )
     task_run = None
     if tasks:
-        task_run = evaluate_tasks(
+        task_run = ptq.evaluate_tasks(
             model,
             tasks.split(","),
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            sparse=MaskedRuntime(),
+            sparse=not dense,
         )
     p = result.protocol
     print(
@@ -121,8 +119,10 @@ def evaluate(
     )
     print(f"protocol {p.name}, window {p.window}, stride {p.stride}, {p.tokens_scored} tokens scored, {p.dtype}")
     print(f"linears computed by: {result.path}")
-    for line in reached_lines(sparse, result):
-        print(line)
+    if result.weights_skipped is not None:
+        shares = ", ".join(f"{kind} {share:.2%}" for kind, share in result.pruned.items())
+        print(f"pruned on {p.dataset}: {shares or 'nothing'}")
+        print(f"weights of the blocks skipped per decoded token: {result.weights_skipped:.2%}")
     if result.divergence is not None:
         d = result.divergence
         print(f"reference perplexity {d.reference_perplexity:.4f}")

@@ -13,6 +13,7 @@ import typer
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, or `demo` (built in, no network).", metavar="MODEL")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with MODEL.")]
+Dense = Annotated[bool, typer.Option("--dense", help="Ignore activation thresholds that lie in MODEL.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
 Out = Annotated[Path, typer.Option(help="Output folder; appears whole or not at all.")]
 

@@ -40,7 +40,6 @@ class TerminalProgress:
                 TextColumn("{task.fields[memory]:.2f} GB  {task.fields[detail]}"),
                 console=self.console,
             )
-            self._bars.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -51,6 +50,7 @@ class TerminalProgress:
         self._name, self._total, self._done = name, total, done
         self._started = self._last_line = time.monotonic()
         if self._bars is not None:
+            self._bars.start()  # not before: bars take what is printed to stdout along
             self._task = self._bars.add_task(name, total=total, completed=done, memory=resident_gb(), detail="")
         else:
             self.console.print(f"{name} ...", highlight=False, soft_wrap=True)

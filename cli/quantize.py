@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -66,60 +66,47 @@ def quantize(
 
       ptq quantize meta-llama/Llama-3.1-8B --method awq+gptq --scheme w3a16-g128 --out llama-w3 --dry-run
     """
-    from calibration.errors import ToolkitError, unknown_value
+    from calibration.errors import ToolkitError
     from cli.plan_view import print_plan, print_result
     from cli.progress import TerminalProgress
 
-    if unseen_experts not in ("error", "rtn"):
-        raise unknown_value("--unseen-experts", unseen_experts, ("error", "rtn"))
     if method is not None and recipe is not None:
         raise ToolkitError("--method and --recipe exclude each other", "leave one out")
     if method is None and recipe is None:
         raise ToolkitError("--method or --recipe is missing", "pass e.g. --method awq")
-    if target is not None and recipe is not None:
-        raise ToolkitError("--target and --recipe exclude each other", "write target = 0.5 into the recipe's pass")
     if out is None and not dry_run:
         raise ToolkitError("--out is missing", "pass --out DIR, or --dry-run to see the plan only")
     quiet_libraries()
-    from ptq.planning.job import Options, prepare
-    from ptq.run.pipeline import run
-    from ptq.session import Session
-    from ptq.sparse.masks import MaskedRuntime
-    from ptq.sparse.methods import all_methods, refuse_sparse
-    from sparsity.methods import METHODS as SPARSIFIERS
+    import ptq
 
-    if out is not None and not dry_run:
-        Session(out).check(overwrite, resume)
-    refuse_sparse(model)
-    if target is not None and method is not None and not set(method.split("+")) & set(SPARSIFIERS):
-        raise ToolkitError(
-            f"--target {target}: no part of '{method}' prunes activations", "use awq+scap, or leave it out"
-        )
-    options = Options(
-        dataset=dataset,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        evaluate=eval,
-        unseen_experts=unseen_experts,
-        trust_remote_code=trust_remote_code,
-        command=command_line(),
-    )
-    job = prepare(
-        model,
-        method=method,
-        scheme=scheme,
-        recipe=recipe,
-        format=format,
-        options=options,
-        methods=all_methods(target),
-        sparse=MaskedRuntime(),
-    )
-    print_plan(job)
+    options: Any = {
+        "method": method,
+        "scheme": scheme,
+        "recipe": recipe,
+        "format": format,
+        "target": target,
+        "dataset": dataset,
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "evaluate": eval,
+        "unseen_experts": unseen_experts,
+        "trust_remote_code": trust_remote_code,
+    }
     if dry_run or out is None:
+        print_plan(ptq.plan(model, **options))
         return
     with TerminalProgress() as progress:
-        record = run(job, out, overwrite=overwrite, resume=resume, progress=progress)
+        record = ptq.quantize(
+            model,
+            out=out,
+            **options,
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress,
+            planned=print_plan,
+            command=command_line(),
+        )
     print_result(record, out)

@@ -41,33 +41,34 @@ def calibration(
       ptq study calibration demo --scheme w3a16-g128 --datasets builtin,generated,random --samples 8,32 --seq-len 512 \\
           --out study
     """
-    from calibration.errors import ToolkitError
     from cli.progress import TerminalProgress
 
     sizes, lengths = _integers("--samples", samples), _integers("--seq-len", seq_len)
-    for name, value in (("--seeds", seeds), ("--window", window), ("--windows", windows)):
-        if value is not None and value < 1:
-            raise ToolkitError(f"{name} {value}: less than 1", f"give {name} a positive number")
+    texts = entries("--datasets", datasets)
     quiet_libraries()
+    import ptq
     from ptq.report.calibration_markdown import render
-    from ptq.study.calibration import CalibrationOptions, study_calibration
 
-    options = CalibrationOptions(
-        datasets=entries("--datasets", datasets),
-        samples=sizes,
-        seq_lens=lengths,
-        seeds=seeds,
-        method=method,
-        scheme=scheme,
-        evaluate=eval,
-        window=window,
-        windows=windows,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
     with TerminalProgress() as progress:
-        study = study_calibration(model, options, out, render, overwrite=overwrite, resume=resume, progress=progress)
+        study = ptq.study_calibration(
+            model,
+            out=out,
+            method=method,
+            scheme=scheme,
+            datasets=texts,
+            samples=sizes,
+            seq_lens=lengths,
+            seeds=seeds,
+            evaluate=eval,
+            window=window,
+            windows=windows,
+            device=device,
+            dtype=dtype,
+            overwrite=overwrite,
+            resume=resume,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     print(render(study), end="")
     print(f"\nwritten to {out}")
 
@@ -88,20 +89,29 @@ def sensitivity(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """What rounding each linear alone costs: the layer objective, the divergence of the model, and their ranks."""
-    from calibration.errors import ToolkitError
     from cli.progress import TerminalProgress
 
     offered = entries("--schemes", schemes)
-    if windows < 1:
-        raise ToolkitError(f"--windows {windows}: less than 1", "give --windows a positive number")
     quiet_libraries()
-    from ptq.planning.job import Options
+    import ptq
     from ptq.report.sensitivity_markdown import render
-    from ptq.study.sensitivity import study_sensitivity
 
-    options = Options(dataset, samples, seq_len, seed, device, dtype, trust_remote_code=trust_remote_code)
     with TerminalProgress() as progress:
-        study = study_sensitivity(model, offered, options, windows, out, render, overwrite=overwrite, progress=progress)
+        study = ptq.study_sensitivity(
+            model,
+            out=out,
+            schemes=offered,
+            dataset=dataset,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            windows=windows,
+            device=device,
+            dtype=dtype,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     print(render(study), end="")
     print(f"\nwritten to {out}")
 

@@ -83,6 +83,7 @@ def write(
     steps: Sequence[Pass],
     gates: Mapping[str, torch.Tensor],
     calibration: Mapping[str, Any],
+    model: Mapping[str, str],
     choice: Choice | None = None,
 ) -> Sparsity:
     """Put thresholds beside the weights in ``folder``, which become their base.
@@ -90,6 +91,7 @@ def write(
     Args:
         steps: the passes that made them.
         calibration: of the text, as in a run record.
+        model: ``name`` and ``source`` of what is made sparse.
         choice: where a search chose the targets of one step.
     """
     with CheckpointReader(folder) as reader:
@@ -110,6 +112,7 @@ def write(
         calibration=dict(calibration),
         reached={n.removesuffix(REACHED): float(t) for n, t in gates.items() if n.endswith(REACHED)},
         shared=tuple(n.removesuffix(SHARED) for n in gates if n.endswith(SHARED)),
+        model=dict(model),
     )
     save_sparsity(sparsity, folder)
     return sparsity

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from toy_models import V, bigram, encoded, random_text
 
 from calibration.errors import ToolkitError
-from calibration.scoring.perplexity import encode_for, evaluate_text, score
+from calibration.scoring.perplexity import encode_for, score
 from calibration.scoring.windows import Scoring, batches, cut_windows
 from calibration.text.corpora import Corpus
 
@@ -130,7 +130,7 @@ def test_derived_metrics_agree() -> None:
     text = "".join(np.random.default_rng(0).choice(list("ab é\n漢"), 400))
     corpus = Corpus("t.txt", "t.txt", [text], None, special_tokens=False)
     model = bigram(vocabulary=257)
-    result = evaluate_text(model, corpus, byte_tokenizer(), Scoring("gptq", 64))
+    result = score(model, encode_for("gptq", corpus, byte_tokenizer()), Scoring("gptq", 64))
     word_perplexity = math.exp(result.nll / result.words)
     bits_per_byte = result.nll / (result.bytes * math.log(2))
     assert bits_per_byte * result.bytes * math.log(2) == pytest.approx(result.nll)
@@ -143,10 +143,9 @@ def test_derived_metrics_agree() -> None:
 
 def test_the_protocol_says_everything() -> None:
     corpus = Corpus("t.txt", "t.txt", ["ab cd " * 40], None, special_tokens=False)
-    evaluation = evaluate_text(
+    evaluation = score(
         bigram(vocabulary=257),
-        corpus,
-        byte_tokenizer(),
+        encode_for("gptq", corpus, byte_tokenizer()),
         Scoring("gptq", 64, dtype="bfloat16"),
         model="quantized",
         path="reference x 42",

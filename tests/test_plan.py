@@ -18,8 +18,8 @@ from calibration.errors import PlanError
 from calibration.model.checkpoint import CheckpointReader
 from calibration.record import read_record
 from calibration.walk.context import Context
+from ptq import quantize
 from ptq.planning.job import Options, prepare
-from ptq.run.pipeline import quantize
 
 HIDDEN, FFN, LAYERS, KV, WORDS = 8192, 28672, 80, 1024, 128256  # Llama 3 70B
 LINEARS = {

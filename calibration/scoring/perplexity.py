@@ -140,22 +140,6 @@ def score(
     )
 
 
-def evaluate_text(
-    logits_fn: LogitsModel,
-    corpus: Corpus,
-    tokenizer: PreTrainedTokenizerBase,
-    scoring: Scoring,
-    *,
-    model: str = "float",
-    path: str = "float",
-    reference_fn: LogitsModel | None = None,
-    progress: Progress | None = None,
-) -> Evaluation:
-    """`score` on a corpus, tokenized under the protocol's special-token rule. Arguments and errors as in `score`."""
-    text = encode_for(scoring.protocol, corpus, tokenizer)
-    return score(logits_fn, text, scoring, model=model, path=path, reference_fn=reference_fn, progress=progress)
-
-
 def encode_for(protocol: str, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> EncodedText:
     """The text as the protocol tokenizes it.
 

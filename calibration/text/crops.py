@@ -125,13 +125,11 @@ def calibration_tokens(
     return TokenBatches(ids, source)
 
 
-def read_tokens(path: Path, samples: int, seq_len: int, vocab_size: int) -> TokenBatches:
-    """Windows that are tokenized already: a safetensors file with ``input_ids``, an integer tensor ``[n, length]``.
-
-    The first ``samples`` windows are taken, cut to ``seq_len`` tokens.
+def read_ids(path: Path, samples: int, seq_len: int, vocab_size: int) -> Tensor:
+    """Token ids of a safetensors file with ``input_ids``, an integer tensor ``[n, length]``, as int64.
 
     Raises:
-        ToolkitError: no such tensor, too few or too short windows, ids outside the vocabulary.
+        ToolkitError: no such tensor, fewer windows or shorter ones than asked for, ids outside the vocabulary.
     """
     with CheckpointReader.of_file(path) as file:
         info = file.infos.get("input_ids")
@@ -145,12 +143,23 @@ def read_tokens(path: Path, samples: int, seq_len: int, vocab_size: int) -> Toke
             f"{path}: {ids.shape[0]} windows of {ids.shape[1]} tokens, {samples} of {seq_len} are asked for",
             f"use --samples {ids.shape[0]} --seq-len {ids.shape[1]} or less",
         )
-    ids = ids[:samples, :seq_len].contiguous()
     if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
         raise ToolkitError(
             f"{path}: token ids {int(ids.min())} .. {int(ids.max())}, the model has {vocab_size}",
             "tokenize the text with this model's tokenizer",
         )
+    return ids
+
+
+def read_tokens(path: Path, samples: int, seq_len: int, vocab_size: int) -> TokenBatches:
+    """Windows that are tokenized already: a safetensors file with ``input_ids``, an integer tensor ``[n, length]``.
+
+    The first ``samples`` windows are taken, cut to ``seq_len`` tokens.
+
+    Raises:
+        ToolkitError: no such tensor, too few or too short windows, ids outside the vocabulary.
+    """
+    ids = read_ids(path, samples, seq_len, vocab_size)[:samples, :seq_len].contiguous()
     source = {
         "dataset": path.name,
         "builder": "tokens",

@@ -19,7 +19,7 @@ from ptq.fitting.budget import Budget
 from ptq.fitting.sensitivity import Sensitivities, Sweep
 from ptq.formats.registry import FORMATS, PREFERRED, Format
 from ptq.linears import ModelLayout, PlannedLinear
-from ptq.planning.job import Job, Options, calibration_windows, prepare
+from ptq.planning.job import Job, Options, prepare
 from ptq.planning.plan import Plan
 from ptq.scheme import BITS, FLOAT_PRESETS, GROUP_SIZES, QuantScheme, parse_scheme
 
@@ -122,7 +122,8 @@ class Fit:
         probe = {name: min(found, key=_distance_from_probe) for name, found in options.items()}
         feedback = any(step.expected_errors == "feedback" for step in self.plan.recipe.passes)
         sweep = Sweep(options, probe, feedback=feedback)
-        return sweep.run(float_blocks(job), calibration_windows(job, progress), progress)
+        job.tell(progress)
+        return sweep.run(float_blocks(job), job.windows(progress), progress)
 
     def solve(self, sensitivities: Sensitivities, budget: Budget) -> Choice:
         """The choice of least expected divergence under the budget.

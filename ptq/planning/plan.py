@@ -18,7 +18,7 @@ from calibration.model.checkpoint import CheckpointReader
 from calibration.walk.passes import Phase, PlanView, check_order, forwards_per_block
 from ptq.formats.checks import matching, refuse
 from ptq.formats.registry import FORMATS, PREFERRED, Format, choose
-from ptq.linears import ModelLayout, PlannedLinear
+from ptq.linears import ModelLayout, PlannedLinear, float_linears
 from ptq.planning.activation_plan import activation_problems
 from ptq.planning.recipe import Recipe
 from ptq.planning.sizes import Sizes, estimate
@@ -157,30 +157,21 @@ def _resolve_linears(
     linears: list[PlannedLinear] = []
     missing: list[str] = []
     unknown: list[str] = []
-    for index in range(spec.n_blocks):
+    by_block: list[list[PlannedLinear]] = [[] for _ in range(spec.n_blocks)]
+    for linear in float_linears(spec, reader.infos):
+        by_block[linear.block].append(linear)
+    for index, found in enumerate(by_block):
         prefix, block = spec.prefix(index), spec.block(index)
-        experts = {name: shared.expert for shared in block.inputs for name in shared.linears}
-        transformed = {name for p in recipe.passes for name in p.input_transforms(block, experts)}
-        for name in block.linears:
-            info = reader.infos.get(f"{prefix}{name}.weight")
-            if info is None or len(info.shape) != 2:
-                missing.append(f"{prefix}{name}.weight")
+        experts = {linear.name.removeprefix(prefix): linear.expert for linear in found}
+        transformed = {prefix + name for p in recipe.passes for name in p.input_transforms(block, experts)}
+        missing += [f"{linear.name}.weight" for linear in found if not linear.numel]
+        for linear in (linear for linear in found if linear.numel):
+            rule = next(r for r in recipe.rules if r.matches(linear.name))
+            if rule.scheme is None:
+                linears.append(replace(linear, why=f"rule '{rule.match}' = float"))
                 continue
-            rule = next(r for r in recipe.rules if r.matches(prefix + name))
-            shape = (info.shape[1], info.shape[0]) if spec.conv1d else (info.shape[0], info.shape[1])
-            linears.append(
-                PlannedLinear(
-                    name=prefix + name,
-                    block=index,
-                    shape=shape,
-                    scheme=rule.scheme,
-                    why="" if rule.scheme else f"rule '{rule.match}' = float",
-                    conv1d=spec.conv1d,
-                    expert=experts[name],
-                    bias=f"{prefix}{name}.bias" in reader.infos,
-                    part_bits=_part_bits(recipe, shape) + 32 * (name in transformed) if rule.scheme else 0,
-                )
-            )
+            part_bits = _part_bits(recipe, linear.shape) + 32 * (linear.name in transformed)
+            linears.append(replace(linear, scheme=rule.scheme, part_bits=part_bits))
         missing += [
             f"{prefix}{group.producer}.weight"
             for group in block.balance

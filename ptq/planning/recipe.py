@@ -25,18 +25,16 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from calibration.errors import ToolkitError, nearest, unknown_value
 from calibration.walk.passes import Pass, Phase
-from ptq.methods import COMBINATIONS, METHODS
+from ptq.methods import COMBINATIONS
 from ptq.scheme import Quantizer, QuantScheme, parse_scheme
-
-Methods = Mapping[str, Callable[..., Pass]]
-"""Passes by the names that recipes use."""
+from ptq.sparse.methods import METHODS, all_methods, check_target
 
 DEFAULT_SCHEME = "w4a16-g128"
 FLOAT = "float"
@@ -79,12 +77,14 @@ def _settings(instance: Any) -> dict[str, Any]:
     return {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
 
 
-def parse_method(text: str, methods: Methods = METHODS) -> tuple[Pass, ...]:
-    """``awq+gptq`` to passes with default settings.
+def parse_method(text: str, target: float | str | None = None) -> tuple[Pass, ...]:
+    """``awq+gptq`` to passes with default settings, but for the ``target`` of sparsifying ones.
 
     Raises:
-        ToolkitError: a name that is no method, with the nearest one.
+        ToolkitError: a name that is no method, with the nearest one; a target that is none, or has no pass to go to.
     """
+    check_target(text, target)
+    methods = all_methods(target)
     passes: list[Pass] = []
     combined = False
     for name in (name.strip() for name in text.split("+")):
@@ -112,9 +112,11 @@ def default_quantizer(format_name: str | None) -> Quantizer:
     return "asym_zero_in" if format_name == "awq" else "sym_gptq"
 
 
-def method_recipe(method: str, scheme: str | None, format_name: str | None, methods: Methods = METHODS) -> Recipe:
-    """The recipe that ``--method`` and ``--scheme`` stand for."""
-    passes = parse_method(method, methods)
+def method_recipe(
+    method: str, scheme: str | None, format_name: str | None, target: float | str | None = None
+) -> Recipe:
+    """The recipe that ``--method``, ``--scheme`` and ``--target`` stand for."""
+    passes = parse_method(method, target)
     parsed = parse_scheme(scheme or _default_scheme(passes), default_quantizer(format_name))
     return Recipe(passes, (Rule("*", parsed),), format_name)
 
@@ -123,9 +125,7 @@ def _default_scheme(passes: Sequence[Pass]) -> str:
     return next((p.default_scheme for p in passes if p.default_scheme is not None), DEFAULT_SCHEME)
 
 
-def read_recipe(
-    path: Path, scheme: str | None = None, format_name: str | None = None, methods: Methods = METHODS
-) -> Recipe:
+def read_recipe(path: Path, scheme: str | None = None, format_name: str | None = None) -> Recipe:
     """A recipe file; ``scheme`` and ``format_name`` from the command line take the place of its own.
 
     Raises:
@@ -146,9 +146,7 @@ def read_recipe(
     if ("method" in data) == ("pass" in data):
         raise ToolkitError(f"{path}: needs either 'method' or [[pass]] tables", 'write method = "awq+gptq"')
     passes = (
-        with_rounding([_read_pass(path, t, methods) for t in data["pass"]])
-        if "pass" in data
-        else parse_method(data["method"], methods)
+        with_rounding([_read_pass(path, t) for t in data["pass"]]) if "pass" in data else parse_method(data["method"])
     )
     format_name = format_name or data.get("format")
     quantizer = default_quantizer(format_name)
@@ -174,11 +172,11 @@ def _read_rule(path: Path, table: Mapping[str, Any], quantizer: Quantizer) -> Ru
     return Rule(table["match"], None if table["scheme"] == FLOAT else parse_scheme(table["scheme"], quantizer))
 
 
-def _read_pass(path: Path, table: Mapping[str, Any], methods: Methods) -> Pass:
+def _read_pass(path: Path, table: Mapping[str, Any]) -> Pass:
     name = str(table.get("name"))
-    if name not in methods:
-        raise unknown_value(f"{path}: pass.name", name, methods)
-    method = methods[name]
+    if name not in METHODS:
+        raise unknown_value(f"{path}: pass.name", name, METHODS)
+    method = METHODS[name]
     types = get_type_hints(method)
     fields = [f.name for f in dataclasses.fields(method)]  # type: ignore[arg-type]
     _only_keys(path, f"{name}.", table, ("name", *fields))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from calibration.errors import ToolkitError
 from calibration.model.checkpoint import write_atomically
 from calibration.model.opening import fingerprint
 from calibration.progress import Progress, Silent
+from calibration.shown import Shown
 from calibration.text.crops import TokenBatches
 from ptq.fitting.job import Fit, float_blocks, prepare_fit
 from ptq.fitting.sensitivity import Sweep
-from ptq.planning.job import Options, calibration_windows
+from ptq.planning.job import Options
 from ptq.scheme import QuantScheme, parse_scheme
 from ptq.session import Session
 from ptq.study.ranks import spearman
@@ -64,8 +65,8 @@ class SchemeSensitivity:
     additivity: float
 
 
-@dataclass(frozen=True)
-class SensitivityStudy:
+@dataclass(frozen=True, repr=False)
+class SensitivityStudy(Shown):
     """Everything measured. ``probe_tokens`` are the tokens that divergences are means over."""
 
     model: str
@@ -73,6 +74,13 @@ class SensitivityStudy:
     calibration: dict[str, Any]
     probe_tokens: int
     schemes: tuple[SchemeSensitivity, ...]
+
+    def facts(self) -> Mapping[str, object]:
+        found = {"model": self.model, "measured on": f"{self.probe_tokens} tokens"}
+        for scheme in self.schemes:
+            worst = max(scheme.linears, key=lambda x: x.divergence)
+            found[scheme.scheme] = f"{len(scheme.linears)} linears, most KL {worst.divergence:.4g} nats ({worst.name})"
+        return found
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
@@ -105,7 +113,8 @@ def study_sensitivity(
     session.check(overwrite, resume=False, resumable=False)
     fit = prepare_sensitivity(model, schemes, options)
     session.check(overwrite, resume=False, source=fit.job.reader.folder, resumable=False)
-    tokens = calibration_windows(fit.job, progress)
+    fit.job.tell(progress)
+    tokens = fit.job.windows(progress)
     session.begin({"sensitivity": fingerprint(fit.job.reader)}, resume=False)
     with session.unless_done():
         found = measure_sensitivity(fit, schemes, tokens, windows, progress)
