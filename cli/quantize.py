@@ -17,9 +17,9 @@ def quantize(
         str | None,
         typer.Option(
             help="Passes joined by +; without one that rounds, rtn is appended. Before rounding: equalize, rotate, "
-            "smoothquant, exponent-shift, awq, outliertune, repquant, adadim, adadim-published, fp4, rs, ranges. "
-            "Rounding: rtn, gptq, adaquant, ptq1.61; rtn-ada, gptq-ada and rrs are combinations. Behind it: lorc, "
-            "norm-tweak, bias-correct; cats, chess, chess-qo, scap, teal, fatrelu with --target."
+            "smoothquant, exponent-shift, awq, outliertune, repquant, adadim, adadim-published, fp4, hqq, rs, "
+            "ranges. Rounding: rtn, gptq, gptaq, adaquant, ptq1.61; rtn-ada, gptq-ada and rrs are combinations. "
+            "Behind it: lorc, norm-tweak, bias-correct; cats, chess, chess-qo, scap, teal, fatrelu with --target."
         ),
     ] = None,
     target: Annotated[
