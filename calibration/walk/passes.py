@@ -26,7 +26,7 @@ run has (float where nothing asks for more, as AWQ was published); or what the q
 class Phase(IntEnum):
     """The composition rule: passes of a recipe must not go back to an earlier phase.
 
-    REBASE and BALANCE keep the function of the block (without data, with data). CHOOSE fills schemes and ranges and
+    REBASE and BALANCE keep the function of the block (without data, with data). CHOOSE fills schemes and grids and
     leaves weights alone. ROUND quantizes every linear that has a scheme, exactly once. REPAIR moves what is left. GATE
     adds activation thresholds.
     """

@@ -35,6 +35,8 @@ _ACRONYMS = {"rtn", "gptq", "awq", "lorc"}
 _PASSES = {
     "rtn": "rounds every weight to its nearest level",
     "gptq": "rounds column by column and moves each column's error into those still to come",
+    "gptaq": "rounds column by column towards the float model's outputs on the float model's inputs",
+    "hqq": "chooses steps and zero points that large weights spoil less",
     "awq": "scales input channels so that weights that meet large activations are rounded more finely",
     "smooth": "moves the range of activation outliers into the weights",
     "smoothquant": "moves the range of activation outliers into the weights",
