@@ -2,9 +2,9 @@
 
 It chooses and leaves rounding to the pass behind it: ``hqq`` rounds to nearest, ``hqq+gptq`` with error feedback on the
 chosen grids. Zero points are integers, which is all that files for vLLM and transformers hold; the published method
-keeps them as floats (a scheme of its own, which every format but ``native`` and every fast kernel would have to refuse). An
-integer zero point hardly ever moves, because its optimum lies within half a level, so that what is gained here comes from
-refitted steps, which the paper leaves alone.
+keeps them as floats (a scheme of its own, which every format but ``native`` and every fast kernel would have to
+refuse). An integer zero point hardly ever moves, because its optimum lies within half a level, so that what is gained
+here comes from refitted steps, which the paper leaves alone.
 """
 
 from __future__ import annotations
