@@ -178,7 +178,8 @@ class Walk:
         for step in self.blocks.passes:
             if step.phases != (Phase.REBASE,):
                 step.apply(segment, context)
-        if model_states is not None and float_states is not None and "model" not in references_of(self.blocks.passes):
+        referred = "model" in references_of(self.blocks.passes)  # and so propagated already
+        if model_states is not None and float_states is not None and not referred and not last:
             model_states.batches = context.float_outputs()
         self.finished.write(segment, self.encode(segment), context.forwards)
         module = segment.module
