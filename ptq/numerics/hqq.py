@@ -42,6 +42,8 @@ def shrink(x: torch.Tensor, beta: float, norm: float) -> torch.Tensor:
     """Generalized soft thresholding, ``sign(x) max(0, |x| - |x|^(p-1) / beta)``: the E step. For p = 1 it is exact, for
     p < 1 the published approximation."""
     magnitude = x.abs()
+    if float(magnitude.amax()) <= beta ** (1 / (norm - 2)):
+        return torch.zeros_like(x)  # as for most weights of language models: powers are slow
     return torch.sign(x) * (magnitude - magnitude.pow(norm - 1) / beta).clamp_(min=0)
 
 
