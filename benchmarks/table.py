@@ -69,6 +69,7 @@ class Bench:
         print(f"float perplexity {base.perplexity:.4f}, {base.protocol.tokens_scored} tokens", file=sys.stderr)
         calibration = ("--samples", str(args.samples), "--seq-len", str(args.seq_len))
         calibration += ("--dataset", args.dataset) if args.dataset else ()
+        calibration += ("--dtype", args.dtype) if args.dtype else ()
         return Bench(args.model, calibration, text, scoring, reference, base)
 
     def row(self, method: str, scheme: str, *more: str) -> dict[str, Any]:
@@ -120,6 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--max-windows", type=int, help="score only the first so many windows")
+    parser.add_argument("--dtype", help="of the forward passes that calibrate")
     parser.add_argument("--json", type=Path)
 
 

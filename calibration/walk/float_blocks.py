@@ -16,7 +16,7 @@ from calibration.text.crops import TokenBatches
 from calibration.walk.capture import transform_input
 from calibration.walk.context import Context
 from calibration.walk.outside import Outside
-from calibration.walk.passes import Pass, Phase, repairs
+from calibration.walk.passes import Pass, Phase, keeps_originals
 from calibration.walk.segment import Segment
 from calibration.walk.states import HiddenStates
 
@@ -130,7 +130,7 @@ class FloatBlocks:
             masters=masters,
             stored_dtypes={n: t.dtype for n, t in stored.items()},
             schemes=dict(self.schemes(index)),
-            keep_originals=repairs(self.passes),
+            keep_originals=keeps_originals(self.passes),
         )
 
     def load_rebased(self, index: int, with_module: bool = True) -> Segment:

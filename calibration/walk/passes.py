@@ -18,7 +18,7 @@ from calibration.errors import Problem
 from calibration.walk.context import Context
 from calibration.walk.segment import Segment
 from calibration.walk.states import Reference
-from calibration.walk.statistics import Statistic
+from calibration.walk.statistics import Statistic, TwoStreams
 
 Stream = Literal["none", "either", "quantized"]
 """Which calibration inputs a pass wants: none at all; those of the float model or of the quantized one, whichever the
@@ -28,7 +28,7 @@ run has (float where nothing asks for more, as AWQ was published); or what the q
 class Phase(IntEnum):
     """The composition rule: passes of a recipe must not go back to an earlier phase.
 
-    REBASE and BALANCE keep the function of the block (without data, with data). CHOOSE fills schemes and ranges and
+    REBASE and BALANCE keep the function of the block (without data, with data). CHOOSE fills schemes and grids and
     leaves weights alone. ROUND quantizes every linear that has a scheme, exactly once. REPAIR moves what is left. GATE
     adds activation thresholds.
     """
@@ -180,9 +180,15 @@ def references_of(passes: Sequence[Pass]) -> tuple[Reference, ...]:
     return tuple(dict.fromkeys(kind for p in passes for kind in p.references))
 
 
-def repairs(passes: Sequence[Pass]) -> bool:
-    """Whether some pass compares the rounded weights with those before, which then stay in memory."""
-    return any(Phase.REPAIR in p.phases for p in passes)
+def watches_float(passes: Sequence[Pass]) -> bool:
+    """Whether some pass reads a statistic of two streams, so that the walk carries the float model's states along."""
+    return any(issubclass(kind, TwoStreams) for p in passes for kind in p.statistics)
+
+
+def keeps_originals(passes: Sequence[Pass]) -> bool:
+    """Whether some pass needs the weights as they were before rounding, which then stay in memory: to compare with
+    them, or to run the float block beside the rounded one."""
+    return watches_float(passes) or any(Phase.REPAIR in p.phases for p in passes)
 
 
 def check_order(passes: Sequence[Pass]) -> Iterable[Problem]:
@@ -210,10 +216,11 @@ def stream_of(passes: Sequence[Pass]) -> Stream:
 
 def forwards_per_block(passes: Sequence[Pass]) -> int:
     """Forward passes over the calibration set per block: one that gathers, where a pass reads statistics (and on a
-    float stream propagates at once), one of the float block per reference, those that passes add, and one that
-    propagates through the quantized block. (A training step counts as one; its backward pass comes on top.)"""
+    float stream propagates at once), one of the float block beside it where they are of two streams, one of the float
+    block per reference, those that passes add, and one that propagates through the quantized block. (A training step
+    counts as one; its backward pass comes on top.)"""
     stream = stream_of(passes)
     if stream == "none":
         return 0
-    gathers = any(p.statistics for p in passes)
+    gathers = any(p.statistics for p in passes) + watches_float(passes)
     return gathers + len(references_of(passes)) + sum(p.forwards() for p in passes) + (stream == "quantized")

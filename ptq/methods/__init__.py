@@ -10,7 +10,9 @@ from ptq.methods.bias_correct import BiasCorrect
 from ptq.methods.equalize import Equalize
 from ptq.methods.exponent_shift import ExponentShift
 from ptq.methods.fp4 import Fp4
+from ptq.methods.gptaq import Gptaq
 from ptq.methods.gptq import Gptq
+from ptq.methods.hqq import Hqq
 from ptq.methods.lorc import Lorc
 from ptq.methods.norm_tweak import NormTweak
 from ptq.methods.outliertune import OutlierTune
@@ -25,6 +27,8 @@ from ptq.methods.smoothquant import SmoothQuant
 METHODS: dict[str, type[Pass]] = {
     "rtn": Rtn,
     "gptq": Gptq,
+    "gptaq": Gptaq,
+    "hqq": Hqq,
     "awq": Awq,
     "adadim": AdaDim,
     "adadim-published": AdaDimPublished,
@@ -63,7 +67,9 @@ __all__ = [
     "Equalize",
     "ExponentShift",
     "Fp4",
+    "Gptaq",
     "Gptq",
+    "Hqq",
     "Lorc",
     "NormTweak",
     "OutlierTune",

@@ -22,7 +22,7 @@ from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram, Statistic
 from ptq.linears import ModelLayout
 from ptq.methods.balancing import by_value_channel
-from ptq.numerics.grids import fake_quantize
+from ptq.methods.rtn import round_to_nearest
 from ptq.numerics.objective import rounding_error
 from ptq.scheme import NARROW_SCALES, Axis, Grouping, QuantScheme
 
@@ -47,14 +47,14 @@ def both_axes(scheme: QuantScheme, shape: tuple[int, int]) -> tuple[QuantScheme,
 def choose(segment: Segment, linear: str, options: tuple[QuantScheme, ...], errors: list[float]) -> QuantScheme:
     """Take the option of the least error, the first of equal ones, and record both errors.
 
-    Clipping ranges of the linear belong to the grouping they were searched for, and go with it.
+    A grid chosen for the linear belongs to the grouping it was searched for, and goes with it.
     """
     best = min(range(len(options)), key=errors.__getitem__)
     named = {f"adadim.{o.weights.grouping.axis}": e for o, e in zip(options, errors, strict=True)}
     segment.note(linear, **named)
     if best > 0:
         segment.schemes[linear] = options[best]
-        segment.ranges.pop(linear, None)
+        segment.grids.pop(linear, None)
     return options[best]
 
 
@@ -85,11 +85,11 @@ class AdaDim(Pass):
 
 
 def gram_errors(segment: Segment, context: Context, linear: str, options: tuple[QuantScheme, ...]) -> list[float]:
-    """||C (Q(W) - W) X^T||^2 of every option; a clipping range counts for the option it was searched for, the first."""
+    """||C (Q(W) - W) X^T||^2 of every option; a chosen grid counts for the option it was searched for, the first."""
     w, gram = segment.weight(linear), context.product_gram(linear)
-    clip, importance = segment.ranges.get(linear), column_energies(segment, linear)
+    grid, importance = segment.grids.get(linear), column_energies(segment, linear)
     return [
-        float(rounding_error(w, gram, o.weights, clip if i == 0 else None, importance=importance))
+        float(rounding_error(w, gram, o.weights, grid if i == 0 else None, importance=importance))
         for i, o in enumerate(options)
     ]
 
@@ -153,7 +153,7 @@ class AdaDimPublished(Pass):
             else:
                 errors = self._module_errors(segment, linear, path, options, calls[path], rounded)
             chosen = choose(segment, linear, options, errors)
-            rounded[linear] = fake_quantize(w, chosen.weights, segment.ranges.get(linear))
+            rounded[linear] = round_to_nearest(w, chosen, segment.grids.get(linear)).dequantize(w.dtype)
 
     def _module_errors(
         self,
@@ -166,11 +166,11 @@ class AdaDimPublished(Pass):
     ) -> list[float]:
         """Mean squared change of the module's output when ``linear`` is rounded with each option."""
         module = segment.module.get_submodule(path)
-        w, clip = segment.weight(linear), segment.ranges.get(linear)
+        w, grid = segment.weight(linear), segment.grids.get(linear)
         now = _parameters(segment, path, rounded) if self.moving else {}
         candidates = [
-            {**now, **_parameters(segment, path, {linear: fake_quantize(w, o.weights, clip if i == 0 else None)})}
-            for i, o in enumerate(options)
+            {**now, **_parameters(segment, path, {linear: round_to_nearest(w, o, g).dequantize(w.dtype)})}
+            for o, g in zip(options, (grid, *[None] * len(options)), strict=False)
         ]
         totals, count = [0.0] * len(options), 0
         for call in calls:

@@ -51,12 +51,12 @@ class AdaQuant(Pass):
 
     def apply(self, segment: Segment, context: Context) -> None:
         for linear, scheme in segment.schemes.items():
-            w, clip, gram = segment.weight(linear), segment.ranges.get(linear), context.statistic(linear, Gram)
+            w, grid, gram = segment.weight(linear), segment.grids.get(linear), context.statistic(linear, Gram)
             if gram.tokens == 0:  # an expert without data, which the user allowed
-                put(segment, linear, round_to_nearest(w, scheme, clip), None)
+                put(segment, linear, round_to_nearest(w, scheme, grid), None)
                 continue
             codes, scale, zero, left = adaquant(
-                w, gram.matrix, scheme.weights, self.iterations, self.weight_rate, self.step_rate, clip
+                w, gram.matrix, scheme.weights, self.iterations, self.weight_rate, self.step_rate, grid
             )
             put(segment, linear, QuantizedTensor(codes, scale, zero, scheme), gram.matrix)
             segment.note(linear, **{"adaquant.error_left": left})

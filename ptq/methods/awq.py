@@ -20,7 +20,9 @@ from calibration.walk.segment import Segment
 from calibration.walk.statistics import AbsMean, Gram, Statistic
 from ptq.linears import ModelLayout
 from ptq.methods.balancing import balance, by_value_channel, note_all, quantized_consumers, spread
+from ptq.methods.rounding import global_scales
 from ptq.numerics.awq import candidate_scales, clip_bounds, duo_scales, relative_magnitude, sample_rows, scaled_error
+from ptq.numerics.grids import grid_of
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,14 @@ class Awq(Pass):
             if group.kind != "value" or self.values:
                 self._balance(segment, context, group)
         if self.clip:
+            shared = global_scales(segment)
             for linear, scheme in segment.schemes.items():
                 if linear not in segment.spec.scores:
                     gram = context.statistic(linear, Gram)
                     if gram.tokens:
-                        segment.ranges[linear] = clip_bounds(
-                            segment.weight(linear), gram.matrix, scheme.weights, self.clip_steps, self.clip_shrink
-                        )
+                        w, quant = segment.weight(linear), scheme.weights
+                        bounds = clip_bounds(w, gram.matrix, quant, self.clip_steps, self.clip_shrink)
+                        segment.grids[linear] = grid_of(w, quant, bounds, shared.get(linear))
 
     def _balance(self, segment: Segment, context: Context, group: Balance) -> None:
         inputs = quantized_consumers(segment, group)

@@ -23,6 +23,7 @@ from ptq.formats.checks import matching, refuse
 from ptq.linears import ModelLayout
 from ptq.methods.rounding import global_scales
 from ptq.numerics.float_search import COARSE, SHORTLIST, search_bounds
+from ptq.numerics.grids import grid_of
 from ptq.numerics.objective import rounding_error
 from ptq.scheme import QuantScheme, float_formats
 
@@ -78,11 +79,12 @@ class Fp4(Pass):
                 names = (str(option.weights.float_format) for option in options)
                 segment.note(linear, **{f"fp4.{name}": e for name, e in zip(names, errors, strict=True)})
             bounds = search_bounds(w, gram, best.weights, shared.get(linear), shortlist=self.shortlist)
-            segment.schemes[linear], segment.ranges[linear] = best, bounds
+            segment.schemes[linear] = best
+            segment.grids[linear] = grid_of(w, best.weights, bounds, shared.get(linear))
             context.show(linear)
 
 
 def _coarse_error(w: torch.Tensor, gram: torch.Tensor, scheme: QuantScheme) -> float:
     """||(Q(W) - W) X^T||^2 with scales of a coarse search, to compare formats."""
     bounds = search_bounds(w, gram, scheme.weights, offsets=COARSE, shortlist=2)
-    return float(rounding_error(w, gram, scheme.weights, bounds))
+    return float(rounding_error(w, gram, scheme.weights, grid_of(w, scheme.weights, bounds)))

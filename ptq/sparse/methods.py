@@ -11,6 +11,7 @@ from calibration.errors import ToolkitError, unknown_value
 from calibration.walk.passes import Pass
 from ptq.methods import METHODS as QUANTIZERS
 from sparsity.files import load_sparsity
+from sparsity.gate import GatePass
 from sparsity.methods import METHODS as SPARSIFIERS
 
 METHODS: dict[str, type[Pass]] = {**QUANTIZERS, **SPARSIFIERS}
