@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import click
 import pytest
 import typer.main
 
+import ptq
 from cli.main import app
 from ptq.formats.registry import FORMATS
 from ptq.methods import COMBINATIONS
@@ -80,7 +82,7 @@ def test_command_lines_parse(page):
             if word.startswith("--") and word != "--help":
                 assert word.split("=")[0] in options, f"{page.name}: `{line}`: {word}"
         for name, check in {"--method": check_method, "--scheme": parse_scheme, "--format": check_format}.items():
-            for word, value in zip(words, words[1:], strict=False):
+            for word, value in pairwise(words):
                 if word == name and not PLACEHOLDER.fullmatch(value):
                     check(value)
 
@@ -98,6 +100,14 @@ def test_the_reader_of_command_lines_sees_what_is_wrong():
     assert len(commands(ROOT / "README.md")) > 15
     with pytest.raises(AssertionError, match="no command"):
         find(["quantise", "demo"])
+
+
+@pages
+def test_python_names_are_public(page):
+    for language, body in FENCE.findall(page.read_text(encoding="utf-8")):
+        if language == "python":
+            called = re.findall(r"(?<![\w.])ptq\.(\w+)\(", body)
+            assert set(called) <= set(ptq.__all__), f"{page.name}: {called}"
 
 
 @pages
