@@ -1,4 +1,4 @@
-"""Who may import whom (DESIGN section 1), read from the source; and that ``ptq --help`` starts without torch."""
+"""Who may import whom (docs/architecture.md), read from the source; and that ``ptq --help`` starts without torch."""
 
 from __future__ import annotations
 
