@@ -49,7 +49,9 @@ def phases() -> tuple[str, ...]:
 
 def combinations() -> dict[str, tuple[str, ...]]:
     """Names in the literature for passes in a row."""
-    found: dict[str, tuple[str, ...]] = ast.literal_eval(_assigned(_tree(REGISTRIES[0]).body, "COMBINATIONS"))
+    assigned = _assigned(_tree(REGISTRIES[0]).body, "COMBINATIONS")
+    assert assigned is not None, "ptq.methods has COMBINATIONS"
+    found: dict[str, tuple[str, ...]] = ast.literal_eval(assigned)
     return found
 
 
