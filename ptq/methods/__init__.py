@@ -58,7 +58,7 @@ the name takes its place: ``rrs+rtn``."""
 
 DEFAULT_SCHEMES: dict[str, str] = {
     "fp4": "fp4-e2m1-g128",
-    "hqq": "w4a16-g64-asym",
+    "hqq": "w4a16-g64-asym_float",
     "ptq1.61": "w1a16-salient20",
     "smoothquant": "w8a8",
     "outliertune": "w8a8-asym",

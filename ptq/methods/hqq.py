@@ -1,10 +1,9 @@
 """HQQ (Badri & Shaji 2023): steps and zero points by half-quadratic splitting; the iteration is in `ptq.numerics.hqq`.
 
 It chooses and leaves rounding to the pass behind it: ``hqq`` rounds to nearest, ``hqq+gptq`` with error feedback on the
-chosen grids. Zero points are integers, which is all that files for vLLM and transformers hold; the published method
-keeps them as floats (a scheme of its own, which every format but ``native`` and every fast kernel would have to
-refuse). An integer zero point hardly ever moves, because its optimum lies within half a level, so that what is gained
-here comes from refitted steps, which the paper leaves alone.
+chosen grids. The published zero points are floats, as in ``w4a16-g64-asym_float``, which ``native`` files hold and the
+reference kernel runs. Rounded to integers, as files for vLLM and transformers need them, they hardly ever move; there,
+and on symmetric grids, what is left is to refit steps (``steps = true``), which the paper does not do.
 """
 
 from __future__ import annotations
@@ -53,12 +52,17 @@ class Hqq:
         if self.iterations < 0:
             yield Problem("hqq.iterations", f"{self.iterations} is negative", "use 20")
         others = matching(view, lambda linear: linear.scheme.weights.quantizer in ("float", "binary"))  # type: ignore[union-attr]
-        yield from refuse(others, "hqq chooses integer grids", "use --scheme w4a16-g64-asym, or fp4 for floats")
+        yield from refuse(
+            others, "hqq chooses grids of integer codes", "use --scheme w4a16-g64-asym_float, or fp4 for floats"
+        )
         whole = matching(view, lambda linear: linear.scheme.weights.grouping.kind == "tensor")  # type: ignore[union-attr]
-        yield from refuse(whole, "hqq chooses grids of groups, not of whole tensors", "use --scheme w4a16-g64-asym")
+        yield from refuse(
+            whole, "hqq chooses grids of groups, not of whole tensors", "use --scheme w4a16-g64-asym_float"
+        )
         if not self.steps:
-            fixed = matching(view, lambda linear: linear.scheme.weights.symmetric)  # type: ignore[union-attr]
-            yield from refuse(fixed, "symmetric grids have steps alone", "use an -asym scheme, or steps = true")
+            fixed = matching(view, lambda linear: not linear.scheme.weights.float_zeros)  # type: ignore[union-attr]
+            reason = "symmetric grids have no zero point and integer ones do not move, so that hqq would change nothing"
+            yield from refuse(fixed, reason, "use -asym_float in the scheme, or steps = true for hqq in a recipe")
 
     def forwards(self) -> int:
         return 0
