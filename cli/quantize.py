@@ -27,7 +27,7 @@ def quantize(
     scheme: Annotated[
         str | None,
         typer.Option(
-            help="w{2,3,4,5,6,8}a16-{g32,g64,g128,gchannel}[-sym|-asym], floats (fp4-e2m1-g128, mxfp4, nvfp4), with "
+            help="w{2,3,4,5,6,8}a16-{g32,g64,g128,gchannel}[-sym|-asym|-asym_float], floats (fp4-e2m1-g128, mxfp4, nvfp4), with "
             "quantized inputs w8a8, w4a8, w4a4, w4a4kv4, fp8. Default: the method's, mostly w4a16-g128-sym."
         ),
     ] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -11,14 +12,24 @@ from tiny_runs import quantize, tiny_checkpoint
 
 from calibration.errors import PlanError
 from calibration.walk.statistics import Gram
+from ptq.formats.registry import FORMATS
 from ptq.methods import Gptq, Hqq, Rtn
+from ptq.methods.rtn import round_to_nearest
 from ptq.numerics.grids import Grid, grid_of, round_to_grid
 from ptq.numerics.groups import split
 from ptq.numerics.hqq import HalfQuadratic, half_quadratic, norm_errors, refit, shrink
 from ptq.numerics.integers import round_scale
+from ptq.runtime.linear import QuantLinear
 from ptq.scheme import parse_scheme
 
-SCHEMES = ("w4a16-g32-sym", "w3a16-g32-asym", "w2a16-g32-asym_minmax", "w3a16-ic32-sym_full", "w3a16-gchannel-asym")
+SCHEMES = (
+    "w4a16-g32-sym",
+    "w3a16-g32-asym",
+    "w2a16-g32-asym_minmax",
+    "w3a16-ic32-sym_full",
+    "w3a16-gchannel-asym",
+    "w3a16-g32-asym_float",
+)
 UP = "mlp.up_proj"
 
 
@@ -74,14 +85,17 @@ def test_no_group_gets_worse_and_more_iterations_never_hurt(text):
     start, units = grid_of(w, quant), split(w, quant.grouping)
     before = norm_errors(units, start, quant, 0.7)
     for iterations in (0, 1, 5, 20):
-        grid = half_quadratic(w, quant, start, HalfQuadratic(iterations=iterations))
+        settings = HalfQuadratic(iterations=iterations, steps=not quant.float_zeros)
+        grid = half_quadratic(w, quant, start, settings)
         errors = norm_errors(units, grid, quant, 0.7)
         assert bool((errors <= before).all())
         before = errors
         assert torch.equal(grid.scale, round_scale(grid.scale)) and grid.scale.shape == start.scale.shape
         if grid.zero is not None:
-            assert torch.equal(grid.zero, grid.zero.round().clamp(0, quant.levels))
-    assert float(before.sum()) < 0.97 * float(norm_errors(units, start, quant, 0.7).sum())
+            stored = grid.zero.half().float() if quant.float_zeros else grid.zero.round()
+            assert torch.equal(grid.zero, stored.clamp(0, quant.levels))
+            assert not quant.float_zeros or torch.equal(grid.scale, start.scale)
+    assert float(before.sum()) < 0.98 * float(norm_errors(units, start, quant, 0.7).sum())
     assert torch.equal(half_quadratic(w, quant, start, HalfQuadratic(iterations=0)).scale, start.scale)
 
 
@@ -95,23 +109,34 @@ def test_towards_the_brute_force():
         grid = Grid(round_scale(start.scale * share), torch.full_like(start.scale, zero))
         best = torch.minimum(best, norm_errors(units, grid, quant, 0.7))
     plain = float(norm_errors(units, start, quant, 0.7).sum())
-    found = float(norm_errors(units, half_quadratic(w, quant, start, HalfQuadratic()), quant, 0.7).sum())
+    grid = half_quadratic(w, quant, start, HalfQuadratic(steps=True))
+    found = float(norm_errors(units, grid, quant, 0.7).sum())
     assert float(best.sum()) <= found + 1e-6 and plain - found > 0.4 * (plain - float(best.sum()))
+
+
+def test_integer_zero_points_do_not_move():
+    """Which is why the pass refuses them without refitted steps: the published optimum lies within half a level."""
+    w = outlying()
+    for bits in (3, 4):
+        quant = parse_scheme(f"w{bits}a16-g32-asym").weights
+        start = grid_of(w, quant)
+        found = half_quadratic(w, quant, start, HalfQuadratic())
+        assert torch.equal(found.scale, start.scale) and (found.zero != start.zero).float().mean() < 0.01
 
 
 def test_chunks_of_rows_change_nothing(monkeypatch):
     for text in SCHEMES:
         quant, w = parse_scheme(text).weights, outlying()
-        whole = half_quadratic(w, quant, grid_of(w, quant), HalfQuadratic(iterations=1))
+        whole = half_quadratic(w, quant, grid_of(w, quant), HalfQuadratic(iterations=1, steps=True))
         monkeypatch.setattr("ptq.numerics.objective.ROW_BYTES", 1)
-        parts = half_quadratic(w, quant, grid_of(w, quant), HalfQuadratic(iterations=1))
+        parts = half_quadratic(w, quant, grid_of(w, quant), HalfQuadratic(iterations=1, steps=True))
         monkeypatch.undo()
         assert torch.equal(whole.scale, parts.scale)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("kind", ["asym_zero_in", "sym_gptq"])
+@pytest.mark.parametrize("kind", ["asym_zero_in", "asym_float", "sym_gptq"])
 def test_rounding_keeps_the_chosen_grid(kind, static, tmp_path):
     """RTN and GPTQ round on it to the last bit of scale and zero point, stacked q, k, v included; it goes with the
     weight: a grid of an edited weight is forgotten."""
@@ -119,7 +144,7 @@ def test_rounding_keeps_the_chosen_grid(kind, static, tmp_path):
     for rounding in (Rtn(), Gptq(static_groups=static, order="natural")):
         segment, states = open_block("llama", tmp_path / f"{rounding.name}{static}", scheme=planned)
         context = new_context(segment, states, kinds=(Gram,))
-        Hqq().apply(segment, context)
+        Hqq(steps=True).apply(segment, context)
         chosen, weights = dict(segment.grids), {n: segment.weight(n).clone() for n in segment.schemes}
         assert set(chosen) == set(segment.schemes) and segment.edits == 0
         segment.set_weight(UP, segment.weight(UP) * 2)
@@ -135,20 +160,44 @@ def test_rounding_keeps_the_chosen_grid(kind, static, tmp_path):
                 assert torch.equal(q.codes, codes) and torch.equal(segment.weight(name), expected)
 
 
-def test_runs_and_refusals(tmp_path):
-    """No calibration data for hqq alone; what it cannot choose is refused before anything runs."""
+def test_float_zero_points_survive_the_file(tmp_path):
+    """hqq needs no calibration data and writes float16 zero points; what runs is what was rounded, bit for bit."""
     model = tiny_checkpoint("llama", tmp_path / "model")
-    record = quantize(model, tmp_path / "out", method="hqq", scheme="w3a16-g32-asym")
-    assert record.calibration is None or not record.calibration
-    quantize(model, tmp_path / "joined", method="awq+hqq+gptq", scheme="w3a16-g32-asym")
-    for text, fix in (("fp4-e2m1-g32", "w4a16-g64-asym"), ("mxfp4", "w4a16-g64-asym")):
-        with pytest.raises(PlanError, match="hqq chooses integer grids") as caught:
+    record = quantize(model, tmp_path / "out", method="hqq", scheme="w4a16-g32-asym_float")
+    assert not record.calibration
+    quantize(model, tmp_path / "joined", method="awq+hqq+gptq", scheme="w3a16-g32-asym_float")
+    for out in ("out", "joined"):
+        config = json.loads((tmp_path / out / "config.json").read_text())["quantization_config"]
+        assert config["quant_method"] == "ptq"
+        assert {entry["quantizer"] for entry in config["layers"].values()} == {"asym_float"}
+    scheme_ = parse_scheme("w3a16-g32-asym_float")
+    w = outlying()
+    q = round_to_nearest(w, scheme_, half_quadratic(w, scheme_.weights, grid_of(w, scheme_.weights), HalfQuadratic()))
+    tensors = FORMATS["native"].encode(q, torch.float32)
+    again = FORMATS["native"].decode(tensors, scheme_, q.shape)
+    assert tensors["zero"].dtype == torch.float16 and torch.equal(again.zero, q.zero)
+    assert torch.equal(again.dequantize(), q.dequantize()) and torch.equal(again.codes, q.codes)
+    layer = QuantLinear(q, dtype=torch.float32, device=torch.device("cpu"))
+    x = outlying(3, 64, seed=4)
+    assert torch.allclose(layer(x), x @ q.dequantize().T, atol=1e-6)
+
+
+def test_refusals(tmp_path):
+    """What hqq cannot choose, and formats that do not hold what it chose, are refused before anything runs."""
+    model = tiny_checkpoint("llama", tmp_path / "model")
+    cases = {
+        "fp4-e2m1-g32": "hqq chooses grids of integer codes",
+        "w4a16-g32-sym": "hqq would change nothing",
+        "w4a16-g32-asym": "hqq would change nothing",
+    }
+    for text, reason in cases.items():
+        with pytest.raises(PlanError, match=reason):
             quantize(model, tmp_path / "bad", method="hqq", scheme=text)
-        assert fix in str(caught.value)
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text('scheme = "w4a16-g32-sym"\n[[pass]]\nname = "hqq"\nsteps = false\n[[pass]]\nname = "rtn"\n')
-    with pytest.raises(PlanError, match="symmetric grids have steps alone"):
-        quantize(model, tmp_path / "bad", method=None, scheme=None, recipe=recipe)
+    for name in ("awq", "gptq", "compressed-tensors"):
+        with pytest.raises(PlanError, match="has float zero points"):
+            quantize(model, tmp_path / "bad", method="hqq", scheme="w4a16-g32-asym_float", format=name)
+    with pytest.raises(PlanError, match="adaquant learns integer zero points"):
+        quantize(model, tmp_path / "bad", method="hqq+adaquant", scheme="w4a16-g32-asym_float")
 
 
 @pytest.mark.parametrize("settings", [{"norm": 0.0}, {"beta": 0.0}, {"growth": 0.9}, {"iterations": -1}], ids=str)

@@ -1,10 +1,9 @@
 """HQQ (Badri & Shaji 2023): steps and zero points by half-quadratic splitting; the iteration is in `ptq.numerics.hqq`.
 
 It chooses and leaves rounding to the pass behind it: ``hqq`` rounds to nearest, ``hqq+gptq`` with error feedback on the
-chosen grids. Zero points are integers, which is all that files for vLLM and transformers hold; the published method
-keeps them as floats (a scheme of its own, which every format but ``native`` and every fast kernel would have to
-refuse). An integer zero point hardly ever moves, because its optimum lies within half a level, so that what is gained
-here comes from refitted steps, which the paper leaves alone.
+chosen grids. The published zero points are floats, as in ``w4a16-g64-asym_float``, which ``native`` files hold and the
+reference kernel runs. Rounded to integers, as files for vLLM and transformers need them, they hardly ever move; there,
+and on symmetric grids, what is left is to refit steps (``steps = true``), which the paper does not do.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class Hqq(Pass):
     name: ClassVar[str] = "hqq"
     title: ClassVar[str | None] = "HQQ"
     summary: ClassVar[str] = "chooses steps and zero points that large weights spoil less"
-    default_scheme: ClassVar[str | None] = "w4a16-g64-asym"
+    default_scheme: ClassVar[str | None] = "w4a16-g64-asym_float"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.CHOOSE,)
 
     def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
@@ -53,12 +52,17 @@ class Hqq(Pass):
         if self.iterations < 0:
             yield Problem("hqq.iterations", f"{self.iterations} is negative", "use 20")
         others = matching(view.layout, lambda linear: linear.scheme.weights.quantizer in ("float", "binary"))  # type: ignore[union-attr]
-        yield from refuse(others, "hqq chooses integer grids", "use --scheme w4a16-g64-asym, or fp4 for floats")
+        yield from refuse(
+            others, "hqq chooses grids of integer codes", "use --scheme w4a16-g64-asym_float, or fp4 for floats"
+        )
         whole = matching(view.layout, lambda linear: linear.scheme.weights.grouping.kind == "tensor")  # type: ignore[union-attr]
-        yield from refuse(whole, "hqq chooses grids of groups, not of whole tensors", "use --scheme w4a16-g64-asym")
+        yield from refuse(
+            whole, "hqq chooses grids of groups, not of whole tensors", "use --scheme w4a16-g64-asym_float"
+        )
         if not self.steps:
-            fixed = matching(view.layout, lambda linear: linear.scheme.weights.symmetric)  # type: ignore[union-attr]
-            yield from refuse(fixed, "symmetric grids have steps alone", "use an -asym scheme, or steps = true")
+            fixed = matching(view.layout, lambda linear: not linear.scheme.weights.float_zeros)  # type: ignore[union-attr]
+            reason = "symmetric grids have no zero point and integer ones do not move, so that hqq would change nothing"
+            yield from refuse(fixed, reason, "use -asym_float in the scheme, or steps = true for hqq in a recipe")
 
     def apply(self, segment: Segment, context: Context) -> None:
         settings = HalfQuadratic(self.norm, self.beta, self.growth, self.iterations, self.steps)

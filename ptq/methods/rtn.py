@@ -12,7 +12,7 @@ from calibration.walk.passes import Pass, Phase
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram
 from ptq.methods.rounding import global_scales, put
-from ptq.numerics.grids import Grid, grid_of, own_global_scale, round_to_grid
+from ptq.numerics.grids import Grid, grid_of, own_global_scale, round_to_grid, zero_of
 from ptq.quantized import QuantizedTensor
 from ptq.scheme import QuantScheme
 
@@ -31,9 +31,8 @@ def round_to_nearest(
     """
     quant, global_scale = scheme.weights, own_global_scale(w, scheme.weights, global_scale)
     grid = grid or grid_of(w, quant, None, global_scale)
-    zero = None if grid.zero is None else grid.zero.to(torch.uint8)
     codes = round_to_grid(w, quant, grid, global_scale)[1]
-    return QuantizedTensor(codes, grid.scale.float(), zero, scheme, global_scale=global_scale)
+    return QuantizedTensor(codes, grid.scale.float(), zero_of(grid, quant), scheme, global_scale=global_scale)
 
 
 @dataclass(frozen=True)

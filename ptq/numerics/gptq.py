@@ -12,8 +12,7 @@ from typing import Literal
 
 import torch
 
-from ptq.numerics.grids import Grid, codes_of, grid_of, grid_parameters, levels, own_global_scale, step_of
-from ptq.numerics.groups import scales_of_rows
+from ptq.numerics.grids import Grid, codes_of, grid_of, grid_parameters, levels, own_global_scale, step_of, zero_of
 from ptq.scheme import TensorQuant
 
 Order = Literal["natural", "activation", "group"]
@@ -36,9 +35,8 @@ class Rounded:
 
     def rows(self, first: int, stop: int, quant: TensorQuant) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Codes, scale and zero of some rows of W, copied; whole groups of rows for axis "out"."""
-        where = scales_of_rows(quant, self.codes.shape[0], slice(first, stop))
-        zero = None if self.zero is None else self.zero[where].to(torch.uint8)
-        return self.codes[first:stop].clone(), self.scale[where].clone(), zero
+        own = Grid(self.scale, self.zero).rows(quant, self.codes.shape[0], slice(first, stop))
+        return self.codes[first:stop].clone(), own.scale.clone(), zero_of(own, quant)
 
 
 def inverse_factor(h: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:

@@ -22,8 +22,8 @@ class Grid:
     Attributes:
         scale: ``[lines, G]`` as it will be stored: exact in the scheme's ``scale_format``, not yet divided by a global
             scale.
-        zero: integers ``[lines, G]`` in ``[0, 2^bits - 1]``, in the dtype of ``scale``; None for symmetric grids and
-            for floats.
+        zero: ``[lines, G]`` in ``[0, 2^bits - 1]``, in the dtype of ``scale``: integers, or float16 numbers for
+            ``asym_float``; None for symmetric grids and for floats.
     """
 
     scale: torch.Tensor
@@ -96,7 +96,13 @@ def codes_of(level: torch.Tensor, zero: torch.Tensor | None, quant: TensorQuant)
     """uint8 codes of levels."""
     if quant.float_format is not None:
         return floats.codes(level, quant.float_format)
-    return (level + (2 ** (quant.bits - 1) if zero is None else zero)).to(torch.uint8)
+    code = level + (2 ** (quant.bits - 1) if zero is None else zero)
+    return (code.round_() if quant.float_zeros else code).to(torch.uint8)
+
+
+def zero_of(grid: Grid, quant: TensorQuant) -> torch.Tensor | None:
+    """The zero points of a grid as `ptq.quantized.QuantizedTensor` has them."""
+    return None if grid.zero is None else grid.zero.to(torch.float32 if quant.float_zeros else torch.uint8)
 
 
 def levels_of(code: torch.Tensor, zero: torch.Tensor | None, quant: TensorQuant) -> torch.Tensor:

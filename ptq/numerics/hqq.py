@@ -13,7 +13,7 @@ import torch
 
 from ptq.numerics.grids import Grid, stacked
 from ptq.numerics.groups import rows_per_group, split
-from ptq.numerics.integers import dequantize, quantize, round_scale
+from ptq.numerics.integers import dequantize, quantize, round_scale, stored_zero
 from ptq.numerics.objective import row_chunks
 from ptq.scheme import TensorQuant
 
@@ -28,14 +28,15 @@ class HalfQuadratic:
             units of the weights: those below beta^(-1 / (2 - p)) (0.17) shrink to zero, so on the weights of language
             models the iteration is alternating least squares.
         iterations: at most.
-        steps: also refit steps; the paper keeps them. Symmetric grids have nothing else to refit.
+        steps: also refit steps, which the paper keeps. Symmetric grids have nothing else to refit, and integer zero
+            points hardly move: their optimum lies within half a level.
     """
 
     norm: float = 0.7
     beta: float = 10.0
     growth: float = 1.01
     iterations: int = 20
-    steps: bool = True
+    steps: bool = False
 
 
 def shrink(x: torch.Tensor, beta: float, norm: float) -> torch.Tensor:
@@ -75,7 +76,7 @@ def refit(
 
 
 def _stored(scale: torch.Tensor, zero: torch.Tensor | None, quant: TensorQuant) -> Grid:
-    return Grid(round_scale(scale), None if zero is None else zero.round().clamp(0, quant.levels))
+    return Grid(round_scale(scale), None if zero is None else stored_zero(zero, quant))
 
 
 def norm_errors(units: torch.Tensor, grid: Grid, quant: TensorQuant, norm: float) -> torch.Tensor:
@@ -88,8 +89,7 @@ def norm_errors(units: torch.Tensor, grid: Grid, quant: TensorQuant, norm: float
 def half_quadratic(w: torch.Tensor, quant: TensorQuant, start: Grid, settings: HalfQuadratic) -> Grid:
     """The grid of least p-norm error that the iteration passes, group by group: never worse than ``start``.
 
-    The iteration moves freely, as published; what competes are its grids as files hold them, with integer zero points
-    and 16-bit steps.
+    The iteration moves freely, as published; what competes are its grids as files hold them.
 
     Args:
         w: ``[out, in]``; quant: an integer grid, whose steps no two groups share.

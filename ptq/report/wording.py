@@ -20,6 +20,7 @@ FLOAT, QUANTIZED = "float", "quantized"
 _GRIDS = {
     "asym_minmax": "asymmetric grid between the smallest and the largest weight",
     "asym_zero_in": "asymmetric grid that contains zero",
+    "asym_float": "asymmetric grid with float zero points",
     "sym_full": "symmetric grid with all levels in use",
     "sym_restricted": "symmetric grid without the lowest level",
     "sym_gptq": "symmetric grid",

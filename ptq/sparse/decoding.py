@@ -83,6 +83,8 @@ def fits_int4_rows(q: QuantizedTensor) -> bool:
     weights = q.scheme.weights
     if weights.float_format is not None or weights.bits > 4 or weights.grouping.axis != "in" or q.parts:
         return False
+    if weights.float_zeros:
+        return False
     if q.group_index is not None or q.scheme.inputs is not None or q.scale.shape[0] != q.shape[0]:
         return False
     exact = torch.equal(q.scale.to(torch.bfloat16).to(q.scale.dtype), q.scale)
