@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.options import Device, Model, TrustRemoteCode, quiet_libraries
+from cli.verbosity import detail
 
 if TYPE_CHECKING:
     from ptq.fitting.job import Choice, Fit
@@ -95,4 +96,4 @@ def _print(job: Fit, sensitivities: Sensitivities, choice: Choice) -> None:
         table.add_row(f"{quarter / 4:.2f}", f"{point.bits_per_weight:.4f}", f"{point.divergence:.4f}", *named)
     console.print(table)
     counts = Counter(map(str, choice.schemes.values()))
-    print("chosen: " + ", ".join(f"{count} x {scheme}" for scheme, count in counts.most_common()))
+    detail("chosen: " + ", ".join(f"{count} x {scheme}" for scheme, count in counts.most_common()))

@@ -52,6 +52,7 @@ def quantize(
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of calibration forwards: auto, float32, bfloat16 or float16.")] = "auto",
     eval: Annotated[str | None, typer.Option("--eval", help="Score result and float model on this data set.")] = None,
+    eval_windows: Annotated[int | None, typer.Option(help="With --eval: score the first so many windows only.")] = None,
     unseen_experts: Annotated[
         str, typer.Option(help="Experts without calibration tokens: error, or rtn to round them without data.")
     ] = "error",
@@ -105,6 +106,7 @@ def quantize(
         device=device,
         dtype=dtype,
         evaluate=eval,
+        eval_windows=eval_windows,
         unseen_experts=unseen_experts,
         trust_remote_code=trust_remote_code,
         command=command_line(),

@@ -7,11 +7,14 @@ from typing import Annotated
 import typer
 
 from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, entries, quiet_libraries
+from cli.scheme_hint import Command
+from cli.verbosity import detail, with_verbosity
 
 app = typer.Typer(help="Questions that many runs of one model answer.", no_args_is_help=True, rich_markup_mode="rich")
 
 
-@app.command("calibration")
+@app.command("calibration", cls=Command)
+@with_verbosity
 def calibration(
     model: Model,
     out: Out,
@@ -68,11 +71,12 @@ def calibration(
     )
     with TerminalProgress() as progress:
         study = study_calibration(model, options, out, render, overwrite=overwrite, resume=resume, progress=progress)
-    print(render(study), end="")
-    print(f"\nwritten to {out}")
+    detail(render(study))
+    print(f"written to {out}")
 
 
-@app.command("sensitivity")
+@app.command("sensitivity", cls=Command)
+@with_verbosity
 def sensitivity(
     model: Model,
     out: Out,
@@ -102,8 +106,8 @@ def sensitivity(
     options = Options(dataset, samples, seq_len, seed, device, dtype, trust_remote_code=trust_remote_code)
     with TerminalProgress() as progress:
         study = study_sensitivity(model, offered, options, windows, out, render, overwrite=overwrite, progress=progress)
-    print(render(study), end="")
-    print(f"\nwritten to {out}")
+    detail(render(study))
+    print(f"written to {out}")
 
 
 def _integers(option: str, text: str) -> tuple[int, ...]:

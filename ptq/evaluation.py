@@ -18,7 +18,7 @@ from calibration.scoring.tasks import TaskRun, lm_eval_tasks
 from calibration.scoring.windows import Scoring
 from calibration.text.corpora import load_corpus
 from calibration.text.crops import TokenBatches, check_tokenizer
-from calibration.text.encoding import token_ids, too_short
+from calibration.text.encoding import token_ids, too_short, wanted_bos
 from calibration.text.samples import default_dataset, model_tokens
 from ptq.devices import evaluation_dtype, resolve_device
 from ptq.gating import SparseRuntime
@@ -53,7 +53,7 @@ def check_text(folder: Path, dataset: str, window: int, vocabulary: int, trust_r
     corpus = load_corpus(dataset, "score")
     tokenizer = load_tokenizer(folder, trust_remote_code)
     check_tokenizer(tokenizer, vocabulary)
-    found = len(token_ids(tokenizer, corpus.text, corpus.special_tokens))
+    found = len(token_ids(tokenizer, corpus.text, corpus.special_tokens or wanted_bos(tokenizer) is not None))
     if found < window:
         raise too_short(corpus.label, found, window)
 
@@ -71,6 +71,7 @@ def evaluate(
     kernel: str | None = None,
     trust_remote_code: bool = False,
     sparse: SparseRuntime | None = None,
+    max_windows: int | None = None,
     probabilities: str | None = None,
     mlp_values: str | None = None,
     softmax: str | None = None,
@@ -82,6 +83,7 @@ def evaluate(
     Args:
         dataset: a known set or a file; None: wikitext2, or the demo's own text for the demo.
         seq_len: window in tokens, cut to the model's context.
+        max_windows: score the first so many windows only; None: the whole text.
         sparse: prunes activations of checkpoints with thresholds: at all positions but the first of a window; under
             the protocol ``decode`` in its second half.
         probabilities, mlp_values: logarithmic grids for attention probabilities and for what enters the last linear of
@@ -93,6 +95,8 @@ def evaluate(
     Raises:
         ToolkitError: unknown or broken model, data set, protocol, grid; text shorter than a window.
     """
+    if max_windows is not None and max_windows < 1:
+        raise ToolkitError(f"--max-windows {max_windows}: less than 1", "leave it out to score the whole text")
     grids = {
         option: parse_log_grid(f"--{option}", text)
         for option, text in (("probabilities", probabilities), ("mlp-values", mlp_values))
@@ -132,6 +136,7 @@ def evaluate(
         window=seq_len,
         stride=stride,
         batch_size=max(1, EVAL_TOKENS // max(seq_len, 1)),
+        max_windows=max_windows,
         dtype=str(width).removeprefix("torch."),
     )
     return evaluate_text(

@@ -39,6 +39,7 @@ class Options:
         device, dtype: of forward passes; ``auto`` is the GPU where there is one, and the checkpoint's dtype where the
             machine is fast at it.
         evaluate: data set to score the result and the float model on, or None.
+        eval_windows: score the first so many of its windows only; None: all.
         unseen_experts: ``error``, or ``rtn`` to round experts without calibration tokens without data.
         trust_remote_code: run Python code that comes with the model.
         command: the command line, for the record.
@@ -54,6 +55,7 @@ class Options:
     unseen_experts: str = "error"
     trust_remote_code: bool = False
     command: str = ""
+    eval_windows: int | None = None
 
 
 @dataclass
@@ -104,6 +106,11 @@ def prepare(
     if options.samples < 1 or options.seq_len < 2:
         raise ToolkitError(
             f"--samples {options.samples} --seq-len {options.seq_len}: too small", "use at least 1 sample of 2 tokens"
+        )
+    if options.eval_windows is not None and (options.eval_windows < 1 or options.evaluate is None):
+        raise ToolkitError(
+            f"--eval-windows {options.eval_windows}: less than 1, or nothing to score",
+            "pass --eval TEXT and a positive number, or leave it out",
         )
     resolved: Recipe
     if recipe is not None:

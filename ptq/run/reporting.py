@@ -101,6 +101,7 @@ def evaluations(job: Job, folder: Any, progress: Progress) -> tuple[Evaluation, 
         device=job.options.device,
         trust_remote_code=job.options.trust_remote_code,
         sparse=job.sparse,
+        max_windows=job.options.eval_windows,
         progress=progress,
     )
     assert result.divergence is not None
@@ -111,6 +112,7 @@ def evaluations(job: Job, folder: Any, progress: Progress) -> tuple[Evaluation, 
         nll=result.nll - result.divergence.delta_nll * result.protocol.tokens_scored,
         words=result.words,
         bytes=result.bytes,
+        windows=result.windows,
     )
     return (reference, result)
 
