@@ -32,6 +32,7 @@ class Protocol:
         window, stride: tokens.
         tokens_scored: targets that entered the mean.
         dtype: of the forward pass. Log-probabilities are always float32.
+        bos: whether BOS stands in place of the first token of every window.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Protocol:
     stride: int
     tokens_scored: int
     dtype: str
+    bos: bool = False
 
     def differences(self, other: Protocol) -> dict[str, tuple[Any, Any]]:
         """The fields in which two protocols differ, with both values."""
@@ -75,7 +77,7 @@ class Evaluation:
     """One model scored under one protocol. ``model`` says which: ``float``, ``quantized`` or a name.
 
     ``nll`` is the total negative log-likelihood in nats; words and bytes are those of the text that was scored, so
-    that word and byte perplexities can be derived.
+    that word and byte perplexities can be derived. ``windows`` were scored (0 in records that do not say).
     """
 
     model: str
@@ -86,6 +88,7 @@ class Evaluation:
     bytes: int
     divergence: Divergence | None = None
     path: str = "float"  # how linears were computed: "float", or the kernels used, e.g. "reference x 42"
+    windows: int = 0
 
 
 @dataclass(frozen=True)

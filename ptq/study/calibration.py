@@ -22,11 +22,11 @@ from calibration.model.checkpoint import write_atomically
 from calibration.model.opening import context_length, fingerprint, load_tokenizer
 from calibration.progress import Progress, Silent
 from calibration.record import Evaluation, Protocol
-from calibration.scoring.perplexity import encode_for, score
+from calibration.scoring.perplexity import score
 from calibration.scoring.windows import Scoring
 from calibration.text.corpora import load_corpus
 from calibration.text.crops import TokenBatches
-from calibration.text.encoding import EncodedText, too_short
+from calibration.text.encoding import EncodedText, encode_text, too_short
 from calibration.text.samples import default_dataset
 from calibration.walk.capture import accumulate
 from calibration.walk.statistics import AbsMax
@@ -183,7 +183,7 @@ def _text(job: Job, options: CalibrationOptions, dtype: torch.dtype) -> tuple[En
     """The scoring text and its windows."""
     folder = job.reader.folder
     corpus = load_corpus(options.evaluate or default_dataset(folder), "score")
-    text = encode_for("gptq", corpus, load_tokenizer(folder, options.trust_remote_code))
+    text = encode_text(corpus, load_tokenizer(folder, options.trust_remote_code))
     window = min(options.window or max(options.seq_lens), context_length(job.config))
     scoring = Scoring(
         window=window,
