@@ -22,10 +22,10 @@ import torch
 
 from calibration.model.opening import load_tokenizer, locate
 from calibration.record import Evaluation, read_record, read_timings
-from calibration.scoring.perplexity import LogitsModel, encode_for, score
+from calibration.scoring.perplexity import LogitsModel, score
 from calibration.scoring.windows import Scoring
 from calibration.text.corpora import load_corpus
-from calibration.text.encoding import EncodedText
+from calibration.text.encoding import EncodedText, encode_text
 from ptq.evaluation import logits_of
 from ptq.planning.source import default_dataset
 from ptq.runtime.load import load_model
@@ -62,7 +62,7 @@ class Bench:
         """From the arguments of `add_arguments`."""
         folder = locate(args.model)
         corpus = load_corpus(args.eval or default_dataset(folder), "score")
-        text = encode_for("gptq", corpus, load_tokenizer(folder))
+        text = encode_text(corpus, load_tokenizer(folder))
         scoring = Scoring("gptq", args.seq_len, batch_size=4, max_windows=args.max_windows, dtype="float32")
         reference = remembered(logits_of(load_model(folder, dtype=torch.float32), CPU))
         base = score(reference, text, scoring)

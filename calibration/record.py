@@ -34,6 +34,7 @@ class Protocol:
         window, stride: tokens.
         tokens_scored: targets that entered the mean.
         dtype: of the forward pass. Log-probabilities are always float32.
+        bos: whether BOS stands in place of the first token of every window.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Protocol:
     stride: int
     tokens_scored: int
     dtype: str
+    bos: bool = False
 
     def differences(self, other: Protocol) -> dict[str, tuple[Any, Any]]:
         """The fields in which two protocols differ, with both values."""
@@ -77,9 +79,9 @@ class Evaluation(Shown):
     """One model scored under one protocol. ``model`` says which: ``float``, ``quantized`` or a name.
 
     ``nll`` is the total negative log-likelihood in nats; words and bytes are those of the text that was scored, so
-    that word and byte perplexities can be derived. Of a model with activation thresholds, ``pruned`` has the share of
-    values pruned on this text by kind of site (``down_proj input``), and ``weights_skipped`` the share of the blocks'
-    weights that a decoded token need not read.
+    that word and byte perplexities can be derived. ``windows`` were scored (0 in records that do not say). Of a model
+    with activation thresholds, ``pruned`` has the share of values pruned on this text by kind of site (``down_proj
+    input``), and ``weights_skipped`` the share of the blocks' weights that a decoded token need not read.
     """
 
     model: str
@@ -92,6 +94,7 @@ class Evaluation(Shown):
     path: str = "float"  # how linears were computed: "float", or the kernels used, e.g. "reference x 42"
     pruned: dict[str, float] = field(default_factory=dict)
     weights_skipped: float | None = None
+    windows: int = 0
 
     def facts(self) -> Mapping[str, object]:
         p, d = self.protocol, self.divergence

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, command_line, entries, quiet_libraries
+from cli.verbosity import detail
 
 
 def analyze(
@@ -88,26 +89,26 @@ def analyze(
     for key, words in (("with_first_token", "all tokens"), ("without_first_token", "without first tokens")):
         found = record.summary[key]
         if found:
-            print(
+            detail(
                 f"{words}: max infinity norm {short(found['max_inf_norm'])} ({found['max_inf_norm_at']}), "
                 f"avg kurtosis {short(found['avg_kurtosis'])}, max kurtosis {short(found['max_kurtosis'])}"
             )
     for role, channels in record.summary["outlier_channels"].items():
-        print(f"outlier channels in {role}: {', '.join(map(str, list(channels)[:12]))}")
+        detail(f"outlier channels in {role}: {', '.join(map(str, list(channels)[:12]))}")
     for advice in record.advice:
-        print(f"{advice.rule}: {advice.finding}")
+        detail(f"{advice.rule}: {advice.finding}")
         for words in advice.helps:
-            print(f"  {'helps' if advice.alarm else 'try'}: {words}")
+            detail(f"  {'helps' if advice.alarm else 'try'}: {words}")
         for words in advice.cannot:
-            print(f"  cannot help: {words}")
+            detail(f"  cannot help: {words}")
     if record.softmax is not None:
         for row in record.softmax.rows:
             norm, kurtosis = (row.with_first_token.get(key) for key in ("max_inf_norm", "avg_kurtosis"))
-            print(
+            detail(
                 f"{row.softmax}: perplexity {row.perplexity:.4f}, zeros {row.zeros:.2%}, max infinity norm "
                 f"{short(norm)}, avg kurtosis {short(kurtosis)}, 8-bit perplexity {perplexity(row.perplexity_8_bit)}"
             )
-        print(record.softmax.finding)
+        detail(record.softmax.finding)
     for said in record.verdicts:
-        print(said)
+        detail(said)
     print(f"written to {out}: report.html, report.md, report.json, channels.safetensors")

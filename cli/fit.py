@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.options import Device, Model, TrustRemoteCode, quiet_libraries
+from cli.verbosity import detail
 
 if TYPE_CHECKING:
     from ptq.fitting.result import Fitted
@@ -79,4 +80,4 @@ def _print(found: Fitted) -> None:
         named = ("", "") if best is None else (str(best.uniform), f"{best.divergence:.4f}")
         table.add_row(f"{point.bpw:.2f}", f"{choice.bits_per_weight:.4f}", f"{choice.divergence:.4f}", *named)
     wide_console().print(table)
-    print("chosen: " + ", ".join(f"{count} x {scheme}" for scheme, count in found.counts.items()))
+    detail("chosen: " + ", ".join(f"{count} x {scheme}" for scheme, count in found.counts.items()))

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperOption
 
+from cli.scheme_hint import Command
+
 
 def methods(
     markdown: Annotated[bool, typer.Option("--markdown", help="The table of docs/methods.md.")] = False,
@@ -34,7 +36,7 @@ def methods(
     wide_console().print(table)
 
 
-class ListsPasses(TyperCommand):
+class ListsPasses(Command):
     """A command whose ``--method`` takes any pass. They are listed when its help is asked for, not at every start."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -45,7 +47,7 @@ class ListsPasses(TyperCommand):
         super().format_help(ctx, formatter)
 
 
-class ListsGates(TyperCommand):
+class ListsGates(Command):
     """A command whose ``--method`` takes a pass of activation sparsity."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -53,7 +55,7 @@ class ListsGates(TyperCommand):
         super().format_help(ctx, formatter)
 
 
-class ListsFitted(TyperCommand):
+class ListsFitted(Command):
     """A command whose ``--method`` takes what `ptq fit` has a law for."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:

@@ -27,8 +27,9 @@ def quantize(
     scheme: Annotated[
         str | None,
         typer.Option(
-            help="w{2,3,4,5,6,8}a16-{g32,g64,g128,gchannel}[-sym|-asym|-asym_float], floats (fp4-e2m1-g128, mxfp4, nvfp4), with "
-            "quantized inputs w8a8, w4a8, w4a4, w4a4kv4, fp8. Default: the method's, mostly w4a16-g128-sym."
+            help="w{2,3,4,5,6,8}a16-{g32,g64,g128,gchannel}[-sym|-asym|-asym_float], floats (fp4-e2m1-g128, mxfp4, "
+            "nvfp4), with quantized inputs w8a8, w4a8, w4a4, w4a4kv4, fp8; also W4A16, FP8, int4 and the like. Default: "
+            "the method's, mostly w4a16-g128-sym."
         ),
     ] = None,
     format: Annotated[
@@ -50,6 +51,7 @@ def quantize(
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of calibration forwards: auto, float32, bfloat16 or float16.")] = "auto",
     eval: Annotated[str | None, typer.Option("--eval", help="Score result and float model on this data set.")] = None,
+    eval_windows: Annotated[int | None, typer.Option(help="With --eval: score the first so many windows only.")] = None,
     unseen_experts: Annotated[
         str, typer.Option(help="Experts without calibration tokens: error, or rtn to round them without data.")
     ] = "error",
@@ -92,6 +94,7 @@ def quantize(
         "device": device,
         "dtype": dtype,
         "evaluate": eval,
+        "eval_windows": eval_windows,
         "unseen_experts": unseen_experts,
         "trust_remote_code": trust_remote_code,
     }

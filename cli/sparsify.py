@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, percentage, quiet_libraries
+from cli.verbosity import detail
 
 
 def sparsify(
@@ -74,10 +75,10 @@ def sparsify(
     found = sparsity.settings.get("search")
     if found is not None:
         shares = ", ".join(f"{share:.2f}" for share in found["targets"])
-        print(f"targets by block: {shares}; perplexity {found['perplexity_increase']:+.2%} on the search text")
+        detail(f"targets by block: {shares}; perplexity {found['perplexity_increase']:+.2%} on the search text")
     if sparsity.shared:
-        print(f"{len(sparsity.shared)} sites of experts with too few calibration tokens took the pool of their layer")
+        detail(f"{len(sparsity.shared)} sites of experts with too few calibration tokens took the pool of their layer")
     most = max(sparsity.reached.values(), default=0.0)
     if most > sparsity.target + 0.1:
-        print(f"up to {most:.1%} of the values of a site are pruned: values that tie, such as zeros, go together")
+        detail(f"up to {most:.1%} of the values of a site are pruned: values that tie, such as zeros, go together")
     print(f"{sparsity.method} {sparsity.target:.4g}: {len(sparsity.sites)} sites, written to {out}")

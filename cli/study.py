@@ -7,11 +7,14 @@ from typing import Annotated
 import typer
 
 from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, entries, quiet_libraries
+from cli.scheme_hint import Command
+from cli.verbosity import detail, with_verbosity
 
 app = typer.Typer(help="Questions that many runs of one model answer.", no_args_is_help=True, rich_markup_mode="rich")
 
 
-@app.command("calibration")
+@app.command("calibration", cls=Command)
+@with_verbosity
 def calibration(
     model: Model,
     out: Out,
@@ -69,11 +72,12 @@ def calibration(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    print(render(study), end="")
-    print(f"\nwritten to {out}")
+    detail(render(study))
+    print(f"written to {out}")
 
 
-@app.command("sensitivity")
+@app.command("sensitivity", cls=Command)
+@with_verbosity
 def sensitivity(
     model: Model,
     out: Out,
@@ -112,8 +116,8 @@ def sensitivity(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    print(render(study), end="")
-    print(f"\nwritten to {out}")
+    detail(render(study))
+    print(f"written to {out}")
 
 
 def _integers(option: str, text: str) -> tuple[int, ...]:

@@ -14,12 +14,12 @@ from calibration.errors import ToolkitError
 from calibration.model.opening import context_length, load_tokenizer, locate
 from calibration.progress import Progress, Silent
 from calibration.record import Evaluation
-from calibration.scoring.perplexity import encode_for, score
+from calibration.scoring.perplexity import score
 from calibration.scoring.tasks import TaskRun, lm_eval_tasks
 from calibration.scoring.windows import Scoring
 from calibration.text.corpora import load_corpus
 from calibration.text.crops import TokenBatches, check_tokenizer, read_ids
-from calibration.text.encoding import EncodedText, token_ids, too_short
+from calibration.text.encoding import EncodedText, encode_text, token_ids, too_short, wanted_bos
 from calibration.text.samples import model_tokens
 from ptq.devices import evaluation_dtype, resolve_device
 from ptq.numerics.logarithmic import LogQuant
@@ -59,7 +59,7 @@ def check_text(folder: Path, dataset: str, window: int, vocabulary: int, trust_r
     corpus = load_corpus(dataset, "score")
     tokenizer = load_tokenizer(folder, trust_remote_code)
     check_tokenizer(tokenizer, vocabulary)
-    found = len(token_ids(tokenizer, corpus.text, corpus.special_tokens))
+    found = len(token_ids(tokenizer, corpus.text, corpus.special_tokens or wanted_bos(tokenizer) is not None))
     if found < window:
         raise too_short(corpus.label, found, window)
 
@@ -135,7 +135,7 @@ def evaluate(
     else:
         tokenizer = load_tokenizer(folder, trust_remote_code)
         check_tokenizer(tokenizer, int(config.vocab_size))
-        text = encode_for(protocol, corpus, tokenizer)
+        text = encode_text(corpus, tokenizer)
     other = None
     if reference is not None:
         other = load_model(reference, dtype=width, device=where, trust_remote_code=trust_remote_code)

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from calibration.errors import ToolkitError, nearest
 from ptq.activations import PRESETS, ActivationQuant, CacheQuant, take_activations, with_activations
+from ptq.scheme_names import plain_name
 
 IntegerQuantizer = Literal["asym_minmax", "asym_zero_in", "sym_full", "sym_restricted", "sym_gptq"]
 """The five integer grids in common use (A to E of the literature's vocabulary; see `ptq.numerics.integers`)."""
@@ -218,17 +219,13 @@ _FLOAT_SCHEME = re.compile(r"fp(\d)-e(\d)m(\d)(fn)?(?:-((?:g|ic)\w+))?")
 _SCHEME = re.compile(r"w(\d+)a16(?:-((?:g|ic)\w+?))?(?:-(sym|asym|asym_float|" + "|".join(QUANTIZERS) + r"))?")
 
 
-SMOOTHQUANT_LEVELS = {"o1": "w8a8-wtensor-atoken", "o2": "w8a8-wtensor-atensor", "o3": "w8a8-wtensor-astatic"}
-"""The efficiency levels of SmoothQuant (Xiao et al. 2022), as schemes."""
-
-
 def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantScheme:
     """``w4a16-g128-sym``, ``w8a8``, ``w4a4kv4-atoken``, ``mxfp4``, ``nvfp4``, ``fp4-e2m1-g128`` and their relatives.
 
     Suffixes may come in any order; those of activations are described in `ptq.activations`. The group part defaults to
     ``g128`` (``gchannel`` where inputs are quantized); without ``-sym`` or ``-asym`` the grid is ``default_quantizer``.
-    The full quantizer names are accepted in place of the suffix (recipes use them), and ``-asym_float`` for zero points
-    that are floats. ``o1``, ``o2`` and ``o3`` are SmoothQuant's levels.
+    The full quantizer names are accepted in place of the suffix (recipes use them), ``-asym_float`` for zero points
+    that are floats, and names of other tools, see `ptq.scheme_names`. Case does not count.
 
     Raises:
         ToolkitError: the text is no scheme, or the bits or the group size are not on offer.
@@ -236,8 +233,8 @@ def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantS
     choices = f"w{{{','.join(map(str, BITS))}}}a16-{{{','.join(f'g{g}' for g in GROUP_SIZES)},gchannel}}[-sym|-asym]"
     choices += f", {', '.join(FLOAT_PRESETS)}, fp4-e2m1-g128 or w1a16-salient20"
     choices += "; ic instead of g groups along the outputs"
-    choices += f"; with quantized activations {', '.join(PRESETS)}"
-    weights_text, inputs, cache = take_activations(SMOOTHQUANT_LEVELS.get(text.strip().lower(), text))
+    choices += f"; with quantized activations {', '.join(PRESETS)}; or int4, int8, q4_0"
+    weights_text, inputs, cache = take_activations(plain_name(text))
     plain = _grouping_first(weights_text.strip().lower())
     if plain in FLOAT_PRESETS:
         return QuantScheme(FLOAT_PRESETS[plain], inputs, cache)

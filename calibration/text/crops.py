@@ -21,7 +21,7 @@ from torch import Tensor
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader
 from calibration.text.corpora import Corpus
-from calibration.text.encoding import token_ids, too_short
+from calibration.text.encoding import begin_with_bos, token_ids, too_short, wanted_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,6 +98,8 @@ def calibration_tokens(
     (always: the published set is one fixed set, and 42 is the seed recorded), concatenated and cut; this gives fewer
     windows than asked for, and ``source`` has both numbers.
 
+    Where the tokenizer puts BOS in front of a text, it takes the place of the first token of every window.
+
     Raises:
         ToolkitError: the text is not longer than one window.
     """
@@ -108,6 +110,8 @@ def calibration_tokens(
         ids = _document_crops(corpus, tokenizer, samples, seq_len, random.Random(seed))
     else:
         ids = _text_crops(corpus, tokenizer, samples, seq_len, random.Random(seed))
+    bos = wanted_bos(tokenizer)
+    ids = begin_with_bos(ids, bos)
     source = {
         "dataset": corpus.source,
         "split": corpus.split,
@@ -119,6 +123,7 @@ def calibration_tokens(
         "seed": seed,
         "join": corpus.join,
         "special_tokens": corpus.special_tokens,
+        "bos": bos is not None,
         "tokens": ids.numel(),
         "fingerprint": tokens_fingerprint(ids),
     }

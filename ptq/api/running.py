@@ -38,6 +38,7 @@ def plan(
     device: str = "auto",
     dtype: str = "auto",
     evaluate: str | Path | None = None,
+    eval_windows: int | None = None,
     unseen_experts: str = "error",
     trust_remote_code: bool = False,
 ) -> Job:
@@ -57,6 +58,7 @@ def plan(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         evaluate=_name(evaluate),
+        eval_windows=eval_windows,
         unseen_experts=unseen_experts,
     )
     return prepare_job(
@@ -80,6 +82,7 @@ def quantize(
     device: str = "auto",
     dtype: str = "auto",
     evaluate: Text | None = None,
+    eval_windows: int | None = None,
     unseen_experts: str = "error",
     overwrite: bool = False,
     resume: bool = False,
@@ -105,6 +108,7 @@ def quantize(
         samples, seq_len, seed: windows of the text, tokens in each, and which they are.
         device, dtype: of calibration forwards.
         evaluate: text to score the result and the float model on.
+        eval_windows: score the first so many of its windows only; None: all.
         unseen_experts: ``error``, or ``rtn`` to round experts without calibration tokens without data.
         overwrite, resume: replace what is in ``out``; go on with an interrupted run.
         progress: called with (stage, done, total, detail).
@@ -128,6 +132,7 @@ def quantize(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             evaluate=scored,
+            eval_windows=eval_windows,
             unseen_experts=unseen_experts,
             command=command,
         )

@@ -48,7 +48,7 @@ class AdaQuant(Pass):
                 yield Problem(f"adaquant.{name}", f"{value} is outside [0, 1)", f"use {getattr(AdaQuant, name)}")
         floats = matching(view.layout, lambda linear: linear.scheme.weights.float_format is not None)  # type: ignore[union-attr]
         yield from refuse(floats, "adaquant learns integer grids only", "use gptq, or an integer scheme")
-        zeros = matching(view, lambda linear: linear.scheme.weights.float_zeros)  # type: ignore[union-attr]
+        zeros = matching(view.layout, lambda linear: linear.scheme.weights.float_zeros)  # type: ignore[union-attr]
         yield from refuse(zeros, "adaquant learns integer zero points", "use -asym instead of -asym_float, or gptq")
 
     def apply(self, segment: Segment, context: Context) -> None:

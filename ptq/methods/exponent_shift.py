@@ -21,6 +21,7 @@ from calibration.walk.statistics import AbsMax, Statistic
 from ptq.linears import ModelLayout
 from ptq.methods.balancing import balance, by_value_channel, note_all, quantized_consumers
 from ptq.numerics.exponent_shift import channel_shifts
+from ptq.numerics.floats import power_of_two
 from ptq.scheme import FloatFormat
 
 
@@ -61,6 +62,6 @@ class ExponentShift(Pass):
                 continue
             maxima = torch.stack([context.statistic(names[0], AbsMax).maximum for names in inputs]).amax(dim=0)
             n, _ = channel_shifts(by_value_channel(group, maxima).amax(dim=0), number)
-            balance(segment, context, group, torch.exp2(-n))
+            balance(segment, context, group, power_of_two(-n, n.dtype))
             note_all(segment, inputs, **{"exponent-shift.mean": float(n.mean())})
             context.show(group.producer)

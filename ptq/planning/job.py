@@ -22,6 +22,7 @@ class Options(TextOptions):
 
     Attributes:
         evaluate: data set to score the result and the float model on, or None.
+        eval_windows: score the first so many of its windows only; None: all.
         unseen_experts: ``error``, or ``rtn`` to round experts without calibration tokens without data.
         command: the command line, for the record.
     """
@@ -29,6 +30,7 @@ class Options(TextOptions):
     evaluate: str | None = None
     unseen_experts: str = "error"
     command: str = ""
+    eval_windows: int | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,6 +82,11 @@ def prepare(
         raise ToolkitError("--target and --recipe exclude each other", "write target = 0.5 into the recipe's pass")
     if options.unseen_experts not in ("error", "rtn"):
         raise unknown_value("--unseen-experts", options.unseen_experts, ("error", "rtn"))
+    if options.eval_windows is not None and (options.eval_windows < 1 or options.evaluate is None):
+        raise ToolkitError(
+            f"--eval-windows {options.eval_windows}: less than 1, or nothing to score",
+            "pass --eval TEXT and a positive number, or leave it out",
+        )
     resolved = (
         read_recipe(Path(recipe), scheme, format)
         if recipe is not None

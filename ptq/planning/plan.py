@@ -20,6 +20,7 @@ from ptq.formats.checks import matching, refuse
 from ptq.formats.registry import FORMATS, PREFERRED, Format, choose
 from ptq.linears import ModelLayout, PlannedLinear, float_linears
 from ptq.planning.activation_plan import activation_problems
+from ptq.planning.groups import fit_groups, group_remarks
 from ptq.planning.recipe import Recipe
 from ptq.planning.sizes import Sizes, estimate
 from ptq.quantized import BINARY
@@ -116,19 +117,21 @@ def make_plan(
         dtype=str(_stored_dtype(reader, linears)).removeprefix("torch."),
         parts=tuple(dict.fromkeys(name for p in recipe.passes for name in p.parts)),
     )
+    layout = fit_groups(layout, recipe, FORMATS.get(recipe.format or PREFERRED, FORMATS[PREFERRED]))
     view = PlanView(layout, spec, config, recipe.passes, samples * seq_len)
     problems += [problem for step in recipe.passes for problem in step.check(view)]
     problems += [problem for step in recipe.passes for problem in step.refusals(spec)]
     problems += activation_problems(view)
     problems += _binary_problems(view)
-    problems = problems or list(_size_problems(reader, linears))  # a wrong setting is not refused for its size as well
+    problems = problems or list(_size_problems(reader, layout))  # a wrong setting is not refused for its size as well
     fmt, reason = _format(recipe, _possible_layouts(layout, recipe), problems)
     if problems:
         raise PlanError(dict.fromkeys(problems))
     forwards = forwards_per_block(recipe.passes)
     tokens = samples * seq_len, batch_size * seq_len
     sizes = estimate(reader, config, spec, layout, recipe, forwards, tokens, forward_itemsize)
-    remarks = [f"not balanced: {r}" for i in range(spec.n_blocks) for r in spec.block(i).unbalanced]
+    remarks = list(group_remarks(linears, layout.linears))
+    remarks += [f"not balanced: {r}" for i in range(spec.n_blocks) for r in spec.block(i).unbalanced]
     remarks += [r for p in recipe.passes for r in p.remarks(view)]
     biases = tuple(f"{name}.bias" for name in added)
     return Plan(recipe, spec, layout, fmt, reason, sizes, forwards > 0, tuple(dict.fromkeys(remarks)), biases)
@@ -210,11 +213,10 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _size_problems(reader: CheckpointReader, linears: list[PlannedLinear]) -> Iterable[Problem]:
+def _size_problems(reader: CheckpointReader, layout: ModelLayout) -> Iterable[Problem]:
     """Linears that would not shrink. (Groups that do not divide are found by every format's check.)"""
-    for linear in linears:
-        if linear.scheme is None:
-            continue
+    for linear in layout.quantized:
+        assert linear.scheme is not None
         before = 8 * reader.infos[f"{linear.name}.weight"].dtype.itemsize
         length = linear.scheme.weights.grouping.length(linear.shape)
         if length % linear.scheme.weights.grouping.width(length):

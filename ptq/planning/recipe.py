@@ -34,6 +34,7 @@ from calibration.errors import ToolkitError, nearest, unknown_value
 from calibration.walk.passes import Pass, Phase
 from ptq.methods import COMBINATIONS
 from ptq.scheme import Quantizer, QuantScheme, parse_scheme
+from ptq.scheme_names import names_group
 from ptq.sparse.methods import METHODS, all_methods, check_target
 
 DEFAULT_SCHEME = "w4a16-g128"
@@ -42,10 +43,12 @@ FLOAT = "float"
 
 @dataclass(frozen=True)
 class Rule:
-    """``match`` is a shell pattern over full linear names; scheme None leaves the linear in float."""
+    """``match`` is a shell pattern over full linear names; scheme None leaves the linear in float. With ``any_group``
+    nobody named a group size: it becomes one that divides, see `ptq.planning.groups`."""
 
     match: str
     scheme: QuantScheme | None
+    any_group: bool = False
 
     def matches(self, name: str) -> bool:
         return fnmatch.fnmatchcase(name, self.match)
@@ -117,8 +120,13 @@ def method_recipe(
 ) -> Recipe:
     """The recipe that ``--method``, ``--scheme`` and ``--target`` stand for."""
     passes = parse_method(method, target)
-    parsed = parse_scheme(scheme or _default_scheme(passes), default_quantizer(format_name))
-    return Recipe(passes, (Rule("*", parsed),), format_name)
+    return Recipe(passes, (_usual_rule(scheme, passes, default_quantizer(format_name)),), format_name)
+
+
+def _usual_rule(scheme: str | None, passes: Sequence[Pass], quantizer: Quantizer) -> Rule:
+    """The last rule: the scheme that was named, or the default of the passes."""
+    parsed = parse_scheme(scheme or _default_scheme(passes), quantizer)
+    return Rule("*", parsed, scheme is None or not names_group(scheme))
 
 
 def _default_scheme(passes: Sequence[Pass]) -> str:
@@ -151,7 +159,7 @@ def read_recipe(path: Path, scheme: str | None = None, format_name: str | None =
     format_name = format_name or data.get("format")
     quantizer = default_quantizer(format_name)
     rules = [_read_rule(path, table, quantizer) for table in data.get("rule", [])]
-    rules.append(Rule("*", parse_scheme(scheme or data.get("scheme", _default_scheme(passes)), quantizer)))
+    rules.append(_usual_rule(scheme or data.get("scheme"), passes, quantizer))
     return Recipe(passes, tuple(rules), format_name)
 
 
@@ -169,7 +177,9 @@ def _read_rule(path: Path, table: Mapping[str, Any], quantizer: Quantizer) -> Ru
         raise ToolkitError(
             f"{path}: a [[rule]] needs match and scheme", 'write match = "*.down_proj" and scheme = "w8a16-g128"'
         )
-    return Rule(table["match"], None if table["scheme"] == FLOAT else parse_scheme(table["scheme"], quantizer))
+    if table["scheme"] == FLOAT:
+        return Rule(table["match"], None)
+    return Rule(table["match"], parse_scheme(table["scheme"], quantizer), not names_group(table["scheme"]))
 
 
 def _read_pass(path: Path, table: Mapping[str, Any]) -> Pass:

@@ -105,11 +105,12 @@ def protocol_title(protocol: Protocol) -> str:
 def protocol_sentence(protocol: Protocol) -> str:
     """The whole protocol: all that somebody needs to measure the same number."""
     tokens = "with" if protocol.special_tokens else "without"
+    bos = "BOS in front of every window, " if protocol.bos else ""
     joined = {"file as it is": "file taken as it is"}.get(protocol.join, f"rows joined with {protocol.join!r}")
     style = f" ({_PROTOCOLS[protocol.name]})" if protocol.name in _PROTOCOLS else ""
     return (
         f"Protocol {protocol.name}{style}: {protocol.dataset}, {joined}, {tokens} special tokens; window "
-        f"{figures.count(protocol.window)}, stride {figures.count(protocol.stride)}, "
+        f"{figures.count(protocol.window)}, stride {figures.count(protocol.stride)}, {bos}"
         f"{figures.count(protocol.tokens_scored)} tokens scored; {protocol.dtype} forward, float32 log-probabilities; "
         f"text fingerprint {protocol.text_fingerprint}."
     )
@@ -218,6 +219,7 @@ _CALIBRATION = {
     "seed": "seed",
     "join": "rows joined with",
     "special_tokens": "special tokens",
+    "bos": "BOS in front of every window",
     "fingerprint": "fingerprint",
 }
 

@@ -124,6 +124,7 @@ def evaluations(job: Job, folder: Path, progress: Progress) -> tuple[Evaluation,
         reference=job.folder,
         device=job.options.device,
         trust_remote_code=job.options.trust_remote_code,
+        max_windows=job.options.eval_windows,
         progress=progress,
     )
     assert result.divergence is not None
@@ -134,6 +135,7 @@ def evaluations(job: Job, folder: Path, progress: Progress) -> tuple[Evaluation,
         nll=result.nll - result.divergence.delta_nll * result.protocol.tokens_scored,
         words=result.words,
         bytes=result.bytes,
+        windows=result.windows,
     )
     return (reference, result)
 

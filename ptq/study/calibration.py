@@ -22,12 +22,12 @@ from calibration.model.checkpoint import write_atomically
 from calibration.model.opening import fingerprint, load_tokenizer
 from calibration.progress import Progress, Silent
 from calibration.record import Evaluation, Protocol
-from calibration.scoring.perplexity import encode_for, score
+from calibration.scoring.perplexity import score
 from calibration.scoring.windows import Scoring
 from calibration.shown import Shown
 from calibration.text.corpora import load_corpus
 from calibration.text.crops import TokenBatches
-from calibration.text.encoding import EncodedText, too_short
+from calibration.text.encoding import EncodedText, encode_text, too_short
 from calibration.walk.capture import accumulate
 from calibration.walk.statistics import AbsMax
 from ptq.devices import evaluation_dtype
@@ -194,7 +194,7 @@ def _text(job: Job, options: CalibrationOptions, dtype: torch.dtype) -> tuple[En
     """The scoring text, its windows, and what to say of them."""
     folder = job.reader.folder
     corpus = load_corpus(options.evaluate or default_dataset(folder), "score")
-    text = encode_for("gptq", corpus, load_tokenizer(folder, options.trust_remote_code))
+    text = encode_text(corpus, load_tokenizer(folder, options.trust_remote_code))
     window, notes = cut_to_context(options.window or max(options.seq_lens), job.config, "--window")
     notes = notes if options.window else ()  # of a cut --seq-len the jobs tell
     scoring = Scoring(
