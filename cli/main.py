@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import traceback
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "quantize": quantize.quantize,
     "fit": fit.fit,
     "sparsify": sparsify.sparsify,
