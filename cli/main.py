@@ -80,7 +80,7 @@ def main() -> None:
     """Entry point. What a user can fix ends with one message and exit code 2; an interrupt with 130."""
     verbosity.reset()
     try:
-        app()
+        app(prog_name="ptq")
     except ToolkitError as error:
         if verbosity.verbose:
             traceback.print_exception(error)

@@ -39,7 +39,7 @@ def _untied_bytes(reader: CheckpointReader, spec: ArchitectureSpec, recipe: Reci
     if not isinstance(spec.residual, Residual):
         return 0
     added = [n for n in Outside(reader, spec, recipe.passes).names if n not in reader.infos]
-    return len(added) * reader.infos[f"{spec.residual.embeddings[0]}.weight"].nbytes
+    return len(added) * reader.infos[f"{spec.residual.embeddings[0]}.weight"].nbytes if added else 0
 
 
 def estimate(
