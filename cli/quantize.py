@@ -18,8 +18,8 @@ def quantize(
         typer.Option(
             help="Passes joined by +; without one that rounds, rtn is appended. Before rounding: equalize, rotate, "
             "smoothquant, exponent-shift, awq, outliertune, repquant, adadim, adadim-published, fp4, rs, ranges. "
-            "Rounding: rtn, gptq, adaquant, ptq1.61; rtn-ada, gptq-ada and rrs are combinations. Behind it: lorc, "
-            "norm-tweak, bias-correct; cats, chess, chess-qo, scap, teal, fatrelu with --target."
+            "Rounding: rtn, gptq, adaquant, ptq1.61; rtn-ada, gptq-ada and rrs are combinations. Behind it: signround, "
+            "lorc, norm-tweak, bias-correct; cats, chess, chess-qo, scap, teal, fatrelu with --target."
         ),
     ] = None,
     target: Annotated[
@@ -55,6 +55,9 @@ def quantize(
     unseen_experts: Annotated[
         str, typer.Option(help="Experts without calibration tokens: error, or rtn to round them without data.")
     ] = "error",
+    token_weights: Annotated[
+        str, typer.Option(help="What calibration tokens count: norm (as if all vectors were equally long), or none.")
+    ] = "norm",
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from OUT.partial.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, read no weights, write nothing.")] = False,
@@ -106,6 +109,7 @@ def quantize(
         dtype=dtype,
         evaluate=eval,
         unseen_experts=unseen_experts,
+        token_weights=token_weights,  # type: ignore[arg-type]
         trust_remote_code=trust_remote_code,
         command=command_line(),
     )

@@ -12,6 +12,7 @@ from test_oracles_llm_fp4 import randn
 from tiny_runs import IDS, plain_model
 
 from calibration.record import read_record
+from ptq.methods.fp4 import _coarse_error
 from ptq.methods.rtn import round_to_nearest
 from ptq.numerics import floats
 from ptq.numerics.float_search import OFFSETS, search_bounds
@@ -52,14 +53,13 @@ def group_errors(w: torch.Tensor, gram: torch.Tensor, text: str, bounds: torch.T
 
 @pytest.mark.parametrize("text", GRIDS)
 def test_oracle_6_no_group_is_worse_than_plain_rounding(text):
-    """6. With the factor 1 among the candidates the search is never worse than MinMax, group by group; with all of them
-    on the shortlist it finds the best."""
+    """6. With the factor 1 among the candidates the search is never worse than MinMax, group by group, and it finds the
+    best of all candidates."""
     w, gram = problem()
     quant = parse_scheme(text).weights
     plain = group_errors(w, gram, text, None)
-    shortlisted = group_errors(w, gram, text, search_bounds(w, gram, quant))
-    assert bool((shortlisted <= plain * (1 + 1e-4)).all()) and shortlisted.sum() < 0.98 * plain.sum()
-    best = group_errors(w, gram, text, search_bounds(w, gram, quant, shortlist=len(OFFSETS)))
+    best = group_errors(w, gram, text, search_bounds(w, gram, quant))
+    assert bool((best <= plain * (1 + 1e-4)).all()) and best.sum() < 0.98 * plain.sum()
     global_scale = own_global_scale(w, quant)
     units = w if quant.grouping.axis == "in" else w.T
     units = units.unflatten(-1, (-1, quant.grouping.width(units.shape[1])))
@@ -90,10 +90,25 @@ def test_published_candidates():
     quant = parse_scheme("fp4-e2m1-gchannel").weights
     bias = float(floats.bias_of(w.abs().amax(), E2M1))
     errors = [
-        float(rounding_error(w, gram, quant, search_bounds(w, gram, quant, offsets=o, shortlist=101)))
+        float(rounding_error(w, gram, quant, search_bounds(w, gram, quant, offsets=o)))
         for o in (tuple(published_offsets(bias)), OFFSETS)
     ]
     assert errors[1] < 1.02 * errors[0]
+
+
+def test_formats_are_compared_on_the_whole_gram_matrix():
+    """Inputs that share one direction: errors that cancel along it cost nothing, which the diagonal does not see. The
+    format of the least error of a full search is chosen."""
+    w = randn(64, 64).float() * torch.logspace(-1, 1, 64)[torch.randperm(64, generator=torch.Generator().manual_seed(1))]
+    x = randn(400, 1, seed=1) * torch.rand(64, generator=torch.Generator().manual_seed(4)) + 0.05 * randn(400, 64, seed=2)
+    gram = (x.T @ x).float()
+    schemes = [parse_scheme(f"fp4-{name}-g32") for name in ("e1m2", "e2m1", "e3m0")]
+    full = [float(rounding_error(w, gram, s.weights, search_bounds(w, gram, s.weights))) for s in schemes]
+    coarse = [_coarse_error(w, gram, s) for s in schemes]
+    assert min(range(3), key=coarse.__getitem__) == min(range(3), key=full.__getitem__)
+    diagonal = torch.diag(gram.diagonal())
+    alone = [float(rounding_error(w, gram, s.weights, search_bounds(w, diagonal, s.weights))) for s in schemes]
+    assert all(f < 0.9 * a for f, a in zip(full, alone, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +170,3 @@ def test_refusals(place):
     assert "fp4 chooses among floats" in message and "fp4-e2m1-g128" in message
     message = refused(*words(place, "fp4", "--scheme", "fp4-e2m1-g32", "--format", "compressed-tensors"))
     assert "no place for fp4-e2m1-g32" in message and "nvfp4" in message
-    recipe = place / "bad.toml"
-    recipe.write_text('scheme = "nvfp4"\n[[pass]]\nname = "fp4"\nshortlist = 0\n')
-    run = words(place, "fp4")
-    run[2:4] = ["--recipe", recipe]
-    assert "fp4.shortlist: 0 is outside" in refused(*run)

@@ -121,12 +121,17 @@ def record_calls(block: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, l
 
 
 @contextmanager
-def accumulate(block: nn.Module, statistics: Mapping[str, Iterable[Statistic]]) -> Iterator[None]:
+def accumulate(
+    block: nn.Module,
+    statistics: Mapping[str, Iterable[Statistic]],
+    weigh: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Iterator[None]:
     """While open, every forward pass of ``block`` folds the inputs of the named submodules into their statistics.
 
     Args:
         statistics: module path below ``block`` -> accumulators of its input. Linears that share an input need one
             entry, under the name of any of them.
+        weigh: ``x [tokens, in]`` of one forward pass -> what each token counts, ``[tokens]``; None: all alike.
     """
 
     length = 0
@@ -138,11 +143,12 @@ def accumulate(block: nn.Module, statistics: Mapping[str, Iterable[Statistic]]) 
     def hook_for(accumulators: tuple[Statistic, ...]):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0].flatten(0, -2)
+            weight = weigh(x) if weigh is not None and x.shape[0] else None
             for accumulator in accumulators if x.shape[0] else ():
                 if isinstance(accumulator, BySequence) and x.shape[0] % length == 0:
                     accumulator.update_sequences(x.unflatten(0, (-1, length)))
                 else:
-                    accumulator.update(x)
+                    accumulator.update(x, weight)
 
         return hook
 

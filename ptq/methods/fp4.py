@@ -21,7 +21,7 @@ from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram, Statistic
 from ptq.formats.checks import matching, refuse
 from ptq.methods.rounding import global_scales
-from ptq.numerics.float_search import COARSE, SHORTLIST, search_bounds
+from ptq.numerics.float_search import COARSE, search_bounds
 from ptq.numerics.objective import rounding_error
 from ptq.scheme import QuantScheme, float_formats
 
@@ -32,11 +32,9 @@ class Fp4:
 
     Attributes:
         formats: try every ExMy with as many bits as the planned one; otherwise keep it. (Hardware formats are kept.)
-        shortlist: candidate scales per group that are scored with the Gram matrix itself, after its diagonal.
     """
 
     formats: bool = True
-    shortlist: int = SHORTLIST
 
     name: ClassVar[str] = "fp4"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.CHOOSE,)
@@ -45,8 +43,6 @@ class Fp4:
     parts: ClassVar[tuple[str, ...]] = ()
 
     def check(self, view: Any) -> Iterable[Problem]:
-        if not 1 <= self.shortlist <= 64:
-            yield Problem("fp4.shortlist", f"{self.shortlist} is outside 1 to 64", f"use {SHORTLIST}")
         integers = matching(view, lambda linear: linear.scheme.weights.float_format is None)  # type: ignore[union-attr]
         named = ", ".join(dict.fromkeys(str(linear.scheme) for linear in integers))
         yield from refuse(integers, f"{named}: fp4 chooses among floats", "use --scheme fp4-e2m1-g128, mxfp4 or nvfp4")
@@ -78,12 +74,12 @@ class Fp4:
                 best = options[min(range(len(options)), key=errors.__getitem__)]
                 names = (str(option.weights.float_format) for option in options)
                 segment.note(linear, **{f"fp4.{name}": e for name, e in zip(names, errors, strict=True)})
-            bounds = search_bounds(w, gram, best.weights, shared.get(linear), shortlist=self.shortlist)
+            bounds = search_bounds(w, gram, best.weights, shared.get(linear))
             segment.schemes[linear], segment.ranges[linear] = best, bounds
             context.show(linear)
 
 
 def _coarse_error(w: torch.Tensor, gram: torch.Tensor, scheme: QuantScheme) -> float:
     """||(Q(W) - W) X^T||^2 with scales of a coarse search, to compare formats."""
-    bounds = search_bounds(w, gram, scheme.weights, offsets=COARSE, shortlist=2)
+    bounds = search_bounds(w, gram, scheme.weights, offsets=COARSE)
     return float(rounding_error(w, gram, scheme.weights, bounds))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from calibration.errors import ToolkitError
+from calibration.errors import ToolkitError, unknown_value
 from calibration.memory import return_freed
 from calibration.model.checkpoint import CheckpointReader
 from calibration.model.opening import DEMO, context_length, forward_dtype, load_tokenizer, locate, open_model
@@ -18,6 +18,7 @@ from calibration.text.crops import TokenBatches, check_tokenizer
 from calibration.text.generated import BATCH, GENERATED, check_can_write, first_tokens, generate_tokens
 from calibration.text.random_tokens import RANDOM
 from calibration.text.samples import default_dataset, model_tokens
+from calibration.walk.token_weights import TokenWeights
 from ptq.devices import parse_dtype, resolve_device
 from ptq.gating import SparseRuntime
 from ptq.methods import METHODS
@@ -40,6 +41,7 @@ class Options:
             machine is fast at it.
         evaluate: data set to score the result and the float model on, or None.
         unseen_experts: ``error``, or ``rtn`` to round experts without calibration tokens without data.
+        token_weights: what calibration tokens count, see `calibration.walk.token_weights`.
         trust_remote_code: run Python code that comes with the model.
         command: the command line, for the record.
     """
@@ -52,6 +54,7 @@ class Options:
     dtype: str = "auto"
     evaluate: str | None = None
     unseen_experts: str = "error"
+    token_weights: TokenWeights = "norm"
     trust_remote_code: bool = False
     command: str = ""
 
@@ -99,6 +102,8 @@ def prepare(
         ToolkitError, PlanError: whatever can be refused.
     """
     options = options or Options()
+    if options.token_weights not in get_args(TokenWeights):
+        raise unknown_value("--token-weights", options.token_weights, get_args(TokenWeights))
     if (method is None) == (recipe is None):
         raise ToolkitError("needs either a method or a recipe", "pass --method awq, or --recipe FILE.toml")
     if options.samples < 1 or options.seq_len < 2:

@@ -76,6 +76,7 @@ def run(
         "forward": f"{job.dtype} on {job.device.type}, {job.batch_size} sequences at a time",
         "threads": torch.get_num_threads(),
         "unseen_experts": options.unseen_experts,
+        "token_weights": options.token_weights,
         "evaluate": options.evaluate,
     }
     if resume:
@@ -94,6 +95,7 @@ def run(
         inputs=input_quantizers,
         folder=session.blocks,
         allow_unseen=options.unseen_experts == "rtn",
+        token_weights=options.token_weights,
     )
     resumed = walk.finished.count()
     with watch("quantize"):
