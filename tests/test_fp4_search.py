@@ -99,8 +99,13 @@ def test_published_candidates():
 def test_formats_are_compared_on_the_whole_gram_matrix():
     """Inputs that share one direction: errors that cancel along it cost nothing, which the diagonal does not see. The
     format of the least error of a full search is chosen."""
-    w = randn(64, 64).float() * torch.logspace(-1, 1, 64)[torch.randperm(64, generator=torch.Generator().manual_seed(1))]
-    x = randn(400, 1, seed=1) * torch.rand(64, generator=torch.Generator().manual_seed(4)) + 0.05 * randn(400, 64, seed=2)
+    w = (
+        randn(64, 64).float()
+        * torch.logspace(-1, 1, 64)[torch.randperm(64, generator=torch.Generator().manual_seed(1))]
+    )
+    x = randn(400, 1, seed=1) * torch.rand(64, generator=torch.Generator().manual_seed(4)) + 0.05 * randn(
+        400, 64, seed=2
+    )
     gram = (x.T @ x).float()
     schemes = [parse_scheme(f"fp4-{name}-g32") for name in ("e1m2", "e2m1", "e3m0")]
     full = [float(rounding_error(w, gram, s.weights, search_bounds(w, gram, s.weights))) for s in schemes]

@@ -12,6 +12,7 @@ from tiny_runs import text_file, tiny_checkpoint
 
 from calibration.record import read_record
 from ptq.methods.rtn import round_to_nearest
+from ptq.numerics import signround
 from ptq.numerics.gptq import gptq_round
 from ptq.numerics.integers import round_scale
 from ptq.numerics.signround import Learned
@@ -41,6 +42,17 @@ def test_the_start_is_rounding_to_nearest(text):
     q, state = round_to_nearest(w, scheme), learned(text, w)
     assert torch.equal(state.codes(), q.codes) and torch.equal(state.grid()[0].float(), q.scale)
     assert torch.equal(state.weight(), q.dequantize())
+
+
+def test_lines_are_handled_a_few_at_a_time(monkeypatch):
+    """Which changes nothing."""
+    w = weight()
+    g = torch.randn(w.shape, generator=torch.Generator().manual_seed(3))
+    whole, parts = learned("w3a16-g32-asym", w), learned("w3a16-g32-asym", w)
+    whole.descend(g, 0.1, 0.1)
+    monkeypatch.setattr(signround, "CHUNK", 300)
+    parts.descend(g, 0.1, 0.1)
+    assert torch.equal(whole.weight(), parts.weight()) and torch.equal(whole.codes(), parts.codes())
 
 
 def test_any_rounding_is_a_start():
@@ -160,4 +172,4 @@ def test_refused_settings(place, setting):
 
 def test_floats_are_refused(place):
     message = refused("quantize", place / "llama", "--method", "signround", "--scheme", "mxfp4", "--dry-run")
-    assert "signround learns integer grids only" in message
+    assert "signround learns integer grids" in message

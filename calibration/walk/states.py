@@ -84,7 +84,7 @@ class HiddenStates:
         parameters: Mapping[str, torch.Tensor] | None = None,
         row: int | None = None,
     ) -> torch.Tensor:
-        """``block`` on one batch, or on one window of it, ``[windows, seq_len, hidden]``. ``parameters``, by their names
+        """``block`` on one batch, or one window of it, ``[windows, seq_len, hidden]``. ``parameters``, by their names
         in the block's class, stand in for its own; gradients reach them where autograd is on."""
         hidden = self.batches[batch] if row is None else self.batches[batch][row : row + 1]
         args, kwargs = self._calls[hidden.shape[0]][index]

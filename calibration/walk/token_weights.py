@@ -1,4 +1,4 @@
-"""What a calibration token counts in the statistics of the linear that reads it. The derivation: docs/token_weights.md."""
+"""What a calibration token counts in the statistics of the linear that reads it; derived in docs/token_weights.md."""
 
 from __future__ import annotations
 

@@ -21,14 +21,15 @@ from calibration.walk.states import Reference
 from calibration.walk.statistics import Gram, Statistic
 from ptq.formats.checks import matching, refuse
 from ptq.methods.rounding import record_errors
-from ptq.numerics.signround import Learned
+from ptq.numerics.signround import Learned, relative_loss
 from ptq.quantized import LORA, QuantizedTensor
 from ptq.scheme import QuantScheme
 
 
 @dataclass(frozen=True)
 class SignRound:
-    """One step per calibration window and epoch, with rates that fall linearly to zero; the epoch of least loss is kept.
+    """One step per calibration window and epoch, and rates that fall linearly to zero; the best epoch is
+    kept.
 
     Attributes:
         epochs: passes over the calibration set. (The published 200 steps of 8 windows are 12.5 over 128 windows.)
@@ -42,7 +43,6 @@ class SignRound:
     rate: float = 1.0
     range_rate: float = 1.0
     target: Reference = "model"
-    weigh: float = 1.0
 
     name: ClassVar[str] = "signround"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.REPAIR,)
@@ -64,8 +64,10 @@ class SignRound:
         if view.reordered:
             fix = "use static_groups = true for gptq"
             yield Problem("signround", "groups that follow an activation order cannot learn their ranges", fix)
-        others = matching(view, lambda linear: not _integer(linear.scheme))
-        yield from refuse(others, "signround learns integer grids only", "leave it out, or use an integer scheme")
+        others = matching(view, lambda linear: not _learnable(linear.scheme))
+        yield from refuse(
+            others, "signround learns integer grids of groups or channels only", "leave it out, or use w4a16-g64"
+        )
 
     def forwards(self) -> int:
         return self.epochs + 1 if self.epochs else 0
@@ -75,7 +77,9 @@ class SignRound:
         if not rounded or not self.epochs:
             return
         if any(LORA[0] in segment.parts.get(name, {}) for name in rounded):
-            raise ToolkitError("lorc+signround: codes that change leave the low-rank part wrong", "write signround+lorc")
+            raise ToolkitError(
+                "lorc+signround: codes that change leave the low-rank part wrong", "write signround+lorc"
+            )
         learned = {
             name: Learned.start(segment.original(name), q.codes, q.scale, q.zero, q.scheme.weights)
             for name, q in rounded.items()
@@ -123,7 +127,7 @@ class SignRound:
                 target = context.reference(self.target, batch)[row]
                 with torch.set_grad_enabled(rates is not None):
                     y = context.output(batch, {f"{n}.weight": _stored(segment, w) for n, w in weights.items()}, row)[0]
-                    loss = weighed_error(y, target, self.weigh)
+                    loss = relative_loss(y, target)
                 total += float(loss.detach())
                 if rates is None:
                     continue
@@ -137,19 +141,11 @@ class SignRound:
         return total / context.windows
 
 
-def weighed_error(y, target, power):
-    d = (y.float() - target.float()).square().sum(-1)
-    n = target.float().square().sum(-1)
-    if power == 0:
-        return d.mean()
-    if power == 2:
-        m = n.median()
-        return (d * (m / n).clamp(max=1)).mean() / m
-    return (d / n).mean()
-
-
-def _integer(scheme: QuantScheme | None) -> bool:
-    return scheme is None or (scheme.weights.float_format is None and scheme.weights.salient_percent is None)
+def _learnable(scheme: QuantScheme | None) -> bool:
+    if scheme is None:
+        return True
+    w = scheme.weights
+    return w.float_format is None and w.salient_percent is None and w.grouping.kind != "tensor"
 
 
 def _stored(segment: Segment, w: torch.Tensor) -> torch.Tensor:

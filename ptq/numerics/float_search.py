@@ -6,8 +6,8 @@ at all where the bias is 0); here they are offsets to it: the bias that fits the
 offset from -0.6 to 1. An offset of -0.585 brings that weight to two thirds of the range (E2M1: from 6 to 4), where
 levels are dense; positive ones clip it.
 
-The error of group k of a row is d G_kk d^T with the diagonal block of the Gram matrix, for every candidate. (A shortlist
-by the diagonal of G loses good candidates where inputs are correlated, and with them the right format.)
+The error of group k of a row is d G_kk d^T with the diagonal block of the Gram matrix, for every candidate. (Where
+inputs are correlated, a shortlist by the diagonal of G loses good candidates, and with them the right format.)
 """
 
 from __future__ import annotations

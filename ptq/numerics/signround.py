@@ -12,6 +12,7 @@ method. Factors of the ends are logarithms, so that ranges widen as easily as th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,7 @@ from ptq.numerics.groups import join, split
 from ptq.numerics.integers import round_scale
 from ptq.scheme import TensorQuant
 
+CHUNK = 1 << 16  # weights handled at a time: what is computed on the way stays in the cache
 INSIDE = 0.499  # how far from its level a weight may start without being rounded to another
 
 
@@ -74,19 +76,34 @@ class Learned:
 
     def codes(self) -> torch.Tensor:
         """uint8 ``[out, in]``."""
-        step, zero = self.grid()
-        code = self._unclamped(step, zero).clamp_(_lowest(self.quant), self.quant.levels)
-        return join(code, self.quant.grouping).to(torch.uint8).contiguous()
+        found = torch.cat([part._codes(*part.grid()) for part in self._parts()])
+        return join(found, self.quant.grouping).to(torch.uint8).contiguous()
 
     def weight(self) -> torch.Tensor:
         """The rounded weight ``[out, in]``."""
-        step, zero = self.grid()
-        code = self._unclamped(step, zero).clamp_(_lowest(self.quant), self.quant.levels)
-        return join(code.sub_(_shift(zero, self.quant)).mul_(step.unsqueeze(-1)), self.quant.grouping)
+        parts = []
+        for part in self._parts():
+            step, zero = part.grid()
+            parts.append(part._codes(step, zero).sub_(_shift(zero, self.quant)).mul_(step.unsqueeze(-1)))
+        return join(torch.cat(parts), self.quant.grouping)
+
+    def _parts(self) -> Iterator[Learned]:
+        """The same over a few lines at a time, whose tensors are views."""
+        tensors = (self.position, self.scale, self.zero, self.offset, self.low, self.high)
+        lines = max(1, CHUNK // (self.position[0].numel() or 1))
+        for first in range(0, self.position.shape[0], lines):
+            part = slice(first, first + lines)
+            position, scale, zero, offset, low, high = (None if t is None else t[part] for t in tensors)
+            assert position is not None and scale is not None
+            assert offset is not None and low is not None and high is not None
+            yield Learned(self.quant, position, scale, zero, offset, low, high)
 
     def _unclamped(self, step: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
         position = self.position * (self.scale / step).unsqueeze(-1)
         return position.add_(self.offset).round_().add_(_shift(zero, self.quant))
+
+    def _codes(self, step: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        return self._unclamped(step, zero).clamp_(_lowest(self.quant), self.quant.levels)
 
     def descend(self, gradient: torch.Tensor, rate: float, range_rate: float) -> None:
         """One step against the signs of the gradients.
@@ -95,22 +112,44 @@ class Learned:
             gradient: of the loss in `weight`, ``[out, in]``.
             rate: what offsets move; range_rate: what the logarithms of the ends move.
         """
+        lines = split(gradient, self.quant.grouping)
+        first = 0
+        for part in self._parts():
+            stop = first + part.position.shape[0]
+            part._descend(lines[first:stop], rate, range_rate)
+            first = stop
+
+    def _descend(self, g: torch.Tensor, rate: float, range_rate: float) -> None:
         step, zero = self.grid()
         n, lowest, shift = self.quant.levels, _lowest(self.quant), _shift(zero, self.quant)
-        code = self._unclamped(step, zero)
-        g = split(gradient, self.quant.grouping)
-        below, above = (g * (code < lowest)).sum(dim=-1), (g * (code > n)).sum(dim=-1)
-        inside = g * ((code >= lowest) & (code <= n))
-        residue = code.sub_(shift).addcmul_(self.position, (self.scale / step).unsqueeze(-1), value=-1)
-        slope = residue.mul_(inside).sum(dim=-1)  # of the loss in the step, where nothing is clamped
+        position = self.position * (self.scale / step).unsqueeze(-1)
+        code = torch.add(position, self.offset).round_().add_(shift)
+        clamped = code.clamp(lowest, n)
+        inside = g * (clamped == code)
+        pull = position.mul_(inside).sum(dim=-1)
+        if self.zero is None:  # where clamped the weight is a fixed number of steps
+            slope = (g * clamped).sum(dim=-1) - 2 ** (self.quant.bits - 1) * g.sum(dim=-1) - pull
+            self.high -= range_rate * slope.sign()
+        else:
+            slope = clamped.sub_(shift).mul_(inside).sum(dim=-1) - pull
+            above = (g * (code > n)).sum(dim=-1)
+            below = (g - inside).sum(dim=-1) - above
+            low, high = self._ends(self.zero)
+            self.high -= range_rate * ((slope / n + above) * high).sign()
+            self.low -= range_rate * ((below - slope / n) * low).sign()
         self.offset.sub_(inside.sign_(), alpha=rate).clamp_(-0.5, 0.5)
-        if self.zero is None:
-            half = 2 ** (self.quant.bits - 1)
-            self.high -= range_rate * (slope + (n - half) * above + (lowest - half) * below).sign()
-            return
-        low, high = self._ends(self.zero)
-        self.high -= range_rate * ((slope / n + above) * high).sign()
-        self.low -= range_rate * ((below - slope / n) * low).sign()
+
+
+def relative_loss(y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of ``|y - target|² / |target|²``, for hidden states ``[..., hidden]``; float32.
+
+    The published loss is the mean squared error, to which a few tokens of enormous hidden states contribute nearly all
+    in many models; the norm that reads the states divides by their length (docs/token_weights.md).
+    """
+    difference, target = (y - target).float(), target.float()
+    lengths = target.square().sum(dim=-1)
+    floor = lengths.median() * 1e-6  # for silent tokens
+    return (difference.square().sum(dim=-1) / lengths.clamp(min=floor)).mean()
 
 
 def _lowest(quant: TensorQuant) -> int:

@@ -45,6 +45,7 @@ _PASSES = {
     "equalize": "evens the ranges of weights that follow each other",
     "bias-correct": "takes the mean error of a rounded layer out of its bias",
     "adaquant": "learns rounding, steps and zero points of every layer by gradient",
+    "signround": "learns rounding and ranges of a whole block by the signs of gradients",
     "ptq1.61": "keeps signs and a few 4-bit columns, and trains their scales block by block",
 }
 
