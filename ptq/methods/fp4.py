@@ -12,8 +12,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
 from calibration.errors import Problem
 from calibration.walk.context import Context
 from calibration.walk.passes import Phase, Stream
@@ -21,7 +19,7 @@ from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram, Statistic
 from ptq.formats.checks import matching, refuse
 from ptq.methods.rounding import global_scales
-from ptq.numerics.float_search import COARSE, search_bounds
+from ptq.numerics.float_search import search_bounds
 from ptq.numerics.objective import rounding_error
 from ptq.scheme import QuantScheme, float_formats
 
@@ -68,18 +66,12 @@ class Fp4:
                 continue
             w, gram = segment.weight(linear), context.product_gram(linear)
             options = self.alternatives(scheme, (w.shape[0], w.shape[1]))
-            best = options[0]
+            bounds = [search_bounds(w, gram, option.weights, shared.get(linear)) for option in options]
+            best = 0
             if len(options) > 1:
-                errors = [_coarse_error(w, gram, option) for option in options]
-                best = options[min(range(len(options)), key=errors.__getitem__)]
+                errors = [float(rounding_error(w, gram, o.weights, b)) for o, b in zip(options, bounds, strict=True)]
+                best = min(range(len(options)), key=errors.__getitem__)
                 names = (str(option.weights.float_format) for option in options)
                 segment.note(linear, **{f"fp4.{name}": e for name, e in zip(names, errors, strict=True)})
-            bounds = search_bounds(w, gram, best.weights, shared.get(linear))
-            segment.schemes[linear], segment.ranges[linear] = best, bounds
+            segment.schemes[linear], segment.ranges[linear] = options[best], bounds[best]
             context.show(linear)
-
-
-def _coarse_error(w: torch.Tensor, gram: torch.Tensor, scheme: QuantScheme) -> float:
-    """||(Q(W) - W) X^T||^2 with scales of a coarse search, to compare formats."""
-    bounds = search_bounds(w, gram, scheme.weights, offsets=COARSE)
-    return float(rounding_error(w, gram, scheme.weights, bounds))

@@ -25,9 +25,6 @@ from ptq.scheme import TensorQuant
 OFFSETS = tuple(i / 20 for i in range(-12, 21))
 """Offsets of the bias, i.e. scales divided by 2^offset; 0, plain rounding, is among them."""
 
-COARSE = tuple(i / 5 for i in range(-3, 6))
-"""Enough to compare formats, whose best errors differ more than those of neighbouring scales."""
-
 
 def _bound_of(scale: torch.Tensor, quant: TensorQuant, global_scale: torch.Tensor | None) -> torch.Tensor:
     """What the largest level stands for with this stored scale, as `floats.scales` takes it."""
