@@ -9,17 +9,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from calibration.errors import Problem, ToolkitError
+from calibration.errors import Problem
 from calibration.walk.context import Context
-from calibration.walk.passes import Phase, Stream
+from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.states import Reference
-from calibration.walk.statistics import Gram, Statistic
+from calibration.walk.statistics import Gram
 from ptq.formats.checks import matching, refuse
+from ptq.linears import ModelLayout
 from ptq.methods.rounding import record_errors
 from ptq.numerics.signround import Learned, relative_loss
 from ptq.quantized import LORA, QuantizedTensor
@@ -27,7 +28,7 @@ from ptq.scheme import QuantScheme
 
 
 @dataclass(frozen=True)
-class SignRound:
+class SignRound(Pass):
     """One step per calibration window and epoch, and rates that fall linearly to zero; the best epoch is
     kept.
 
@@ -45,29 +46,33 @@ class SignRound:
     target: Reference = "model"
 
     name: ClassVar[str] = "signround"
+    title: ClassVar[str | None] = "SignRound"
+    summary: ClassVar[str] = "learns rounding and ranges of a whole block by the signs of gradients"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.REPAIR,)
     stream: ClassVar[Stream] = "quantized"
-    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
-    parts: ClassVar[tuple[str, ...]] = ()
 
     @property
     def references(self) -> tuple[Reference, ...]:
         return (self.target,)
 
-    def check(self, view: Any) -> Iterable[Problem]:
+    def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
         if self.epochs < 0:
             yield Problem("signround.epochs", f"{self.epochs} is negative", "use 6")
         for name in ("rate", "range_rate"):
             value = getattr(self, name)
             if not 0 <= value < 100:
                 yield Problem(f"signround.{name}", f"{value} is outside [0, 100)", f"use {getattr(SignRound, name)}")
-        if view.reordered:
-            fix = "use static_groups = true for gptq"
-            yield Problem("signround", "groups that follow an activation order cannot learn their ranges", fix)
-        others = matching(view, lambda linear: not _learnable(linear.scheme))
-        yield from refuse(
-            others, "signround learns integer grids of groups or channels only", "leave it out, or use w4a16-g64"
-        )
+        for step in view.passes:
+            if step.reorders:
+                reason = "groups that follow an activation order cannot learn their ranges"
+                yield Problem(f"{step.name}+signround", reason, f"use static_groups = true for {step.name}")
+        before = view.passes[: view.passes.index(self)]
+        if any(LORA[0] in step.parts for step in before):
+            reason = "codes that change afterwards make the low-rank part wrong"
+            yield Problem("lorc+signround", reason, "write signround+lorc")
+        others = matching(view.layout, lambda linear: not _learnable(linear.scheme))
+        fix = "leave it out, or use w4a16-g64, -sym or -asym"
+        yield from refuse(others, "signround learns integer grids of groups or channels only", fix)
 
     def forwards(self) -> int:
         return self.epochs + 1 if self.epochs else 0
@@ -76,10 +81,6 @@ class SignRound:
         rounded = {name: q for name, q in segment.quantized.items() if isinstance(q, QuantizedTensor)}
         if not rounded or not self.epochs:
             return
-        if any(LORA[0] in segment.parts.get(name, {}) for name in rounded):
-            raise ToolkitError(
-                "lorc+signround: codes that change leave the low-rank part wrong", "write signround+lorc"
-            )
         learned = {
             name: Learned.start(segment.original(name), q.codes, q.scale, q.zero, q.scheme.weights)
             for name, q in rounded.items()
@@ -145,7 +146,7 @@ def _learnable(scheme: QuantScheme | None) -> bool:
     if scheme is None:
         return True
     w = scheme.weights
-    return w.float_format is None and w.salient_percent is None and w.grouping.kind != "tensor"
+    return w.float_format is None and w.salient_percent is None and not w.float_zeros and w.grouping.kind != "tensor"
 
 
 def _stored(segment: Segment, w: torch.Tensor) -> torch.Tensor:
