@@ -163,13 +163,17 @@ def _paired(x: torch.Tensor, rows: torch.Tensor | None, other: Inputs, path: str
 
 @contextmanager
 def accumulate(
-    block: nn.Module, statistics: Mapping[str, Iterable[Statistic]], other: Inputs | None = None
+    block: nn.Module,
+    statistics: Mapping[str, Iterable[Statistic]],
+    weigh: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    other: Inputs | None = None,
 ) -> Iterator[None]:
     """While open, every forward pass of ``block`` folds the inputs of the named submodules into their statistics.
 
     Args:
         statistics: module path below ``block`` -> accumulators of its input. Linears that share an input need one
             entry, under the name of any of them.
+        weigh: ``x [tokens, in]`` of one forward pass -> what each token counts, ``[tokens]``; None: all alike.
         other: for statistics of two streams, what the same submodules see in the float model, for one batch.
     """
 
@@ -182,14 +186,15 @@ def accumulate(
     def hook_for(path: str, accumulators: tuple[Statistic, ...]):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0].flatten(0, -2)
+            weight = weigh(x) if weigh is not None and x.shape[0] else None
             for accumulator in accumulators if x.shape[0] else ():
                 if isinstance(accumulator, BySequence) and x.shape[0] % length == 0:
                     accumulator.update_sequences(x.unflatten(0, (-1, length)))
                 elif isinstance(accumulator, TwoStreams):
                     assert other is not None, "this gathering has one stream"
-                    accumulator.update_pair(x, _paired(x, _rows(block, path), other, path))
+                    accumulator.update_pair(x, _paired(x, _rows(block, path), other, path), weight)
                 else:
-                    accumulator.update(x)
+                    accumulator.update(x, weight)
 
         return hook
 

@@ -21,5 +21,6 @@ def run_identity(job: Job, tokens: TokenBatches | None) -> dict[str, Any]:
         "forward": f"{job.dtype} on {job.device.type}, {job.batch_size} sequences at a time",
         "threads": torch.get_num_threads(),
         "unseen_experts": job.options.unseen_experts,
+        "token_weights": job.options.token_weights,
         "evaluate": job.options.evaluate,
     }

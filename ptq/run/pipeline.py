@@ -65,6 +65,7 @@ def run(
         inputs=input_quantizers,
         folder=session.blocks,
         allow_unseen=job.options.unseen_experts == "rtn",
+        token_weights=job.options.token_weights,
     )
     resumed = walk.finished.count()
     with watch("quantize"):
