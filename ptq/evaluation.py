@@ -10,6 +10,7 @@ import torch
 
 from calibration.architectures import resolve
 from calibration.errors import ToolkitError
+from calibration.model.classes import text_config
 from calibration.model.opening import context_length, load_tokenizer, locate
 from calibration.progress import Progress
 from calibration.record import Evaluation
@@ -114,7 +115,7 @@ def evaluate(
             progress.message(f"--seq-len {seq_len} is longer than the model's context: cut to {longest}")
         seq_len = longest
     tokenizer = load_tokenizer(folder, trust_remote_code)
-    check_tokenizer(tokenizer, int(loaded.model.config.vocab_size))
+    check_tokenizer(tokenizer, int(text_config(loaded.model.config).vocab_size))
     other = None
     if reference is not None:
         other = load_model(reference, dtype=width, device=where, trust_remote_code=trust_remote_code)

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +178,24 @@ class CheckpointReader:
         if any(name.startswith(prefix) for name in self.infos):
             return
         names = {n: n if n.startswith(outside) else prefix + n for n in self.infos}
+        self.infos = {names[n]: info for n, info in self.infos.items()}
+        self._stored = {names[n]: stored for n, stored in self._stored.items()}
+
+    def rename(self, new_name: Callable[[str], str]) -> None:
+        """Call every tensor by the name that ``new_name`` makes of its own.
+
+        Raises:
+            ToolkitError: two tensors would have one name.
+        """
+        names = {n: new_name(n) for n in self.infos}
+        taken: dict[str, str] = {}
+        for old, new in names.items():
+            if new in taken:
+                raise ToolkitError(
+                    f"{self.folder}: {taken[new]} and {old} are both '{new}' in the model class",
+                    "remove the one that does not belong to this model",
+                )
+            taken[new] = old
         self.infos = {names[n]: info for n, info in self.infos.items()}
         self._stored = {names[n]: stored for n, stored in self._stored.items()}
 

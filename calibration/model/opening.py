@@ -12,6 +12,7 @@ import torch
 from calibration.architectures import ArchitectureSpec, check_family, resolve
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, read_config
+from calibration.model.classes import empty_model, renaming, text_config
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
@@ -76,6 +77,8 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[Checkpoin
         reason = " ".join(str(error).split())
         raise ToolkitError(f"{folder}/config.json: {reason}", "compare it with the model's original config") from None
     spec = resolve(config)
+    if spec.derived:
+        reader.rename(renaming(empty_model(config, torch.float32, torch.device("meta"), spec.attention)))
     reader.add_base_prefix(spec.base_prefix, (*(stored for stored, _ in spec.root_renames), "lm_head."))
     return reader, config, spec
 
@@ -159,7 +162,7 @@ def forward_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
 def context_length(config: Any) -> int:
     """The longest window that a model takes; 2048 where its config names none (ALiBi)."""
     for name in ("max_position_embeddings", "n_positions", "seq_length"):
-        value = getattr(config, name, None)
+        value = getattr(text_config(config), name, None)
         if value:
             return int(value)
     return 2048

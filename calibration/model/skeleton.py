@@ -11,26 +11,13 @@ from torch import nn
 from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import TensorInfo
+from calibration.model.classes import empty_model
 from calibration.model.experts import ExpertList
 
 
 def build_model(config: Any, spec: ArchitectureSpec, dtype: torch.dtype, device: torch.device) -> Any:
-    """A transformers causal language model without weights.
-
-    Parameters are on meta; buffers that no file stores (rotary frequencies, Gemma's embedding scale) are computed on
-    ``device``; experts are `ExpertList` modules. In eval mode.
-    """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=spec.attention)
-    model.eval()
-    for module in model.modules():
-        missing = [n for n, b in module.named_buffers(recurse=False) if b.is_meta]
-        for name in missing:
-            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
-        if missing:
-            model._init_weights(module)  # transformers' own computation of these buffers
+    """A transformers language model without weights, see `empty_model`, whose experts are `ExpertList` modules."""
+    model = empty_model(config, dtype, device, spec.attention)
     blocks = model.get_submodule(spec.blocks)
     for index in range(spec.n_blocks):
         experts = spec.experts(index)

@@ -11,6 +11,7 @@ import torch
 from calibration.errors import ToolkitError
 from calibration.memory import return_freed
 from calibration.model.checkpoint import CheckpointReader
+from calibration.model.classes import text_config
 from calibration.model.opening import DEMO, context_length, forward_dtype, load_tokenizer, locate, open_model
 from calibration.progress import Progress
 from calibration.text.corpora import check_name
@@ -159,7 +160,7 @@ def calibration_windows(job: Job, progress: Progress) -> TokenBatches:
 def _written(job: Job, progress: Progress) -> TokenBatches:
     """Text of the model's own; the model is gone again afterwards."""
     tokenizer = load_tokenizer(job.reader.folder, job.options.trust_remote_code)
-    check_tokenizer(tokenizer, int(job.config.vocab_size))
+    check_tokenizer(tokenizer, int(text_config(job.config).vocab_size))
     progress.stage("write", -(-job.options.samples // BATCH))
     loaded = load_model(
         job.reader.folder, dtype=job.dtype, device=job.device, trust_remote_code=job.options.trust_remote_code

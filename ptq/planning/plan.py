@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from calibration.architectures import ArchitectureSpec
+from calibration.architectures import ArchitectureSpec, described
 from calibration.errors import PlanError, Problem, ToolkitError, unknown_value
 from calibration.model.checkpoint import CheckpointReader
 from calibration.walk.passes import (
@@ -141,7 +141,9 @@ def make_plan(
     forwards = forwards_per_block(recipe.passes)
     tokens = samples * seq_len, batch_size * seq_len
     sizes = estimate(reader, config, spec, layout, recipe, forwards, tokens, forward_itemsize)
-    remarks = [f"not balanced: {r}" for i in range(spec.n_blocks) for r in spec.block(i).unbalanced]
+    remarks = [f"not in the architecture table: derived and proved: {described(spec)}"] if spec.derived else []
+    remarks += [f"not balanced: {r}" for i in range(spec.n_blocks) for r in spec.block(i).unbalanced]
+    remarks += [f"stays float: {name}" for i in range(spec.n_blocks) for name in spec.block(i).kept]
     remarks += [r for p in model_wide for r in p.remarks(spec, layout)]
     biases = tuple(f"{name}.bias" for name in added)
     return Plan(recipe, spec, layout, fmt, reason, sizes, forwards > 0, tuple(dict.fromkeys(remarks)), biases)
@@ -205,7 +207,7 @@ def _resolve_linears(
             for group in block.balance
             if f"{prefix}{group.producer}.weight" not in reader.infos
         ]
-        known = {*block.linears, *block.routers}
+        known = {*block.linears, *block.routers, *block.kept}
         unknown += [
             n
             for n, info in reader.infos.items()
@@ -292,5 +294,6 @@ def other_linears(config: Any, spec: ArchitectureSpec) -> Iterable[str]:
     for index in range(spec.n_blocks):
         for router in spec.block(index).routers:
             yield spec.prefix(index) + router
+    yield from spec.other_linears
     if getattr(config, "word_embed_proj_dim", None) not in (None, getattr(config, "hidden_size", None)):
         yield from ("model.decoder.project_in", "model.decoder.project_out")

@@ -7,6 +7,7 @@ from typing import Any
 
 from calibration.architectures import ArchitectureSpec, Residual
 from calibration.model.checkpoint import CheckpointReader
+from calibration.model.classes import text_config
 from calibration.walk.outside import Outside
 from calibration.walk.passes import RewritesOutside, references_of, repairs
 from calibration.walk.statistics import Gram
@@ -65,7 +66,7 @@ def estimate(
     quantized_bytes = round(layout.quantized_bits / 8)
     output = reader.total_bytes - replaced + quantized_bytes + _untied_bytes(reader, spec, recipe)
     block = sum(info.numel for n, info in reader.infos.items() if n.startswith(spec.prefix(0)))
-    hidden = int(getattr(config, "hidden_size", None) or config.n_embd)
+    hidden = int(text_config(config).hidden_size)
     statistics = 0
     if any(Gram in p.statistics for p in recipe.passes):
         shapes = {linear.name: linear.shape for linear in layout.linears if linear.block == 0}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from calibration.errors import ToolkitError
+from calibration.model.classes import text_config
 from calibration.model.opening import (
     check_finite,
     fingerprint,
@@ -64,7 +65,7 @@ def run(
     plan, reader, options = job.plan, job.reader, job.options
     _check_disk(session, plan)
     if options.evaluate is not None:
-        words = int(job.config.vocab_size)
+        words = int(text_config(job.config).vocab_size)
         check_text(reader.folder, options.evaluate, job.seq_len, words, options.trust_remote_code)
     if plan.needs_data:
         tokens = tokens or calibration_windows(job, progress)
