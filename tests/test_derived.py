@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,11 @@ from tiny_models import FAMILIES
 from tiny_runs import IDS, assert_close, logits, quantize
 from transformers import AutoConfig
 
-from calibration.architectures import Residual, described, resolve
+from calibration.architectures import FAMILIES as TABLE
+from calibration.architectures import Balance, Residual, described, resolve
 from calibration.architectures.derived import derive
+from calibration.architectures.llama_like import llama
+from calibration.errors import PlanError, ToolkitError
 from calibration.model.classes import auto_class
 from ptq.runtime.load import load_model
 
@@ -89,3 +93,32 @@ def test_layer_norms_keep_the_mean():
 
 def test_a_plan_says_what_was_found():
     assert described(derive(config_of("llama"))) == "4 inputs, 4 pairs"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "entry", "method", "said"),
+    [
+        ("stablelm", "llama", "rotate+rtn", "model.layers.0: its residual stream cannot be rotated"),
+        ("olmo2", "llama", "awq+rtn", "in the architecture table, but not in the checkpoint"),
+        ("gemma", "llama", "awq+rtn", "model.layers.0: a scale on input_layernorm does not cancel in self_attn.q_proj"),
+        (
+            "arcee",
+            "starcoder-like",
+            "awq+rtn",
+            "model.layers.0: a scale on mlp.up_proj does not cancel in mlp.down_proj",
+        ),
+    ],
+)
+def test_a_wrong_entry_of_the_table_is_an_error(model_type, entry, method, said, tmp_path, monkeypatch):
+    """The table is proved on the weights of the checkpoint before anything is changed."""
+    tiny(model_type, tmp_path / "float")
+    wrong = llama if entry == "llama" else lambda config: replace(derive(config), block=lambda i: _with_up(config))
+    monkeypatch.setitem(TABLE, model_type, wrong)
+    with pytest.raises((ToolkitError, PlanError), match=re.escape(said)):
+        quantize(tmp_path / "float", tmp_path / "out", method=method, scheme="w8a16-gchannel")
+    assert not (tmp_path / "out").exists()
+
+
+def _with_up(config):
+    block = derive(config).block(0)
+    return replace(block, balance=(*block.balance, Balance("mlp.up_proj", ("mlp.down_proj",), "linear")))

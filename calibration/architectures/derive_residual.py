@@ -19,9 +19,11 @@ POST_NORMS = "a norm with gains stands between each sublayer and the residual st
 Turn = Callable[[torch.Tensor], torch.Tensor]
 
 
-def turn(width: int, generator: torch.Generator, keep_mean: bool) -> tuple[Turn, Turn]:
+def turn(
+    width: int, generator: torch.Generator, keep_mean: bool, device: torch.device | None = None
+) -> tuple[Turn, Turn]:
     """A random rotation of the last axis and its inverse: two reflections, dense but cheap to apply."""
-    normals = torch.randn(2, width, generator=generator)
+    normals = torch.randn(2, width, generator=generator).to(device or torch.device("cpu"))
     if keep_mean:
         normals -= normals.mean(dim=1, keepdim=True)
     normals /= normals.norm(dim=1, keepdim=True)
@@ -43,7 +45,8 @@ def behind_norm(norm: nn.Module, offset: float, back: Turn) -> Turn:
     gain, bias = norm.weight + offset, norm._parameters.get("bias")
     assert isinstance(gain, torch.Tensor)
     shift = torch.zeros_like(gain) if bias is None else bias
-    return lambda y: back((y - shift) / gain) * gain + shift
+    divisor = torch.where(gain == 0, 1.0, gain)
+    return lambda y: back((y - shift) / divisor) * gain + shift
 
 
 def residual_writers(

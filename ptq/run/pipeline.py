@@ -27,6 +27,7 @@ from calibration.record import RunRecord
 from calibration.text.crops import TokenBatches
 from calibration.walk.float_blocks import FloatBlocks
 from calibration.walk.passes import Gates
+from calibration.walk.proof import needs_proof, prove
 from calibration.walk.walk import Walk
 from ptq.committed import CommittedBlocks, Restore, encode_segment, input_quantizers
 from ptq.evaluation import check_text
@@ -88,8 +89,12 @@ def run(
         check_finite(reader, progress.advance)
     if not resume:
         session.begin(identity, resume=False)
+    floats = FloatBlocks(reader, skeleton, plan.recipe.passes, plan.schemes, job.batch_size)
+    if needs_proof(plan.recipe.passes) and not resume:
+        with watch("prove"):
+            prove(floats, progress)
     walk = Walk(
-        FloatBlocks(reader, skeleton, plan.recipe.passes, plan.schemes, job.batch_size),
+        floats,
         encode=encode_segment,
         restore=Restore(plan.layout),
         inputs=input_quantizers,
