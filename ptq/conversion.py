@@ -106,7 +106,7 @@ def export_model(
     blocks = without_low_rank(everything) if adapter else everything
     with session.unless_done():
         progress.stage("export", (1 + adapter) * len(layout.quantized))
-        outside = outside_blocks(reader, spec.blocks)
+        outside = outside_blocks(reader, spec)
         fmt, _ = write_checkpoint(blocks, outside, layout, FORMATS[format], session.partial, progress.advance)
         if adapter:
             write_adapter(everything, session.partial / FOLDER, progress.advance)

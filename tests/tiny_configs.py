@@ -27,22 +27,17 @@ SIZES: dict[str, Any] = {
     "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 16, "lru_width": 64, "attention_window_size": 8,
     "expert_dim": 32, "latent_dim": 32, "kv_channels": 16, "num_nextn_predict_layers": 0, "rotary_dim": 16,
     "embedding_size": 64, "word_embed_proj_dim": 64, "block_size": 16, "local_window_size": 8,
-    "rope_parameters": None, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+    "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
     "global_head_dim": 16, "num_global_key_value_heads": 2, "num_kv_shared_layers": 0, "max_window_layers": 1,
 }  # fmt: skip
+OPEN = ("head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
 SPECIAL: dict[str, dict[str, Any]] = {
-    "persimmon": {"num_key_value_heads": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "zaya": {"num_experts_per_tok": 1},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "gptj": {"rotary_dim": 8},
     "codegen": {"rotary_dim": 8},
-    "minicpm3": {"num_key_value_heads": 4},
-    "youtu": {"num_key_value_heads": 4},
-    "deepseek_v2": {"num_key_value_heads": 4},
-    "deepseek_v3": {"num_key_value_heads": 4},
-    "deepseek_v32": {"num_key_value_heads": 4},
-    "glm_moe_dsa": {"num_key_value_heads": 4},
-    "glm4_moe_lite": {"num_key_value_heads": 4},
-    "longcat_flash": {"num_key_value_heads": 4, "num_layers": 2, "num_hidden_layers": 4},
-    "bloom": {},
+    "longcat_flash": {"num_layers": 2, "num_hidden_layers": 4},
 }
 
 
@@ -56,9 +51,9 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
 
     plain = AutoConfig.for_model(model_type)
     text = plain.get_text_config(decoder=True)
-    sizes = {k: v for k, v in SIZES.items() if getattr(text, k, None) is not None and k != "rope_parameters"}
+    sizes = {k: v for k, v in SIZES.items() if _takes(text, k)}
     for name in ("layer_types", "mlp_layer_types", "layers_block_type"):
-        kinds = getattr(text, name, None)
+        kinds = getattr(text, name, None) if _takes(text, name) else None
         if kinds:
             sizes[name] = one_of_each(kinds)
             sizes["num_hidden_layers"] = len(sizes[name])
@@ -71,10 +66,24 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
     rope = getattr(text, "rope_parameters", None)
     if isinstance(rope, dict) and rope.get("rope_type") in ("longrope", "yarn"):
         sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+    if "kv_lora_rank" in sizes:
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     sizes |= SPECIAL.get(model_type, {}) | changes
     if text is plain or type(text) is type(plain):
         return AutoConfig.for_model(model_type, **sizes)
     return AutoConfig.for_model(model_type, text_config=sizes)
+
+
+def _takes(config: Any, name: str) -> bool:
+    """Whether a config has this size and lets it be set."""
+    stored = getattr(type(config), "attribute_map", {}).get(name, name)
+    if isinstance(getattr(type(config), stored, None), property):
+        return False
+    try:
+        value = getattr(config, name, None)
+    except (AttributeError, RuntimeError):  # one value per layer
+        return False
+    return value is not None or (name in OPEN and hasattr(config, name))
 
 
 def one_of_each(kinds: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from calibration.architectures.derive_probe import Probe
+from calibration.model.classes import setting
 from calibration.walk.capture import Seen, Watch, trace, watching
 
 TOLERANCE = 3e-5  # of the largest output value, in float32
@@ -23,6 +24,7 @@ class Readers:
     Attributes:
         linears, routers, experts: their paths; routers are never quantized, ``experts`` is the list of all experts.
         norm: the norm whose output the tensor is.
+        width: of the tensor's last axis.
         inner: the norm does not read the residual stream, but what a linear made.
     """
 
@@ -30,6 +32,7 @@ class Readers:
     routers: list[str] = field(default_factory=list)
     experts: str | None = None
     norm: str | None = None
+    width: int = 0
     inner: bool = False
 
     @property
@@ -124,14 +127,14 @@ def observe(probe: Probe, index: int) -> Observed:
         if kind is None:
             continue
         if group is None:
-            group = groups[key(call.entered[0])] = Readers()
+            group = groups[key(call.entered[0])] = Readers(width=call.entered[0].shape[-1])
         if kind == "experts":
             group.experts = call.path
         elif call.path not in group.paths:
             (group.linears if kind == "linear" else group.routers).append(call.path)
         if is_linear(module):
             linears[call.path] = module
-    _name_norms(block, calls, groups, linears)
+    _name_norms(block, calls, groups, linears, probe.hidden)
     named = {path for group in groups.values() for path in group.paths}
     rest = [
         name.removesuffix(".weight")
@@ -155,12 +158,16 @@ def _kind(module: nn.Module, call: Seen, experts: str | None, counts: Collection
 def _expert_counts(probe: Probe) -> set[int]:
     """Output widths of linears that choose experts or weigh a shared one; empty in dense models."""
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_layer")
-    counts = {int(v) for v in (getattr(probe.text, n, None) for n in names) if isinstance(v, int) and v > 1}
+    counts = {int(v) for v in (setting(probe.text, n) for n in names) if isinstance(v, int) and v > 1}
     return counts | {1} if counts else set()
 
 
 def _name_norms(
-    block: nn.Module, calls: list[Seen], groups: Mapping[Key, Readers], linears: Mapping[str, nn.Module]
+    block: nn.Module,
+    calls: list[Seen],
+    groups: Mapping[Key, Readers],
+    linears: Mapping[str, nn.Module],
+    hidden: int,
 ) -> None:
     """Say of each group which norm made its tensor, and what that norm reads."""
     made = {call.left.untyped_storage().data_ptr() for call in calls if call.path in linears and call.left is not None}
@@ -169,6 +176,7 @@ def _name_norms(
         if weight is None or weight.ndim != 1 or call.left is None or not call.entered:
             continue
         group = groups.get(key(call.left))
-        if group is not None and weight.numel() == call.left.shape[-1]:
+        if group is not None and weight.numel() == call.left.shape[-1] == group.width:
             group.norm = call.path
-            group.inner = call.entered[0].untyped_storage().data_ptr() in made
+            narrow = group.width != hidden
+            group.inner = narrow or call.entered[0].untyped_storage().data_ptr() in made

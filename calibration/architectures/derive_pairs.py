@@ -10,6 +10,7 @@ from torch import nn
 
 from calibration.architectures.derive_inputs import Observed, Readers, close, is_linear, key, widths
 from calibration.architectures.spec import Balance, Heads
+from calibration.model.classes import setting
 
 MEAN_OF_LOG = 0.7
 
@@ -157,7 +158,7 @@ def _kind_of_pair(
 
 
 def _counts(seen: Observed, names: tuple[str, ...]) -> list[int]:
-    values = (getattr(seen.probe.text, name, None) for name in names)
+    values = (setting(seen.probe.text, name) for name in names)
     return [int(v) for v in values if isinstance(v, int) and v > 0]
 
 
@@ -199,8 +200,8 @@ def activations(seen: Observed) -> dict[str, str]:
     from transformers.activations import ACT2FN
 
     names = [
-        getattr(seen.probe.text, key, None)
-        for key in ("hidden_activation", "hidden_act", "activation_function", "activation", "mlp_hidden_act")
+        setting(seen.probe.text, entry)
+        for entry in ("hidden_activation", "hidden_act", "activation_function", "activation", "mlp_hidden_act")
     ]
     known = {type(ACT2FN[name]): name for name in names if isinstance(name, str) and name in ACT2FN}
     called = dict.fromkeys(call.path for call in seen.calls)

@@ -15,7 +15,15 @@ from torch import nn
 
 from calibration.architectures.spec import Experts
 from calibration.errors import ToolkitError
-from calibration.model.classes import Attention, attention_of, empty_model, expert_names, find_blocks, text_config
+from calibration.model.classes import (
+    Attention,
+    attention_of,
+    empty_model,
+    expert_names,
+    find_blocks,
+    setting,
+    text_config,
+)
 from calibration.model.experts import ExpertList
 
 TOKENS = 8
@@ -50,13 +58,13 @@ class Probe:
         self.generator = torch.Generator().manual_seed(seed)
         self.attention: Attention = attention_of(config)
         self.model = empty_model(config, torch.float32, torch.device("cpu"), self.attention)
-        count = int(getattr(self.text, "num_hidden_layers", 0) or 0)
+        count = int(setting(self.text, "num_hidden_layers") or 0)
         path = find_blocks(self.model, count) if count else None
         if path is None:
             raise underivable(config, f"no list of {count} decoder blocks in {type(self.model).__name__}")
         self.path = path
         self.blocks = self.model.get_submodule(path)
-        self.kinds = _kinds(self.blocks, getattr(self.text, "layer_types", None))
+        self.kinds = _kinds(self.blocks, setting(self.text, "layer_types"))
         self._fill_stem()
         self.hidden = int(self.text.hidden_size)
         self.tuple_output = False
@@ -108,7 +116,8 @@ class Probe:
         ids = torch.arange(TOKENS).view(1, TOKENS)
         try:
             self.model.base_model(ids, use_cache=False)
-        except (IndexError, AttributeError, TypeError):  # what follows the first block takes its result for a tuple
+        except (IndexError, AttributeError, TypeError, ValueError, RuntimeError):
+            # what follows the first block takes its result for a tuple
             calls.clear()
             self.tuple_output = True
             self._record_tuples(calls, ids)
@@ -161,8 +170,8 @@ class Probe:
         """The block's output, ``[1, tokens, hidden]``."""
         call = self.calls[index]
         result = self.blocks[index](hidden.clone(), *call.args, **call.kwargs)
-        self.tuple_output = isinstance(result, tuple)
-        output: torch.Tensor = result[0] if isinstance(result, tuple) else result
+        self.tuple_output = isinstance(result, tuple | list)
+        output: torch.Tensor = result[0] if self.tuple_output else result
         return output.clone()
 
 
@@ -199,7 +208,7 @@ def _activation(module: nn.Module, config: Any) -> str | None:
 
     act = getattr(module, "act_fn", None)
     for key in ("hidden_activation", "hidden_act", "activation_function", "mlp_hidden_act"):
-        name = getattr(config, key, None)
+        name = setting(config, key)
         if isinstance(name, str) and name in ACT2FN and (act is None or type(act) is type(ACT2FN[name])):
             return name
     return None

@@ -215,6 +215,14 @@ class ArchitectureSpec:
         """``model.layers.7.``"""
         return f"{self.blocks}.{index}."
 
+    def block_of(self, name: str) -> int | None:
+        """Index of the block that a full checkpoint name belongs to; None outside the blocks, and in further layers
+        that the model class does not have (multi-token prediction)."""
+        if not name.startswith(self.blocks + "."):
+            return None
+        index = name[len(self.blocks) + 1 :].partition(".")[0]
+        return int(index) if index.isdigit() and int(index) < self.n_blocks else None
+
     @property
     def base_prefix(self) -> str:
         """First component of the path of the blocks; some checkpoints leave it out."""

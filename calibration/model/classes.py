@@ -16,6 +16,14 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def setting(config: Any, name: str) -> Any:
+    """An entry of a config, or None: also where every layer has one of its own."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
+
+
 def is_wrapper(config: Any) -> bool:
     """Whether a language model is one part among others (vision, audio, projector)."""
     return text_config(config) is not config

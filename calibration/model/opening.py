@@ -13,6 +13,8 @@ from calibration.architectures import ArchitectureSpec, check_family, resolve
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, read_config
 from calibration.model.classes import empty_model, renaming, text_config
+from calibration.model.float8 import FLOATS, check_dtypes, with_scales
+from calibration.model.float8 import METHODS as FLOAT8_METHODS
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
@@ -67,6 +69,10 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[Checkpoin
             "read that code, then pass --trust-remote-code",
         )
     reader = CheckpointReader(folder)
+    quantized = data.get("quantization_config")
+    if quantized is None or quantized.get("quant_method") in FLOAT8_METHODS:
+        reader.infos = with_scales(reader.infos, _named_dtype(data))
+        reader.config = {key: value for key, value in data.items() if key != "quantization_config"}
     check_family(str(data.get("model_type")), reader.infos)
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -76,11 +82,22 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[Checkpoin
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ToolkitError(f"{folder}/config.json: {reason}", "compare it with the model's original config") from None
+    if "quantization_config" not in reader.config and hasattr(config, "quantization_config"):
+        del config.quantization_config
     spec = resolve(config)
+    if "quantization_config" not in reader.config:
+        check_dtypes(reader.infos, spec.blocks)
     if spec.derived:
         reader.rename(renaming(empty_model(config, torch.float32, torch.device("meta"), spec.attention)))
     reader.add_base_prefix(spec.base_prefix, (*(stored for stored, _ in spec.root_renames), "lm_head."))
     return reader, config, spec
+
+
+def _named_dtype(data: dict[str, Any]) -> torch.dtype:
+    """The dtype that ``config.json`` gives; bfloat16 where it gives none."""
+    named = str(data.get("dtype") or data.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    found = getattr(torch, named, torch.bfloat16)
+    return found if found in FLOATS else torch.bfloat16
 
 
 def _known_types() -> tuple[str, ...]:

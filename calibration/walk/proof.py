@@ -109,7 +109,7 @@ class _Proof:
     def _output(self, segment: Segment, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = _widened(self.states.call(hidden.shape[0], self.index))
         result = segment.module(hidden.clone(), *args, **kwargs)
-        output: torch.Tensor = result[0] if isinstance(result, tuple) else result
+        output: torch.Tensor = result[0] if isinstance(result, tuple | list) else result
         return output.clone()
 
     def _check_inputs(self, segment: Segment, entered: dict[str, tuple[torch.Tensor, ...]]) -> None:

@@ -193,7 +193,8 @@ class Segment:
     def sync(self) -> None:
         """Bring edited parameters into the module, in the dtype of the forward pass."""
         for name in self._stale:
-            target = self.module.get_parameter(self.architecture.module_name(name)).data
+            path, _, leaf = self.architecture.module_name(name).rpartition(".")
+            target = getattr(self.module.get_submodule(path), leaf).data
             if target.data_ptr() != self.masters[name].data_ptr():
                 target.copy_(self.masters[name])
         self._stale.clear()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, disk_errors, write_atomically
 from calibration.model.shards import ShardWriter
@@ -115,8 +116,8 @@ def copy_small_files(source: Path, out: Path) -> None:
                     shutil.copyfile(path, out / path.name)
 
 
-def outside_blocks(reader: CheckpointReader, blocks: str) -> Iterator[tuple[str, torch.Tensor]]:
+def outside_blocks(reader: CheckpointReader, spec: ArchitectureSpec) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors outside the blocks, in the order of their names."""
     for name in sorted(reader.infos):
-        if not name.startswith(blocks + "."):
+        if spec.block_of(name) is None:
             yield name, reader.tensor(name)

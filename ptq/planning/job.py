@@ -13,6 +13,7 @@ from calibration.memory import return_freed
 from calibration.model.checkpoint import CheckpointReader
 from calibration.model.classes import text_config
 from calibration.model.opening import DEMO, context_length, forward_dtype, load_tokenizer, locate, open_model
+from calibration.model.skeleton import build_model, check_placed
 from calibration.progress import Progress
 from calibration.text.corpora import check_name
 from calibration.text.crops import TokenBatches, check_tokenizer
@@ -123,6 +124,7 @@ def prepare(
         notes.append(f"--seq-len {seq_len} is longer than the model's context: cut to {longest}")
         seq_len = longest
     batch_size = max(1, min(options.samples, BATCH_TOKENS // seq_len))
+    check_placed(reader.infos, build_model(config, spec, torch.float32, torch.device("meta")), spec)
     plan = make_plan(
         reader,
         config,

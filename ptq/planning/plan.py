@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from calibration.architectures import ArchitectureSpec, described
+from calibration.architectures import ArchitectureSpec
 from calibration.errors import PlanError, Problem, ToolkitError, unknown_value
 from calibration.model.checkpoint import CheckpointReader
 from calibration.walk.passes import (
@@ -30,6 +30,7 @@ from ptq.methods.choosing import ChoosesSchemes
 from ptq.methods.gptq import Gptq
 from ptq.methods.ptq161 import binary_problems
 from ptq.planning.activation_plan import activation_problems
+from ptq.planning.architecture_remarks import architecture_remarks
 from ptq.planning.recipe import Recipe
 from ptq.planning.sizes import Sizes, estimate
 from ptq.scheme import QuantScheme
@@ -141,9 +142,7 @@ def make_plan(
     forwards = forwards_per_block(recipe.passes)
     tokens = samples * seq_len, batch_size * seq_len
     sizes = estimate(reader, config, spec, layout, recipe, forwards, tokens, forward_itemsize)
-    remarks = [f"not in the architecture table: derived and proved: {described(spec)}"] if spec.derived else []
-    remarks += [f"not balanced: {r}" for i in range(spec.n_blocks) for r in spec.block(i).unbalanced]
-    remarks += [f"stays float: {name}" for i in range(spec.n_blocks) for name in spec.block(i).kept]
+    remarks = architecture_remarks(reader, spec)
     remarks += [r for p in model_wide for r in p.remarks(spec, layout)]
     biases = tuple(f"{name}.bias" for name in added)
     return Plan(recipe, spec, layout, fmt, reason, sizes, forwards > 0, tuple(dict.fromkeys(remarks)), biases)
