@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
-from tiny_configs import tiny_config
 from tiny_models import FAMILIES
 from tiny_runs import IDS, assert_close, logits, quantize
 from transformers import AutoConfig
 
+from benchmarks.tiny_configs import tiny_config
 from calibration.architectures import FAMILIES as TABLE
 from calibration.architectures import Balance, Residual, described, resolve
 from calibration.architectures.derived import derive

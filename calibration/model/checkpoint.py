@@ -149,12 +149,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ToolkitError(f"{path}: no such file", "name a folder that holds a Hugging Face checkpoint") from None
+        raise _no_config(folder) from None
     except ValueError as error:
         raise ToolkitError(f"{path}: not readable as JSON ({error})", "fetch this file again") from None
     if not isinstance(data, dict):
         raise ToolkitError(f"{path}: holds a {type(data).__name__}, not an object", "fetch this file again")
     return data
+
+
+def _no_config(folder: Path) -> ToolkitError:
+    """What a folder without ``config.json`` holds instead of a model, as far as it shows."""
+    fix = "name a folder that holds a Hugging Face checkpoint"
+    adapter = folder / "adapter_config.json"
+    if adapter.exists():
+        try:
+            base = str(json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path"))
+        except (ValueError, AttributeError):
+            base = "its base model"
+        return ToolkitError(
+            f"{folder}: an adapter of {base}, not a model",
+            f"merge it first: PeftModel.from_pretrained(base, '{folder.name}').merge_and_unload().save_pretrained(...)",
+        )
+    if any(folder.glob("tokenizer*")) and not any(folder.glob("*.safetensors")):
+        return ToolkitError(f"{folder}: a tokenizer without a model (no config.json, no *.safetensors)", fix)
+    return ToolkitError(f"{folder / 'config.json'}: no such file", fix)
 
 
 @contextmanager

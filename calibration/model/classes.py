@@ -24,6 +24,19 @@ def setting(config: Any, name: str) -> Any:
         return None
 
 
+def rope_switch(config: Any) -> int | None:
+    """The number of positions beyond which LongRoPE models (Phi-3-128k, Phi-4-mini) turn all keys with other
+    frequencies, so that keys in a cache no longer fit; None for all others."""
+    text = text_config(config)
+    rope = setting(text, "rope_parameters") or setting(text, "rope_scaling") or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    found = next((kind for kind in kinds if kind.get("rope_type", kind.get("type")) == "longrope"), None)
+    if found is None:
+        return None
+    length = found.get("original_max_position_embeddings") or setting(text, "original_max_position_embeddings")
+    return int(length) if length else None
+
+
 def is_wrapper(config: Any) -> bool:
     """Whether a language model is one part among others (vision, audio, projector)."""
     return text_config(config) is not config

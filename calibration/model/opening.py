@@ -68,6 +68,11 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[Checkpoin
             f"{folder}: model_type '{data.get('model_type')}' needs Python code that comes with the checkpoint",
             "read that code, then pass --trust-remote-code",
         )
+    if (folder / "adapter_config.json").exists():
+        raise ToolkitError(
+            f"{folder}: a model with an adapter beside it (adapter_config.json), which would be lost",
+            "merge the adapter into the model first, or move its files away to work on the base model alone",
+        )
     reader = CheckpointReader(folder)
     quantized = data.get("quantization_config")
     if quantized is None or quantized.get("quant_method") in FLOAT8_METHODS:

@@ -124,7 +124,6 @@ def prepare(
         notes.append(f"--seq-len {seq_len} is longer than the model's context: cut to {longest}")
         seq_len = longest
     batch_size = max(1, min(options.samples, BATCH_TOKENS // seq_len))
-    check_placed(reader.infos, build_model(config, spec, torch.float32, torch.device("meta")), spec)
     plan = make_plan(
         reader,
         config,
@@ -135,6 +134,7 @@ def prepare(
         batch_size=batch_size,
         forward_itemsize=dtype.itemsize,
     )
+    check_placed(reader.infos, build_model(config, spec, torch.float32, torch.device("meta")), spec)
     dataset = options.dataset or default_dataset(folder)
     if plan.needs_data and dataset == GENERATED:
         check_can_write(reader, config, spec)

@@ -30,6 +30,10 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
     "global_head_dim": 16, "num_global_key_value_heads": 2, "num_kv_shared_layers": 0, "max_window_layers": 1,
 }  # fmt: skip
+TOWER = {
+    "depth": 2, "out_hidden_size": 64, "embed_dim": 64, "fullatt_block_indexes": [1], "image_size": 28,
+    "patch_size": 14, "deepstack_visual_indexes": [1],
+}  # fmt: skip
 OPEN = ("head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
 SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -69,9 +73,16 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
     if "kv_lora_rank" in sizes:
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     sizes |= SPECIAL.get(model_type, {}) | changes
+    if "vocab_size_per_layer_input" in sizes:
+        sizes["vocab_size_per_layer_input"] = sizes["vocab_size"]
     if text is plain or type(text) is type(plain):
         return AutoConfig.for_model(model_type, **sizes)
-    return AutoConfig.for_model(model_type, text_config=sizes)
+    towers = {}
+    for name in plain.sub_configs:
+        tower = getattr(plain, name, None)
+        if tower is not None and tower is not text:
+            towers[name] = {k: v for k, v in {**SIZES, **TOWER}.items() if _takes(tower, k)}
+    return AutoConfig.for_model(model_type, **{**towers, "text_config": {**text.to_diff_dict(), **sizes}})
 
 
 def _takes(config: Any, name: str) -> bool:
