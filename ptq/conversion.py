@@ -107,12 +107,14 @@ def export_model(
     with session.unless_done():
         progress.stage("export", (1 + adapter) * len(layout.quantized))
         outside = outside_blocks(reader, spec)
-        fmt, _ = write_checkpoint(blocks, outside, layout, FORMATS[format], session.partial, progress.advance)
+        fmt, _ = write_checkpoint(
+            blocks, outside, layout, FORMATS[format], session.partial, progress.advance, reader.stored_name
+        )
         if adapter:
             write_adapter(everything, session.partial / FOLDER, progress.advance)
         copy_small_files(folder, session.partial)
         progress.stage("verify", len(layout.quantized))
-        verify_checkpoint(blocks, fmt, session.partial, progress.advance)
+        verify_checkpoint(blocks, fmt, session.partial, progress.advance, reader.stored_name)
         reader.close()
         session.finish()
     return fmt

@@ -6,12 +6,13 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_derived import tiny
 from tiny_runs import assert_close, edit_config, logits, quantize, rewrite, tiny_checkpoint
 
 import ptq
 from calibration.errors import ToolkitError
+from calibration.model.classes import auto_class
 from calibration.model.opening import open_model
 from ptq.planning.job import prepare
 from ptq.runtime.load import load_model
@@ -124,3 +125,39 @@ def test_float8_without_scales_is_refused(tmp_path):
     for refused in (lambda: open_model(folder), lambda: ptq.evaluate(folder, dataset="builtin")):
         with pytest.raises(ToolkitError, match=r"float8 codes, and no .*_scale_inv.* their scales are lost"):
             refused()
+
+
+def test_a_checkpoint_as_deepseek_publishes_them(tmp_path):
+    """Latent attention, shared and routed experts, float8 blocks, and a layer that predicts the token after next."""
+    model = tiny("deepseek_v3", tmp_path / "float")
+    stored, meant = float8(load_file(tmp_path / "float/model.safetensors"), "block")
+    last = model.config.num_hidden_layers
+    more = {n.replace(f"layers.{last - 1}.", f"layers.{last}."): t for n, t in stored.items()}
+    stored |= {n: t.clone() for n, t in more.items() if f"layers.{last}." in n}
+    rewrite(tmp_path / "float", lambda _: stored)
+    edit_config(tmp_path / "float", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    record = quantize(tmp_path / "float", tmp_path / "out", method="awq+gptq", scheme="w8a16-gchannel")
+    assert any("experts.3.down_proj" in linear.name for linear in record.linears)
+    model.load_state_dict(auto_class(model.config).from_pretrained(_plain(tmp_path, meant)).state_dict())
+    with torch.no_grad():
+        ours, plain = logits(load_model(tmp_path / "out").model), logits(model)
+        theirs = auto_class(model.config).from_pretrained(tmp_path / "out", dtype=torch.float32)
+        assert_close(logits(theirs), ours)
+    assert (ours - plain).abs().mean() < 0.1 * plain.abs().mean()  # a token may choose another expert
+    written = load_file(tmp_path / "out/model.safetensors")
+    assert f"model.layers.{last}.self_attn.kv_b_proj.weight" in written
+    assert not any("scale_inv" in name or t.dtype == torch.float8_e4m3fn for name, t in written.items())
+    ptq.export_model(tmp_path / "out", format="native", out=tmp_path / "native")
+    with torch.no_grad():
+        assert_close(logits(load_model(tmp_path / "native").model), ours)
+
+
+def _plain(place, tensors):
+    """The folder of a float checkpoint with these tensors."""
+    folder = place / "plain"
+    folder.mkdir()
+    config = json.loads((place / "float/config.json").read_text())
+    config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({n: t.float() for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

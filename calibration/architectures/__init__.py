@@ -43,8 +43,10 @@ FAMILIES: dict[str, Family] = {
 _derived: dict[tuple[type, str], ArchitectureSpec] = {}
 
 
-def derivable(model_type: str) -> bool:
-    """Whether transformers has a class for this type, from which `resolve` derives what the table does not name."""
+def known_type(model_type: str) -> bool:
+    """Whether the table names this type, or transformers has a class from which `resolve` derives its entry."""
+    if model_type in FAMILIES:
+        return True
     from transformers.models.auto import modeling_auto
 
     wrappers = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -58,7 +60,7 @@ def check_family(model_type: str, names: Iterable[str]) -> None:
         model_type: of ``config.json``.
         names: tensor names of the checkpoint.
     """
-    if model_type in FAMILIES or derivable(model_type):
+    if known_type(model_type):
         return
     first = sorted(n for n in names if ".0." in n and n.endswith(".weight"))[:40]
     listing = "\n        ".join(first) or "(no block tensors found)"
@@ -101,7 +103,7 @@ __all__ = [
     "Residual",
     "SharedInput",
     "check_family",
-    "derivable",
     "described",
+    "known_type",
     "resolve",
 ]

@@ -11,6 +11,7 @@ from torch import nn
 
 from calibration.architectures.derive_probe import Probe
 from calibration.model.classes import setting
+from calibration.model.experts import set_submodule
 from calibration.walk.capture import Seen, Watch, trace, watching
 
 TOLERANCE = 3e-5  # of the largest output value, in float32
@@ -110,6 +111,7 @@ def observe(probe: Probe, index: int) -> Observed:
     """Fill one block with random weights and watch it run."""
     block = probe.load(index)
     hidden = probe.hidden_states()
+    read = _read_directly(probe, index, hidden)
     with trace(block) as calls:
         output = probe.run(index, hidden)
     experts = probe.experts.get(index)
@@ -124,7 +126,7 @@ def observe(probe: Probe, index: int) -> Observed:
             continue
         group = groups.get(key(call.entered[0]))
         kind = _kind(module, call, experts.module if experts else None, counts)
-        if kind is None:
+        if kind is None or call.path in read:
             continue
         if group is None:
             group = groups[key(call.entered[0])] = Readers(width=call.entered[0].shape[-1])
@@ -142,6 +144,47 @@ def observe(probe: Probe, index: int) -> Observed:
         if parameter.ndim > 1 and not (inside and name.startswith(inside)) and name.removesuffix(".weight") not in named
     ]
     return Observed(probe, index, hidden, output, list(groups.values()), calls, linears, rest)
+
+
+class _CallOnly(nn.Module):
+    """A linear that can be called, and whose weight cannot be read: what it is once it is quantized."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.linear(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["linear"], name)
+
+
+def _read_directly(probe: Probe, index: int, hidden: torch.Tensor) -> set[str]:
+    """Linears whose weight the block's class reads itself: they cannot be quantized for any reader."""
+    block, found = probe.blocks[index], set[str]()
+    linears = {path: module for path, module in block.named_modules() if is_linear(module)}
+
+    def works(paths: Collection[str]) -> bool:
+        for path in paths:
+            set_submodule(block, path, _CallOnly(linears[path]))
+        try:
+            probe.run(index, hidden)
+        except AttributeError:
+            return False
+        finally:
+            for path in paths:
+                set_submodule(block, path, linears[path])
+        return True
+
+    if not works(linears):
+        found = {path for path in linears if not works([path])}
+    return found
 
 
 def _kind(module: nn.Module, call: Seen, experts: str | None, counts: Collection[int]) -> str | None:

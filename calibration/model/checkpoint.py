@@ -45,12 +45,11 @@ class CheckpointReader:
             raise ToolkitError(f"{folder}: no such folder", "name a folder with config.json and *.safetensors")
         self.folder = folder
         self.config: dict[str, Any] = read_config(folder)
-        self._stored: dict[str, str] = {}  # name of the model class -> name in the file
         self.infos: dict[str, TensorInfo] = {}
+        self._in_file: dict[str, str] = {}  # names that differ, see `rename`
         for shard in shards_of(folder):
             for name, info in read_header(folder / shard).items():
                 self.infos[name] = info
-                self._stored[name] = name
         self._open: dict[str, Any] = {}
 
     @classmethod
@@ -58,8 +57,7 @@ class CheckpointReader:
         """One safetensors file without a config."""
         reader = cls.__new__(cls)
         reader.folder, reader.config, reader._open = path.parent, {}, {}
-        reader.infos = read_header(path)
-        reader._stored = {name: name for name in reader.infos}
+        reader.infos, reader._in_file = read_header(path), {}
         return reader
 
     def add_base_prefix(self, prefix: str, outside: tuple[str, ...] = ("lm_head.",)) -> None:
@@ -68,7 +66,6 @@ class CheckpointReader:
             return
         names = {n: n if n.startswith(outside) else prefix + n for n in self.infos}
         self.infos = {names[n]: info for n, info in self.infos.items()}
-        self._stored = {names[n]: stored for n, stored in self._stored.items()}
 
     def rename(self, new_name: Callable[[str], str]) -> None:
         """Call every tensor by the name that ``new_name`` makes of its own.
@@ -86,7 +83,15 @@ class CheckpointReader:
                 )
             taken[new] = old
         self.infos = {names[n]: info for n, info in self.infos.items()}
-        self._stored = {names[n]: stored for n, stored in self._stored.items()}
+        self._in_file = {new: self.stored_name(old) for new, old in taken.items()}
+
+    def stored_name(self, name: str) -> str:
+        """What the file calls a tensor, or would call another tensor of the same module."""
+        if name in self._in_file:
+            return self._in_file[name]
+        module, _, leaf = name.rpartition(".")
+        beside = self._in_file.get(f"{module}.weight")
+        return name if beside is None else f"{beside.removesuffix('weight')}{leaf}"
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, read and not mapped: pages of a mapped shard count as resident memory. In its stored dtype, but

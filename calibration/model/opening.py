@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from calibration.architectures import ArchitectureSpec, check_family, resolve
+from calibration.architectures import ArchitectureSpec, check_family, known_type, resolve
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, read_config
 from calibration.model.classes import empty_model, renaming, text_config
@@ -63,7 +63,7 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[Checkpoin
         ToolkitError: broken folder, unknown architecture, code of the checkpoint's own without permission.
     """
     data = read_config(folder)
-    if "auto_map" in data and not trust_remote_code and data.get("model_type") not in _known_types():
+    if "auto_map" in data and not trust_remote_code and not known_type(str(data.get("model_type"))):
         raise ToolkitError(
             f"{folder}: model_type '{data.get('model_type')}' needs Python code that comes with the checkpoint",
             "read that code, then pass --trust-remote-code",
@@ -93,7 +93,9 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[Checkpoin
     if "quantization_config" not in reader.config:
         check_dtypes(reader.infos, spec.blocks)
     if spec.derived:
-        reader.rename(renaming(empty_model(config, torch.float32, torch.device("meta"), spec.attention)))
+        model = empty_model(config, torch.float32, torch.device("meta"), spec.attention)
+        rename, known = renaming(model), model.state_dict().keys()
+        reader.rename(lambda name: name if name in known else rename(name))
     reader.add_base_prefix(spec.base_prefix, (*(stored for stored, _ in spec.root_renames), "lm_head."))
     return reader, config, spec
 
@@ -103,12 +105,6 @@ def _named_dtype(data: dict[str, Any]) -> torch.dtype:
     named = str(data.get("dtype") or data.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     found = getattr(torch, named, torch.bfloat16)
     return found if found in FLOATS else torch.bfloat16
-
-
-def _known_types() -> tuple[str, ...]:
-    from calibration.architectures import FAMILIES
-
-    return tuple(FAMILIES)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:

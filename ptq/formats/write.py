@@ -42,12 +42,14 @@ def write_checkpoint(
     fmt: Format,
     out: Path,
     advance: Callable[[str], None],
+    stored_name: Callable[[str], str] = str,
 ) -> tuple[Format, int]:
     """Write shards, index and config.json into the existing folder ``out``.
 
     Args:
         source: gives blocks of (quantized linears, float tensors); called twice where zero points decide the variant.
         outside: (name, tensor) of everything outside the blocks.
+        stored_name: what the source's files call a tensor; the output's files call it the same.
 
     Returns:
         the format as written (GPTQ settles on version 1 or 2), and the bytes of all tensors.
@@ -58,13 +60,13 @@ def write_checkpoint(
         stale.unlink()
     writer = ShardWriter(out)
     for name, tensor in outside:
-        writer.add(name, tensor)
+        writer.add(stored_name(name), tensor)
     for quantized, others in source():
         for name, tensor in others.items():
-            writer.add(name, tensor)
+            writer.add(stored_name(name), tensor)
         for name, q in quantized.items():
             for suffix, tensor in variant.encode(q, dtype).items():
-                writer.add(f"{name}.{suffix}", tensor)
+                writer.add(stored_name(f"{name}.{suffix}"), tensor)
             advance(name)
     writer.finish()
     settings = variant.config(layout)
@@ -85,7 +87,13 @@ def _smallest_zero(source: Source) -> int:
     return min(zeros, default=2)
 
 
-def verify_checkpoint(source: Source, fmt: Format, out: Path, advance: Callable[[str], None]) -> int:
+def verify_checkpoint(
+    source: Source,
+    fmt: Format,
+    out: Path,
+    advance: Callable[[str], None],
+    stored_name: Callable[[str], str] = str,
+) -> int:
     """Read every quantized linear back from the shards with the independent reader; returns how many.
 
     Raises:
@@ -95,7 +103,8 @@ def verify_checkpoint(source: Source, fmt: Format, out: Path, advance: Callable[
     with CheckpointReader(out) as reader:
         for quantized, _ in source():
             for name, q in quantized.items():
-                found = {s: f"{name}.{s}" for s in fmt.suffixes if f"{name}.{s}" in reader.infos}
+                named = {s: stored_name(f"{name}.{s}") for s in fmt.suffixes}
+                found = {s: full for s, full in named.items() if full in reader.infos}
                 if not found:
                     raise ToolkitError(
                         f"{name}: missing from the written files", "this is a bug of ptq: please report it"

@@ -116,12 +116,13 @@ def run(
             plan.format,
             session.partial,
             progress.advance,
+            reader.stored_name,
         )
         reader.close()
         copy_small_files(reader.folder, session.partial)
     with watch("verify"):
         progress.stage("verify", len(plan.layout.quantized))
-        verified = verify_checkpoint(blocks.blocks, fmt, session.partial, progress.advance)
+        verified = verify_checkpoint(blocks.blocks, fmt, session.partial, progress.advance, reader.stored_name)
         check_keys(session.partial, reader.infos, options.trust_remote_code)
     gating = [step for step in plan.recipe.passes if isinstance(step, Gates)]
     if gating:
