@@ -85,7 +85,8 @@ def resolve(config: Any) -> ArchitectureSpec:
         return FAMILIES[config.model_type](config)
     from calibration.architectures.derived import derive
 
-    key = type(config), json.dumps(config.to_dict(), sort_keys=True, default=str)
+    entries = {k: v for k, v in config.to_dict().items() if k not in ("quantization_config", "dtype", "_name_or_path")}
+    key = type(config), json.dumps(entries, sort_keys=True, default=str)
     if key not in _derived:
         _derived[key] = derive(config)
     return _derived[key]
