@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -127,6 +127,45 @@ Inputs = dict[str, tuple[torch.Tensor, torch.Tensor | None]]
 def _rows(block: nn.Module, path: str) -> torch.Tensor | None:
     parent = block.get_submodule(path.rpartition(".")[0])
     return parent.rows if isinstance(parent, Expert) else None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call of a submodule: its path, the tensors that were given to it and the tensor it returned (the first one
+    of a tuple; None where it returned something else)."""
+
+    path: str
+    entered: tuple[torch.Tensor, ...]
+    left: torch.Tensor | None
+
+
+@contextmanager
+def trace(block: nn.Module) -> Iterator[list[Seen]]:
+    """While open, every call of every submodule, in the order in which the calls began."""
+    calls: list[Seen] = []
+    places: list[int] = []
+
+    def before(path: str):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            places.append(len(calls))
+            calls.append(Seen(path, tuple(a for a in (*args, *kwargs.values()) if torch.is_tensor(a)), None))
+
+        return hook
+
+    def after(module: nn.Module, args: Any, result: Any) -> None:
+        place, first = places.pop(), result[0] if isinstance(result, tuple) and result else result
+        calls[place] = replace(calls[place], left=first if torch.is_tensor(first) else None)
+
+    handles: list[RemovableHandle] = []
+    for path, module in block.named_modules():
+        if path:
+            handles.append(module.register_forward_pre_hook(before(path), with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -92,6 +92,10 @@ class HiddenStates:
         result: torch.Tensor = output[0] if self._tuple_output else output
         return result
 
+    def call(self, batch: int, index: int) -> Call:
+        """What the model passes to a block beside the hidden states, for batches of this size."""
+        return self._calls[batch][index]
+
     def copy(self) -> HiddenStates:
         """A stream of its own that starts from the same states. Tensors are shared until a block replaces them."""
         other = HiddenStates(self._tuple_output, self._device)

@@ -7,7 +7,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import get_args
 
+import torch
+
 from calibration.errors import ToolkitError, unknown_value
+from calibration.model.skeleton import build_model, check_placed
 from calibration.shown import Shown
 from calibration.text.corpora import check_name
 from calibration.text.generated import GENERATED
@@ -16,6 +19,8 @@ from ptq.planning.plan import Plan, make_plan
 from ptq.planning.recipe import method_recipe, read_recipe
 from ptq.planning.source import Source, TextOptions, open_source
 from ptq.sparse.methods import refuse_sparse
+
+META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,7 @@ def prepare(
         batch_size=source.batch_size,
         forward_itemsize=source.dtype.itemsize,
     )
+    check_placed(source.reader.infos, build_model(source.config, source.spec, torch.float32, META), source.spec)
     if plan.needs_data:
         source.check_text()
     if plan.needs_data and source.dataset == GENERATED:

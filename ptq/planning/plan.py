@@ -20,6 +20,7 @@ from ptq.formats.checks import matching, refuse
 from ptq.formats.registry import FORMATS, PREFERRED, Format, choose
 from ptq.linears import ModelLayout, PlannedLinear, float_linears
 from ptq.planning.activation_plan import activation_problems
+from ptq.planning.architecture_remarks import architecture_remarks
 from ptq.planning.groups import fit_groups, group_remarks
 from ptq.planning.recipe import Recipe
 from ptq.planning.sizes import Sizes, estimate
@@ -131,7 +132,7 @@ def make_plan(
     tokens = samples * seq_len, batch_size * seq_len
     sizes = estimate(reader, config, spec, layout, recipe, forwards, tokens, forward_itemsize)
     remarks = list(group_remarks(linears, layout.linears))
-    remarks += [f"not balanced: {r}" for i in range(spec.n_blocks) for r in spec.block(i).unbalanced]
+    remarks += architecture_remarks(reader, spec)
     remarks += [r for p in recipe.passes for r in p.remarks(view)]
     biases = tuple(f"{name}.bias" for name in added)
     return Plan(recipe, spec, layout, fmt, reason, sizes, forwards > 0, tuple(dict.fromkeys(remarks)), biases)
@@ -180,7 +181,7 @@ def _resolve_linears(
             for group in block.balance
             if f"{prefix}{group.producer}.weight" not in reader.infos
         ]
-        known = {*block.linears, *block.routers}
+        known = {*block.linears, *block.routers, *block.kept}
         unknown += [
             n
             for n, info in reader.infos.items()
@@ -274,5 +275,6 @@ def other_linears(config: Any, spec: ArchitectureSpec) -> Iterable[str]:
     for index in range(spec.n_blocks):
         for router in spec.block(index).routers:
             yield spec.prefix(index) + router
+    yield from spec.other_linears
     if getattr(config, "word_embed_proj_dim", None) not in (None, getattr(config, "hidden_size", None)):
         yield from ("model.decoder.project_in", "model.decoder.project_out")
