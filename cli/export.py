@@ -6,16 +6,19 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Model, Out, Overwrite, TrustRemoteCode, quiet_libraries
+from cli.options import Embeddings, Head, Metadata, Model, Out, Overwrite, TrustRemoteCode, quiet_libraries
 
 
 def export(
     model: Model,
     out: Out,
-    format: Annotated[str, typer.Option(help="compressed-tensors, awq, gptq, gptq_v2 or native.")],
+    format: Annotated[str, typer.Option(help="compressed-tensors, awq, gptq, gptq_v2, gguf or native.")],
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write low-rank parts (lorc) as a PEFT LoRA adapter into OUT/adapter.")
     ] = False,
+    metadata: Metadata = None,
+    embeddings: Embeddings = None,
+    head: Head = None,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -23,6 +26,7 @@ def export(
     quiet_libraries()
     import dataclasses
 
+    from calibration.errors import ToolkitError
     from calibration.model.checkpoint import CheckpointReader
     from calibration.model.opening import locate, weights_fingerprint
     from cli.progress import TerminalProgress
@@ -30,12 +34,17 @@ def export(
     from sparsity.files import load_sparsity, save_sparsity
 
     sparsity = load_sparsity(locate(model))
+    if sparsity is not None and format == "gguf":
+        raise ToolkitError(f"{model}: has thresholds of pruning, for which 'gguf' has no place", "use --format native")
     with TerminalProgress() as progress:
         fmt = export_model(
             model,
             format=format,
             out=out,
             adapter=adapter,
+            metadata=metadata,
+            embeddings=embeddings,
+            head=head,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=progress,

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from calibration.architectures import ArchitectureSpec
 from calibration.errors import PlanError, ToolkitError, unknown_value
 from calibration.model.checkpoint import CheckpointReader
 from calibration.model.opening import fingerprint, locate, open_model
 from calibration.progress import Progress, Silent
 from ptq.formats.adapter import FOLDER, adapter_problems, base_of, read_adapter, without_low_rank, write_adapter
+from ptq.formats.gguf import check_target
 from ptq.formats.registry import FORMATS, Format, format_of
 from ptq.formats.write import copy_small_files, outside_blocks, verify_checkpoint, write_checkpoint
 from ptq.linears import ModelLayout, PlannedLinear
+from ptq.planning.outside_plan import outside_problems, quantized_outside, rounded_outside
 from ptq.planning.plan import other_linears
 from ptq.quantized import QuantizedTensor
 from ptq.runtime.load import read_linear
@@ -27,6 +32,9 @@ def export_model(
     format: str,
     out: str | Path,
     adapter: bool = False,
+    metadata: Path | None = None,
+    embeddings: str | None = None,
+    head: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -34,6 +42,8 @@ def export_model(
     """Write a quantized checkpoint in another format: the same codes, scales and zero points, laid out anew.
 
     Args:
+        metadata: a GGUF file whose tokenizer a GGUF output takes over.
+        embeddings, head: as in `ptq.planning.job.Options`; those of the source where they are quantized there.
         adapter: low-rank parts go into ``out/adapter`` as a PEFT LoRA adapter, and the rest is written without them.
 
     Returns:
@@ -45,6 +55,7 @@ def export_model(
     progress = progress or Silent()
     if format not in FORMATS:
         raise unknown_value("--format", format, FORMATS)
+    check_target(out, format)
     folder = locate(model)
     session = Session(Path(out))
     session.check(overwrite, resume=False, source=folder, resumable=False)
@@ -97,6 +108,8 @@ def export_model(
     others = tuple(other_linears(config, spec))
     layout = ModelLayout(plain, tuple(linears), others, spec.blocks, reordered, dtype, tuple(parts))
     problems = adapter_problems(layout) if adapter else []
+    outside = Outside(reader, source_format, spec, schemes)
+    layout = replace(layout, outside=outside.planned(embeddings, head, format))
     whole, layout = layout, base_of(layout) if adapter else layout
     problems += FORMATS[format].check(layout)
     if problems:
@@ -106,16 +119,60 @@ def export_model(
     blocks = without_low_rank(everything) if adapter else everything
     with session.unless_done():
         progress.stage("export", (1 + adapter) * len(layout.quantized))
-        outside = outside_blocks(reader, spec.blocks)
-        fmt, _ = write_checkpoint(blocks, outside, layout, FORMATS[format], session.partial, progress.advance)
+        fmt, _ = write_checkpoint(
+            blocks,
+            outside.tensors(layout),
+            layout,
+            FORMATS[format],
+            session.partial,
+            progress.advance,
+            folder,
+            metadata,
+        )
         if adapter:
             write_adapter(everything, session.partial / FOLDER, progress.advance)
-        copy_small_files(folder, session.partial)
+        if not session.single:
+            copy_small_files(folder, session.partial)
         progress.stage("verify", len(layout.quantized))
-        verify_checkpoint(blocks, fmt, session.partial, progress.advance)
+        verify_checkpoint(blocks, fmt, layout, session.partial, progress.advance)
         reader.close()
         session.finish()
     return fmt
+
+
+class Outside:
+    """What lies outside the blocks of a quantized checkpoint: floats, and an embedding and head with codes."""
+
+    def __init__(
+        self, reader: CheckpointReader, fmt: Format, spec: ArchitectureSpec, schemes: Mapping[str, Any]
+    ) -> None:
+        self._reader, self._format, self._spec = reader, fmt, spec
+        self._schemes = {n: known for n, known in schemes.items() if not n.startswith(f"{spec.blocks}.")}
+
+    def planned(self, embeddings: str | None, head: str | None, format_name: str) -> tuple[PlannedLinear, ...]:
+        """Those that the output quantizes, as the source does or as asked.
+
+        Raises:
+            ToolkitError: the source's codes cannot be rounded to another scheme, or the format cannot hold them.
+        """
+        if not self._schemes:
+            return quantized_outside(self._reader.infos, self._spec, embeddings, head, format_name)
+        if embeddings or head:
+            fix = "leave --embeddings and --head out, or quantize the float checkpoint anew"
+            raise ToolkitError("--embeddings, --head: the source has them quantized already", fix)
+        planned = tuple(PlannedLinear(name, -1, shape, scheme) for name, (scheme, shape) in self._schemes.items())
+        problems = [problem for linear in planned for problem in outside_problems(linear, format_name)]
+        if problems:
+            raise PlanError(problems)
+        return planned
+
+    def tensors(self, layout: ModelLayout) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
+        """All of them; codes as they are, and floats rounded where the layout says so."""
+        for name, (scheme, shape) in self._schemes.items():
+            yield name, read_linear(self._reader, self._format, name, scheme, shape)
+        taken = {f"{name}.{suffix}" for name in self._schemes for suffix in self._format.suffixes}
+        floats = ((n, t) for n, t in outside_blocks(self._reader, self._spec.blocks, taken))
+        yield from rounded_outside(floats, layout)
 
 
 class QuantizedBlocks:

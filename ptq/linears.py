@@ -53,6 +53,7 @@ class ModelLayout:
         parts: names of tensors that some linears have beside their codes, see `ptq.quantized.PARTS`.
         reordered: some linear has groups that follow an activation order (a ``group_index``).
         dtype: dtype of the float checkpoint, ``"bfloat16"`` and so on.
+        outside: embedding and head where they are quantized; their ``block`` is -1.
     """
 
     config: dict[str, Any]
@@ -62,6 +63,7 @@ class ModelLayout:
     reordered: bool
     dtype: str
     parts: tuple[str, ...] = ()
+    outside: tuple[PlannedLinear, ...] = ()
 
     def with_schemes(self, schemes: Mapping[str, QuantScheme]) -> ModelLayout:
         """The layout with other schemes for the linears of these full names."""

@@ -14,16 +14,18 @@ from ptq.activations import PRESETS, ActivationQuant, CacheQuant, take_activatio
 IntegerQuantizer = Literal["asym_minmax", "asym_zero_in", "sym_full", "sym_restricted", "sym_gptq"]
 """The five integer grids in common use (A to E of the literature's vocabulary; see `ptq.numerics.integers`)."""
 
-Quantizer = IntegerQuantizer | Literal["float", "binary"]
-ScaleFormat = Literal["half", "bf16", "e8m0", "e4m3"]
+Quantizer = IntegerQuantizer | Literal["float", "binary", "sym_super", "asym_super"]
+ScaleFormat = Literal["half", "bf16", "e8m0", "e4m3", "k4", "k6", "k8"]
 """How scales are stored: exact in bf16 and in fp16; in bf16; a power of two (MX formats); E4M3 beside one float32 for
-the whole tensor (NVFP4)."""
+the whole tensor (NVFP4); integers of 4, 6 or 8 bits beside a float16 for every 256 weights (GGUF's K-quants)."""
 
 Axis = Literal["in", "out"]
 QUANTIZERS: tuple[str, ...] = get_args(IntegerQuantizer)
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-SCALE_BITS: dict[ScaleFormat, int] = {"half": 16, "bf16": 16, "e8m0": 8, "e4m3": 8}
+SCALE_BITS: dict[ScaleFormat, int] = {"half": 16, "bf16": 16, "e8m0": 8, "e4m3": 8, "k4": 4, "k6": 6, "k8": 8}
+SUPER_WIDTH = 256
+"""Weights of a row that share a float16 scale (and minimum) over their groups' integer ones, in K-quants."""
 NARROW_SCALES: tuple[ScaleFormat, ...] = ("e8m0", "e4m3")
 """Scales of one byte, of formats that hardware defines: their group sizes and axis are fixed."""
 
@@ -131,6 +133,11 @@ class TensorQuant:
         return self.quantizer.startswith("sym") or self.quantizer == "float"
 
     @property
+    def superblocks(self) -> bool:
+        """Groups have integer scales under float16 ones of super-blocks, see `ptq.numerics.superblocks`."""
+        return self.quantizer in ("sym_super", "asym_super")
+
+    @property
     def levels(self) -> int:
         """The top unsigned code, N = 2^bits - 1."""
         return 2**self.bits - 1
@@ -156,7 +163,7 @@ class QuantScheme:
     def weights_text(self) -> str:
         """The scheme without its activations: ``w4a16-g128-sym``."""
         w = self.weights
-        preset = next((name for name, quant in FLOAT_PRESETS.items() if quant == w), None)
+        preset = next((name for name, quant in (FLOAT_PRESETS | K_QUANTS).items() if quant == w), None)
         if preset is not None:
             return preset
         if w.float_format is not None:
@@ -174,6 +181,9 @@ class QuantScheme:
             salient = w.salient_count(in_features)
             words = -(-(in_features - salient) // 32) + -(-4 * salient // 32)
             return (32 * words + SCALE_BITS["half"] + 4) / in_features
+        if w.superblocks:
+            count = 1 if w.symmetric else 2  # scales, and minima beside them
+            return w.bits + count * (SCALE_BITS[w.scale_format] / w.grouping.width(SUPER_WIDTH) + 16 / SUPER_WIDTH)
         per_group = SCALE_BITS[w.scale_format] + (0 if w.symmetric else w.bits)
         index = 32.0 / out_features if reordered else 0.0
         index += 32.0 / (out_features * in_features) if w.scale_format == "e4m3" else 0.0
@@ -182,7 +192,8 @@ class QuantScheme:
     def to_json(self) -> dict[str, Any]:
         w = self.weights
         data = {"bits": w.bits, "group_size": w.grouping.size, "axis": w.grouping.axis, "quantizer": w.quantizer}
-        if str(self) != self.weights_text or w.grouping.kind == "tensor" or w.salient_percent is not None:
+        told = w.grouping.kind != "tensor" and w.salient_percent is None and not w.superblocks
+        if str(self) != self.weights_text or not told:
             return {**data, "scheme": str(self)}
         if w.float_format is None:
             return data
@@ -205,6 +216,22 @@ FLOAT_PRESETS: dict[str, TensorQuant] = {
     "nvfp4": TensorQuant.of_floats(E2M1, Grouping("group", 16), "e4m3"),
 }
 FLOAT_BITS = (4, 5, 6, 7, 8)
+K_QUANTS: dict[str, TensorQuant] = {
+    "q2_k": TensorQuant(2, Grouping("group", 16), "asym_super", scale_format="k4"),
+    "q3_k": TensorQuant(3, Grouping("group", 16), "sym_super", scale_format="k6"),
+    "q4_k": TensorQuant(4, Grouping("group", 32), "asym_super", scale_format="k6"),
+    "q5_k": TensorQuant(5, Grouping("group", 32), "asym_super", scale_format="k6"),
+    "q6_k": TensorQuant(6, Grouping("group", 16), "sym_super", scale_format="k8"),
+}
+"""GGUF's K-quants (llama.cpp, ``ggml-quants.c``)."""
+GGUF_BLOCKS = {
+    "q4_0": "w4a16-g32-sym",
+    "q4_1": "w4a16-g32-asym",
+    "q5_0": "w5a16-g32-sym",
+    "q5_1": "w5a16-g32-asym",
+    "q8_0": "w8a16-g32-sym",
+}
+"""GGUF's types with blocks of 32 weights are grids that have names here already."""
 
 _KINDS = ("", "-sym", "-asym")
 _FLOAT_SCHEME = re.compile(r"fp(\d)-e(\d)m(\d)(fn)?(?:-((?:g|ic)\w+))?")
@@ -228,10 +255,14 @@ def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantS
     """
     choices = f"w{{{','.join(map(str, BITS))}}}a16-{{{','.join(f'g{g}' for g in GROUP_SIZES)},gchannel}}[-sym|-asym]"
     choices += f", {', '.join(FLOAT_PRESETS)}, fp4-e2m1-g128 or w1a16-salient20"
+    choices += f"; for GGUF {', '.join([*GGUF_BLOCKS, *K_QUANTS])}"
     choices += "; ic instead of g groups along the outputs"
     choices += f"; with quantized activations {', '.join(PRESETS)}"
-    weights_text, inputs, cache = take_activations(SMOOTHQUANT_LEVELS.get(text.strip().lower(), text))
+    named = GGUF_BLOCKS | SMOOTHQUANT_LEVELS
+    weights_text, inputs, cache = take_activations(named.get(text.strip().lower(), text))
     plain = _grouping_first(weights_text.strip().lower())
+    if plain in K_QUANTS:
+        return QuantScheme(K_QUANTS[plain], inputs, cache)
     if plain in FLOAT_PRESETS:
         return QuantScheme(FLOAT_PRESETS[plain], inputs, cache)
     if plain.startswith("w1a16-salient") and plain.removeprefix("w1a16-salient").isdigit():
@@ -244,7 +275,7 @@ def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantS
     match = _SCHEME.fullmatch(plain)
     if match is None:
         known = [f"w{b}a16-{g}{k}" for b in BITS for g in (*(f"g{n}" for n in GROUP_SIZES), "gchannel") for k in _KINDS]
-        closest = nearest(plain, [*known, *FLOAT_PRESETS]) or "for example w4a16-g128-sym: "
+        closest = nearest(plain, [*known, *FLOAT_PRESETS, *GGUF_BLOCKS, *K_QUANTS]) or "for example w4a16-g128-sym: "
         raise ToolkitError(f"scheme: '{text}' is not a weight scheme", f"{closest}write it as {choices}")
     bits, kind = int(match[1]), match[3]
     if bits not in BITS:

@@ -12,6 +12,7 @@ import torch
 from calibration.architectures import ArchitectureSpec, check_family, resolve
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, read_config
+from calibration.model.gguf import SUFFIX, folder_of, open_reader
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
@@ -20,7 +21,7 @@ NOT_FILES = ["consolidated*.safetensors", "*/*"]  # the same weights once more, 
 
 
 def locate(model: str | Path) -> Path:
-    """The folder of a checkpoint; a hub id is downloaded into the hub cache first.
+    """The folder of a checkpoint; a hub id is downloaded into the hub cache first, and a GGUF file gets one.
 
     Raises:
         ToolkitError: no such folder, or the hub does not give it.
@@ -32,8 +33,10 @@ def locate(model: str | Path) -> Path:
         if not any(path.iterdir()):
             raise ToolkitError(f"{path}: the folder is empty", "name a folder with config.json and *.safetensors")
         return path
+    if path.suffix == SUFFIX and path.is_file():
+        return folder_of(path)
     if path.exists():
-        raise ToolkitError(f"{path}: is a file", "name the folder that holds config.json and *.safetensors")
+        raise ToolkitError(f"{path}: is a file", "name the folder that holds config.json and *.safetensors, or a .gguf")
     if len(path.parts) > 2 or str(model).startswith((".", "/", "~")):
         raise ToolkitError(f"{path}: no such folder", "check the path, or use a hub id such as org/name")
     return _download(str(model))
@@ -65,7 +68,7 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[Checkpoin
             f"{folder}: model_type '{data.get('model_type')}' needs Python code that comes with the checkpoint",
             "read that code, then pass --trust-remote-code",
         )
-    reader = CheckpointReader(folder)
+    reader = open_reader(folder)
     check_family(str(data.get("model_type")), reader.infos)
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig

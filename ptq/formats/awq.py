@@ -51,6 +51,7 @@ class Awq:
         problems = [
             *checks.bits_problems(layout, (BITS,), self.name),
             *checks.mixed_problems(layout, self.name),
+            *checks.super_problems(layout, self.name),
             *checks.group_problems(layout),
             *checks.float_problems(layout, self.name),
             *checks.axis_problems(layout, self.name),

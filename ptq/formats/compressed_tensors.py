@@ -56,6 +56,7 @@ class CompressedTensors:
         """Why the format cannot hold this model."""
         return [
             *checks.bits_problems(layout, BITS, self.name),
+            *checks.super_problems(layout, self.name),
             *checks.group_problems(layout),
             *packed_floats.problems(layout, self.name),
             *checks.axis_problems(layout, self.name),

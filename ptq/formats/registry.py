@@ -11,6 +11,7 @@ from calibration.errors import Problem, ToolkitError
 from calibration.model.checkpoint import TensorInfo
 from ptq.formats.awq import Awq
 from ptq.formats.compressed_tensors import CompressedTensors
+from ptq.formats.gguf import Gguf
 from ptq.formats.gptq import Gptq
 from ptq.formats.native import Native
 from ptq.linears import ModelLayout
@@ -86,6 +87,7 @@ FORMATS: dict[str, Format] = {
     "awq": Awq(),
     "gptq": Gptq(1),
     "gptq_v2": Gptq(2),
+    "gguf": Gguf(),
     "native": Native(),
 }
 

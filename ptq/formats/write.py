@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import torch
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, disk_errors, write_atomically
 from calibration.model.shards import ShardWriter
+from ptq.formats.gguf_file import verify_file, write_file
 from ptq.formats.readback import compare
 from ptq.formats.registry import Format
 from ptq.linears import ModelLayout
 from ptq.quantized import QuantizedTensor
+from ptq.session import SINGLE_FILE
 
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 NOT_COPIED = {  # written anew, or belonging to another run
@@ -36,28 +38,39 @@ Source = Callable[[], Iterator[tuple[dict[str, QuantizedTensor], dict[str, torch
 
 def write_checkpoint(
     source: Source,
-    outside: Iterable[tuple[str, torch.Tensor]],
+    outside: Iterable[tuple[str, torch.Tensor | QuantizedTensor]],
     layout: ModelLayout,
     fmt: Format,
     out: Path,
     advance: Callable[[str], None],
+    model: Path,
+    metadata: Path | None = None,
 ) -> tuple[Format, int]:
-    """Write shards, index and config.json into the existing folder ``out``.
+    """Write shards, index and config.json into the existing folder ``out``, or the one file of GGUF.
 
     Args:
         source: gives blocks of (quantized linears, float tensors); called twice where zero points decide the variant.
-        outside: (name, tensor) of everything outside the blocks.
+        outside: (name, tensor) of everything outside the blocks; the full name of a linear or embedding without
+            ``.weight`` where it is quantized.
+        model: folder with the tokenizer, which GGUF files hold.
+        metadata: a GGUF file to take the tokenizer from instead.
 
     Returns:
         the format as written (GPTQ settles on version 1 or 2), and the bytes of all tensors.
     """
     variant = fmt.for_zeros(_smallest_zero(source) >= 1) if fmt.name.startswith("gptq") else fmt
+    if fmt.name == "gguf":
+        return fmt, write_file(source(), outside, layout, out, model, metadata, advance)
     dtype = getattr(torch, layout.dtype)
     for stale in [*out.glob("*.safetensors"), *out.glob("*.safetensors.part")]:
         stale.unlink()
     writer = ShardWriter(out)
-    for name, tensor in outside:
-        writer.add(name, tensor)
+    for name, value in outside:
+        if isinstance(value, QuantizedTensor):
+            for suffix, tensor in variant.encode(value, dtype).items():
+                writer.add(f"{name}.{suffix}", tensor)
+        else:
+            writer.add(name, value)
     for quantized, others in source():
         for name, tensor in others.items():
             writer.add(name, tensor)
@@ -84,12 +97,16 @@ def _smallest_zero(source: Source) -> int:
     return min(zeros, default=2)
 
 
-def verify_checkpoint(source: Source, fmt: Format, out: Path, advance: Callable[[str], None]) -> int:
+def verify_checkpoint(
+    source: Source, fmt: Format, layout: ModelLayout, out: Path, advance: Callable[[str], None]
+) -> int:
     """Read every quantized linear back from the shards with the independent reader; returns how many.
 
     Raises:
         ToolkitError: the first linear that differs, or one whose tensors are missing.
     """
+    if fmt.name == "gguf":
+        return verify_file(source(), layout, out / SINGLE_FILE, advance)
     count = 0
     with CheckpointReader(out) as reader:
         for quantized, _ in source():
@@ -115,8 +132,10 @@ def copy_small_files(source: Path, out: Path) -> None:
                     shutil.copyfile(path, out / path.name)
 
 
-def outside_blocks(reader: CheckpointReader, blocks: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors outside the blocks, in the order of their names."""
+def outside_blocks(
+    reader: CheckpointReader, blocks: str, taken: Container[str] = ()
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors outside the blocks but for those ``taken``, in the order of their names."""
     for name in sorted(reader.infos):
-        if not name.startswith(blocks + "."):
+        if not name.startswith(blocks + ".") and name not in taken:
             yield name, reader.tensor(name)

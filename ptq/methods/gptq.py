@@ -97,10 +97,11 @@ class Gptq:
             )
             first = 0
             for name, w in zip(members, weights, strict=True):
-                codes, scale, zero = result.rows(first, first + w.shape[0], scheme.weights)
-                first += w.shape[0]
-                index = None if result.group_index is None else result.group_index.clone()
-                q = QuantizedTensor(codes, scale.float(), zero, scheme, index, global_scale=global_scale)
+                rows = first, first + w.shape[0]
+                codes, scale, zero = result.rows(*rows, scheme.weights)
+                index, first = None if result.group_index is None else result.group_index.clone(), rows[1]
+                over = result.super_rows(*rows)
+                q = QuantizedTensor(codes, scale.float(), zero, scheme, index, global_scale=global_scale, **over)
                 put(segment, name, q, gram.matrix)
                 context.advance(name)
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from ptq.numerics import superblocks
 from ptq.numerics.grids import codes_of, grid_parameters, levels, own_global_scale, step_of
 from ptq.numerics.groups import split
 from ptq.scheme import TensorQuant
@@ -25,7 +26,8 @@ Order = Literal["natural", "activation", "group"]
 class Rounded:
     """Result of `gptq_round`. Shapes: codes uint8 ``[out, in]``, scale and zero ``[lines, G]``, group_index ``[in]``.
 
-    ``loss`` is the sum of squared scaled errors; it equals tr(dW (H + damping) dW^T).
+    ``loss`` is the sum of squared scaled errors; it equals tr(dW (H + damping) dW^T). Grids with super-blocks have
+    integers for scale and zero, and ``super_scale`` and ``super_min`` ``[out, in/256]`` (see `QuantizedTensor`).
     """
 
     codes: torch.Tensor
@@ -33,6 +35,8 @@ class Rounded:
     zero: torch.Tensor | None
     group_index: torch.Tensor | None
     loss: float
+    super_scale: torch.Tensor | None = None
+    super_min: torch.Tensor | None = None
 
     def rows(self, first: int, stop: int, quant: TensorQuant) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Codes, scale and zero of some rows of W, copied; whole groups of rows for axis "out"."""
@@ -42,6 +46,11 @@ class Rounded:
             lines, groups = slice(None), slice(first // width, stop // width)
         zero = None if self.zero is None else self.zero[lines, groups].to(torch.uint8)
         return self.codes[first:stop].clone(), self.scale[lines, groups].clone(), zero
+
+    def super_rows(self, first: int, stop: int) -> dict[str, torch.Tensor]:
+        """``super_scale`` and ``super_min`` of some rows of W, copied, where the grid has them."""
+        named = {"super_scale": self.super_scale, "super_min": self.super_min}
+        return {name: t[first:stop].float().clone() for name, t in named.items() if t is not None}
 
 
 def inverse_factor(h: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
@@ -158,9 +167,13 @@ def gptq_round(
     width = 1 if inside else quant.grouping.width(columns)
     dead = h.diagonal() == 0
     h, w = h.clone(), w.clone()
-    fixed = not inside and (width == columns or static_groups)
+    chosen = superblocks.choose_grid(w, quant, h.diagonal(), clip) if quant.superblocks else None
+    fixed = not inside and (width == columns or static_groups or chosen is not None)
     global_scale = own_global_scale(w, quant, global_scale)
-    scale, zero = grid_parameters(split(w, quant.grouping), quant, clip, global_scale)  # [lines, G]
+    if chosen is None:
+        scale, zero = grid_parameters(split(w, quant.grouping), quant, clip, global_scale)  # [lines, G]
+    else:
+        scale, zero = chosen.step, chosen.zero(quant)
     h.diagonal()[dead] = 1
     w[:, dead] = 0
 
@@ -183,6 +196,9 @@ def gptq_round(
     codes, loss = _column_loop(wt, u, grids, block)
     restored = torch.empty_like(codes)
     restored[perm] = codes
+    if chosen is not None:
+        made = (chosen.scale, chosen.minimum, None, loss, chosen.super_scale, chosen.super_min)
+        return Rounded(restored.T.contiguous(), *made)
     index = None
     if regroup:
         index = torch.empty(columns, dtype=torch.int32, device=w.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ptq.numerics import floats, integers
+from ptq.numerics import floats, integers, superblocks
 from ptq.scheme import TensorQuant
 
 
@@ -31,7 +31,13 @@ def grid_parameters(
     clip: torch.Tensor | None = None,
     global_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Stored scale and zero point ``[...]`` of units ``[..., g]``; see `integers.grid_parameters`, `floats.scales`."""
+    """Stored scale and zero point ``[...]`` of units ``[..., g]``; see `integers.grid_parameters`, `floats.scales`.
+
+    Of grids with super-blocks, whose stored scales are integers, the step and the (fractional) code of zero.
+    """
+    if quant.superblocks:
+        grid = superblocks.range_grid(units, quant, clip)
+        return grid.step, grid.zero(quant)
     if quant.float_format is None:
         return integers.grid_parameters(units, quant, clip)
     return floats.scales(units, quant, clip, global_scale), None
@@ -46,6 +52,9 @@ def levels(w: torch.Tensor, step: torch.Tensor, zero: torch.Tensor | None, quant
     """The level nearest to every weight, in the dtype of w; ``step`` and ``zero`` must broadcast against it."""
     if quant.float_format is not None:
         return floats.nearest(w / step, quant.float_format)
+    if quant.superblocks:
+        assert zero is not None
+        return superblocks.nearest_codes(w, step, zero, quant).sub_(zero)
     shift = 2 ** (quant.bits - 1) if zero is None else zero
     return integers.quantize(w, step, zero, quant).sub_(shift)
 
@@ -54,6 +63,9 @@ def codes_of(level: torch.Tensor, zero: torch.Tensor | None, quant: TensorQuant)
     """uint8 codes of levels."""
     if quant.float_format is not None:
         return floats.codes(level, quant.float_format)
+    if quant.superblocks:
+        assert zero is not None
+        return (level + zero).round_().to(torch.uint8)
     return (level + (2 ** (quant.bits - 1) if zero is None else zero)).to(torch.uint8)
 
 
@@ -75,6 +87,8 @@ def fake_quantize(
     Args:
         clip: ``[..., lines, G]`` clipping bounds, or None.
     """
+    if quant.superblocks:
+        return superblocks.fake_quantize(w, quant, clip)
     if quant.float_format is None:
         return integers.fake_quantize(w, quant, clip)
     return floats.fake_quantize(w, quant, clip, global_scale)

@@ -21,6 +21,7 @@ from calibration.text.samples import default_dataset, model_tokens
 from ptq.devices import parse_dtype, resolve_device
 from ptq.gating import SparseRuntime
 from ptq.methods import METHODS
+from ptq.planning.outside_plan import with_outside
 from ptq.planning.plan import Plan, make_plan
 from ptq.planning.recipe import Methods, Recipe, method_recipe, read_recipe
 from ptq.runtime.load import load_model
@@ -42,6 +43,9 @@ class Options:
         unseen_experts: ``error``, or ``rtn`` to round experts without calibration tokens without data.
         trust_remote_code: run Python code that comes with the model.
         command: the command line, for the record.
+        metadata: a GGUF file whose tokenizer a GGUF output takes over.
+        embeddings, head: schemes of the token embedding and of the head, or ``float``; None leaves them in float, but
+            in GGUF they are q8_0 then.
     """
 
     dataset: str | None = None
@@ -54,6 +58,9 @@ class Options:
     unseen_experts: str = "error"
     trust_remote_code: bool = False
     command: str = ""
+    metadata: Path | None = None
+    embeddings: str | None = None
+    head: str | None = None
 
 
 @dataclass
@@ -132,6 +139,7 @@ def prepare(
         batch_size=batch_size,
         forward_itemsize=dtype.itemsize,
     )
+    plan = with_outside(plan, reader.infos, spec, options.embeddings, options.head)
     dataset = options.dataset or default_dataset(folder)
     if plan.needs_data and dataset == GENERATED:
         check_can_write(reader, config, spec)
@@ -142,8 +150,8 @@ def prepare(
         check_name(dataset)
     if options.evaluate is not None:
         check_name(options.evaluate)
-    source = "demo" if str(model) == DEMO else "folder" if Path(model).is_dir() else "hub"
-    name = folder.name if source == "folder" else str(model)
+    source = "demo" if str(model) == DEMO else "folder" if Path(model).exists() else "hub"
+    name = Path(model).resolve().name if source == "folder" else str(model)
     return Job(name, source, reader, config, plan, options, dataset, seq_len, device, dtype, batch_size, notes, sparse)
 
 

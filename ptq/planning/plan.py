@@ -30,6 +30,7 @@ from ptq.methods.choosing import ChoosesSchemes
 from ptq.methods.gptq import Gptq
 from ptq.methods.ptq161 import binary_problems
 from ptq.planning.activation_plan import activation_problems
+from ptq.planning.grid_plan import super_problems
 from ptq.planning.recipe import Recipe
 from ptq.planning.sizes import Sizes, estimate
 from ptq.scheme import QuantScheme
@@ -134,6 +135,7 @@ def make_plan(
         problems += whole.refusals(spec)
     problems += activation_problems(layout, recipe.passes, spec, config)
     problems += binary_problems(layout, recipe.passes)
+    problems += super_problems(layout, recipe.passes)
     problems = problems or list(_size_problems(reader, linears))  # a wrong setting is not refused for its size as well
     fmt, reason = _format(recipe, _possible_layouts(layout, recipe), problems)
     if problems:

@@ -29,9 +29,11 @@ from calibration.walk.passes import Gates
 from calibration.walk.walk import Walk
 from ptq.committed import CommittedBlocks, Restore, encode_segment, input_quantizers
 from ptq.evaluation import check_text
+from ptq.formats.gguf import check_target
 from ptq.formats.loadable import check_keys
 from ptq.formats.write import copy_small_files, verify_checkpoint, write_checkpoint
 from ptq.planning.job import Job, Options, calibration_windows, prepare
+from ptq.planning.outside_plan import rounded_outside
 from ptq.planning.plan import Plan
 from ptq.run.reporting import Stopwatch, write_reports
 from ptq.scheme import parse_scheme
@@ -58,6 +60,7 @@ def run(
     progress = progress or Silent()
     watch = Stopwatch()
     session = Session(Path(out))
+    check_target(out, job.plan.format.name)
     session.check(overwrite, resume, job.reader.folder)
     for note in job.notes:
         progress.message(note)
@@ -77,6 +80,7 @@ def run(
         "threads": torch.get_num_threads(),
         "unseen_experts": options.unseen_experts,
         "evaluate": options.evaluate,
+        "outside": {linear.name: str(linear.scheme) for linear in plan.layout.outside},
     }
     if resume:
         session.begin(identity, resume=True)
@@ -105,18 +109,22 @@ def run(
         progress.stage("export", len(plan.layout.quantized))
         fmt, written = write_checkpoint(
             blocks.blocks,
-            walk.blocks.outside.tensors(),
+            rounded_outside(walk.blocks.outside.tensors(), plan.layout),
             plan.layout,
             plan.format,
             session.partial,
             progress.advance,
+            reader.folder,
+            options.metadata,
         )
         reader.close()
-        copy_small_files(reader.folder, session.partial)
+        if not session.single:
+            copy_small_files(reader.folder, session.partial)
     with watch("verify"):
         progress.stage("verify", len(plan.layout.quantized))
-        verified = verify_checkpoint(blocks.blocks, fmt, session.partial, progress.advance)
-        check_keys(session.partial, reader.infos, options.trust_remote_code)
+        verified = verify_checkpoint(blocks.blocks, fmt, plan.layout, session.partial, progress.advance)
+        if not session.single:
+            check_keys(session.partial, reader.infos, options.trust_remote_code)
     gating = [step for step in plan.recipe.passes if isinstance(step, Gates)]
     if gating:
         assert job.sparse is not None and tokens is not None, "GATE passes come with their runtime"

@@ -20,6 +20,7 @@ from ptq.formats.adapter import read_adapter
 from ptq.formats.registry import Format, format_of
 from ptq.quantized import QuantizedTensor
 from ptq.runtime.attention import cache_layers, quantize_cache
+from ptq.runtime.embedding import is_embedding, quantize_embedding
 from ptq.runtime.linear import QuantLinear
 
 LinearFactory = Callable[[str, QuantizedTensor, torch.Tensor | None], torch.nn.Module | None]
@@ -113,6 +114,7 @@ def load_model(
         activations: Counter[str] = Counter()
         turned: dict[int, int] = {}
         taken: set[str] = set()
+        tie, stored = True, {spec.root_module_name(name) for name in (*schemes, *reader.infos)}
         adapter = read_adapter(folder)
         for name, (scheme, shape) in schemes.items():
             assert fmt is not None
@@ -124,6 +126,10 @@ def load_model(
             taken |= {f"{name}.{s}" for s in (*fmt.suffixes, "bias")}
             bias = reader.tensor(f"{name}.bias") if f"{name}.bias" in reader.infos else None
             path = spec.root_module_name(name + ".").removesuffix(".")
+            if is_embedding(network, path):
+                quantize_embedding(network, path, q, dtype, device, tied=_tied(network, stored))
+                tie = False
+                continue
             layer = None if build is None else build(path, q, bias)
             if layer is None:
                 layer = linear = QuantLinear(q, bias, dtype, device, kernel)
@@ -140,7 +146,8 @@ def load_model(
         load_parameters(network, plain)
     # as in from_pretrained: head and embedding that are both stored and differ are not tied, whatever the config says
     absent = {n for n, p in network.named_parameters(remove_duplicate=False) if p.is_meta}
-    network.tie_weights(missing_keys=absent, recompute_mapping=False)
+    if tie:
+        network.tie_weights(missing_keys=absent, recompute_mapping=False)
     missing = [n for n, p in network.named_parameters() if p.is_meta]
     if missing:
         raise ToolkitError(
@@ -153,6 +160,12 @@ def load_model(
         quantize_cache(network, layers, turned)
     caches = tuple(sorted({str(cache) for cache in layers.values()}))
     return Loaded(network, folder, fmt.name if fmt else None, dict(kernels), dict(reasons), dict(activations), caches)
+
+
+def _tied(network: Any, stored: set[str]) -> bool:
+    """Whether the head has no tensors of its own in the checkpoint."""
+    heads = {target.removesuffix(".weight") for target in network.all_tied_weights_keys}
+    return bool(heads) and not any(name.removesuffix(".weight") in heads for name in stored)
 
 
 def _replace(network: Any, path: str, linear: torch.nn.Module, name: str) -> None:

@@ -27,6 +27,7 @@ class KernelQuery:
         float_format: what codes stand for where they are no integers, else None.
         inputs: the grid of the activations, None where they are not quantized.
         binary: one bit per weight, four in salient columns.
+        superblocks: integer scales and minima under float16 ones (K-quants).
     """
 
     bits: int
@@ -41,6 +42,7 @@ class KernelQuery:
     float_format: FloatFormat | None = None
     inputs: ActivationQuant | None = None
     binary: bool = False
+    superblocks: bool = False
 
     @property
     def channelwise(self) -> bool:
@@ -71,6 +73,7 @@ class KernelQuery:
             float_format=weights.float_format,
             inputs=scheme.inputs,
             binary=weights.salient_percent is not None,
+            superblocks=weights.superblocks,
         )
 
 
