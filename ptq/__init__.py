@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ptq.transformers_hook import install
+
 __version__ = "0.1.0"
 _API = {
     "quantize": "ptq.run.pipeline",
@@ -31,3 +33,6 @@ def __getattr__(name: str) -> Any:
 
         return getattr(importlib.import_module(_API[name]), name)
     raise AttributeError(f"module 'ptq' has no attribute '{name}'")
+
+
+install()

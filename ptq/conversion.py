@@ -16,6 +16,7 @@ from calibration.model.opening import fingerprint, locate, open_model
 from calibration.progress import Progress, Silent
 from ptq.formats.adapter import FOLDER, adapter_problems, base_of, read_adapter, without_low_rank, write_adapter
 from ptq.formats.gguf import check_target
+from ptq.formats.native import WEIGHTS_KEY
 from ptq.formats.registry import FORMATS, Format, format_of
 from ptq.formats.write import copy_small_files, outside_blocks, verify_checkpoint, write_checkpoint
 from ptq.linears import ModelLayout, PlannedLinear
@@ -103,7 +104,7 @@ def export_model(
             )
         reader.close()
     floats = [i.dtype for n, i in reader.infos.items() if i.dtype in (torch.bfloat16, torch.float16, torch.float32)]
-    plain = {k: v for k, v in reader.config.items() if k != "quantization_config"}
+    plain = {k: v for k, v in reader.config.items() if k not in ("quantization_config", WEIGHTS_KEY)}
     dtype = str(plain.get("dtype") or plain.get("torch_dtype") or str(floats[0])).removeprefix("torch.")
     others = tuple(other_linears(config, spec))
     layout = ModelLayout(plain, tuple(linears), others, spec.blocks, reordered, dtype, tuple(parts))

@@ -1,7 +1,7 @@
 """A GGUF file as a source model: float weights one tensor at a time, config and tokenizer as files beside it.
 
-``model.gguf`` becomes a folder in the user's cache with ``config.json``, the tokenizer (both made by transformers'
-reader of GGUF) and a link to the file; everything that takes a folder then takes it. Weights are dequantized when they
+``model.gguf`` becomes a folder in the user's cache with ``config.json`` (made by transformers' reader of GGUF), the
+tokenizer and a link to the file; everything that takes a folder then takes it. Weights are dequantized when they
 are read, by the ``gguf`` package, into bfloat16 (float16 or float32 where the file's matrices are).
 """
 
@@ -19,7 +19,7 @@ import torch
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, TensorInfo, read_config, write_atomically
 from calibration.model.gguf_families import FAMILIES, checkpoint_name, norm_shift, paired_rows
-from calibration.model.pretokenizers import pre_tokenizer
+from calibration.model.pretokenizers import byte_level_tokenizer
 
 SUFFIX = ".gguf"
 LINK = "source.gguf"
@@ -97,19 +97,18 @@ def _config(file: Path, reader: Any) -> dict[str, Any]:
 
 
 def _save_tokenizer(file: Path, folder: Path) -> None:
-    from transformers import AutoTokenizer
+    """Byte-level BPE whose pre-tokenizer has a name known here is made from the keys; for others transformers' reader
+    has to guess the pattern."""
+    keys = {n: f.contents() for n, f in open_file(file).fields.items() if n.startswith("tokenizer.")}
+    tokenizer = byte_level_tokenizer(keys)
+    if tokenizer is None:
+        from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise ToolkitError(f"{file}: no tokenizer that transformers reads ({reason})", "name the original") from None
-    fields = open_file(file).fields
-    name = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else ""
-    steps = pre_tokenizer(name) if fields["tokenizer.ggml.model"].contents() == "gpt2" else None
-    if steps is not None:
-        tokenizer.backend_tokenizer.pre_tokenizer = steps
-        tokenizer.backend_tokenizer.normalizer = None
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise ToolkitError(f"{file}: no tokenizer that is read ({reason})", "name the original model") from None
     tokenizer.save_pretrained(folder)
 
 

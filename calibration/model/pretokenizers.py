@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -15,6 +16,9 @@ PATTERNS = {
     "tekken": rf"[^\r\n\p{{L}}\p{{N}}]?{_CASED}*{_SMALL}+|[^\r\n\p{{L}}\p{{N}}]?{_CASED}+{_SMALL}*{_TEKKEN_TAIL}",
 }
 """Pre-tokenizers of one pattern."""
+WHOLE_WORDS = ("llama-bpe", "tekken")
+"""Tokenizers that take a word that is a token as it is, whatever the merges say."""
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # token types of GGUF
 
 
 def pre_name(pre_tokenizer: Any) -> str | None:
@@ -50,3 +54,34 @@ def pre_tokenizer(name: str) -> Any | None:
     if name == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), whole])
     return whole if name == "gpt-2" else None
+
+
+def byte_level_tokenizer(keys: Mapping[str, Any]) -> Any | None:
+    """The transformers tokenizer that ``tokenizer.*`` keys of a GGUF file describe; None where it is no byte-level BPE
+    with a pre-tokenizer known here."""
+    name = str(keys.get("tokenizer.ggml.pre", ""))
+    steps = pre_tokenizer(name) if keys.get("tokenizer.ggml.model") == "gpt2" else None
+    if steps is None:
+        return None
+    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokens, kinds = list(keys["tokenizer.ggml.tokens"]), [int(k) for k in keys["tokenizer.ggml.token_type"]]
+    vocabulary = {text: i for i, (text, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != UNUSED}
+    merges = [tuple(pair.split(" ", 1)) for pair in keys.get("tokenizer.ggml.merges", [])]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=name in WHOLE_WORDS))
+    tokenizer.pre_tokenizer, tokenizer.decoder = steps, decoders.ByteLevel()
+    for text, kind in zip(tokens, kinds, strict=True):
+        if kind in (CONTROL, USER_DEFINED):
+            tokenizer.add_tokens([AddedToken(text, special=kind == CONTROL, normalized=False)])
+    named = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+    ids = {short: keys.get(f"tokenizer.ggml.{key}_token_id") for key, short in named.items()}
+    special = {f"{short}_token": tokens[int(index)] for short, index in ids.items() if index is not None}
+    if keys.get("tokenizer.ggml.add_bos_token") and "bos_token" in special:
+        bos = special["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, int(ids["bos"] or 0))]
+        )
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    made.chat_template = keys.get("tokenizer.chat_template")
+    return made

@@ -77,7 +77,7 @@ class Awq:
     def _left(layout: ModelLayout) -> list[str]:
         return [linear.name for linear in layout.left] + list(layout.other_linears)
 
-    def for_zeros(self, at_least_one: bool) -> Awq:
+    def for_grid(self, symmetric: bool) -> Awq:
         """Any zero point can be stored."""
         return self
 
@@ -164,9 +164,14 @@ class Awq:
         usual = sizes <= {32, 64, 128}
         return {
             "transformers": "yes, with the packages gptqmodel and accelerate"
-            + ("" if usual else "; one group per row has no fast kernel"),
-            "vLLM": "expected (its reader is for 4-bit GEMM files), not run here"
-            if usual
-            else "not expected: its kernels want groups of 32, 64 or 128",
+            + ("" if usual else "; one group per row has no fast kernel")
+            + (
+                "; not in gptqmodel's own loader, which takes linears in float for quantized ones"
+                if layout.left
+                else ""
+            ),
+            "vLLM": "yes (run in vLLM 0.32 on a CPU)"
+            if usual and not layout.left
+            else f"not known: {'some linears stay in float' if usual else 'one group per row'}, not run",
             "llama.cpp": "no: it reads GGUF files only",
         }

@@ -58,7 +58,7 @@ class Gguf:
             *checks.activation_problems(layout, self.name),
         ]
 
-    def for_zeros(self, at_least_one: bool) -> Gguf:
+    def for_grid(self, symmetric: bool) -> Gguf:
         """Any zero point can be stored."""
         return self
 

@@ -45,6 +45,10 @@ from ptq.quantized import PARTS, QuantizedTensor
 from ptq.scheme import NARROW_SCALES, QuantScheme
 
 VERSION = 1
+WEIGHTS_KEY = "transformers_weights"
+WEIGHTS_FILE = "load it with ptq.load_model, or import ptq before from_pretrained.safetensors"
+"""What ``transformers_weights`` in config.json names. Plain transformers skips a quantization that it does not know and
+would go on with random weights: it looks for this file instead, and its error says what to do."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Native:
         """Only groups that do not divide a row; no file can hold those."""
         return group_problems(layout)
 
-    def for_zeros(self, at_least_one: bool) -> Native:
+    def for_grid(self, symmetric: bool) -> Native:
         """Any zero point can be stored."""
         return self
 
@@ -146,7 +150,13 @@ class Native:
     def loads_in(self, layout: ModelLayout) -> dict[str, str]:
         """Who opens the checkpoint."""
         only = "no: only this toolkit reads it; `ptq export` turns it into another format"
-        return {"transformers": only, "vLLM": only, "llama.cpp": only}
+        inside = "yes, after `import ptq`, which then runs it" if not _experts(layout) else only
+        return {"transformers": inside, "vLLM": only, "llama.cpp": only}
+
+
+def _experts(layout: ModelLayout) -> bool:
+    """transformers keeps the experts of a layer in one module, where no `QuantLinear` finds a place."""
+    return any(linear.expert is not None for linear in layout.quantized)
 
 
 def _parts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

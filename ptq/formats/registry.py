@@ -39,8 +39,8 @@ class Format(Protocol):
         """Every reason why the format cannot hold this model, each with a fix that works; none means it can."""
         ...
 
-    def for_zeros(self, at_least_one: bool) -> Format:
-        """The format to write once it is known whether all zero points of the model are at least 1.
+    def for_grid(self, symmetric: bool) -> Format:
+        """The format as it is written for models whose grids are all symmetric, or not.
 
         Ask once per checkpoint, before the first `encode`, and use the answer for tensors and config alike.
         """

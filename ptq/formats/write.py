@@ -14,6 +14,7 @@ from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, disk_errors, write_atomically
 from calibration.model.shards import ShardWriter
 from ptq.formats.gguf_file import verify_file, write_file
+from ptq.formats.native import WEIGHTS_FILE, WEIGHTS_KEY
 from ptq.formats.readback import compare
 from ptq.formats.registry import Format
 from ptq.linears import ModelLayout
@@ -49,7 +50,7 @@ def write_checkpoint(
     """Write shards, index and config.json into the existing folder ``out``, or the one file of GGUF.
 
     Args:
-        source: gives blocks of (quantized linears, float tensors); called twice where zero points decide the variant.
+        source: gives blocks of (quantized linears, float tensors).
         outside: (name, tensor) of everything outside the blocks; the full name of a linear or embedding without
             ``.weight`` where it is quantized.
         model: folder with the tokenizer, which GGUF files hold.
@@ -58,7 +59,7 @@ def write_checkpoint(
     Returns:
         the format as written (GPTQ settles on version 1 or 2), and the bytes of all tensors.
     """
-    variant = fmt.for_zeros(_smallest_zero(source) >= 1) if fmt.name.startswith("gptq") else fmt
+    variant = fmt.for_grid(all(n.scheme.weights.symmetric for n in layout.quantized if n.scheme is not None))
     if fmt.name == "gguf":
         return fmt, write_file(source(), outside, layout, out, model, metadata, advance)
     dtype = getattr(torch, layout.dtype)
@@ -81,6 +82,8 @@ def write_checkpoint(
     writer.finish()
     settings = variant.config(layout)
     config = {**layout.config, "quantization_config": settings}
+    if variant.name == "native":
+        config[WEIGHTS_KEY] = WEIGHTS_FILE
     write_atomically(out / "config.json", _json(config))
     if settings["quant_method"] == "gptq":
         write_atomically(out / "quantize_config.json", _json(settings))  # where older readers look
@@ -89,12 +92,6 @@ def write_checkpoint(
 
 def _json(data: dict[str, Any]) -> bytes:
     return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _smallest_zero(source: Source) -> int:
-    """The smallest zero point of the model; symmetric grids have 2^(bits-1) >= 2."""
-    zeros = [int(q.zero.min()) for quantized, _ in source() for q in quantized.values() if q.zero is not None]
-    return min(zeros, default=2)
 
 
 def verify_checkpoint(

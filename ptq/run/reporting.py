@@ -22,6 +22,7 @@ from ptq.evaluation import evaluate
 from ptq.formats.registry import Format
 from ptq.planning.job import Job
 from ptq.report import card, html, markdown
+from ptq.session import SINGLE_FILE
 
 
 class Stopwatch:
@@ -130,7 +131,7 @@ def write_reports(
     """Evaluate if asked, then write report.json, report.md, report.html, README.md and timings.json into ``folder``."""
     plan = job.plan
     with watch("evaluate"):
-        scores = evaluations(job, folder, progress)
+        scores = evaluations(job, folder / SINGLE_FILE if fmt.name == "gguf" else folder, progress)
     record = RunRecord(
         model={
             "name": job.name,
@@ -160,7 +161,8 @@ def write_reports(
         evaluations=scores,
         versions=versions(),
     )
-    files = {p.name: p.stat().st_size for p in sorted(folder.glob("*.safetensors"))}
+    written_files = [*folder.glob("*.safetensors"), *folder.glob("*.gguf")]
+    files = {p.name: p.stat().st_size for p in sorted(written_files)}
     texts = {
         REPORT_FILE: record.to_json(),
         "report.md": markdown.render(record),
