@@ -224,7 +224,7 @@ def test_scales_are_never_rounded():
     assert torch.equal(FORMATS["native"].decode(stored, q.scheme, q.shape).scale, fine)
 
 
-@pytest.mark.parametrize("name", list(FORMATS))
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "gguf"])  # read back with its own package
 def test_damage_is_found_by_the_second_reader(name):
     scheme = parse_scheme("w4a16-g32-asym")
     codes = torch.arange(64 * 128).view(64, 128).remainder(16).to(torch.uint8)

@@ -56,6 +56,8 @@ class Gguf:
             *checks.order_problems(layout, self.name),
             *checks.part_problems(layout, self.name),
             *checks.activation_problems(layout, self.name),
+            *checks.conv1d_problems(layout, self.name),
+            *checks.expert_problems(layout, self.name),
         ]
 
     def for_grid(self, symmetric: bool) -> Gguf:
