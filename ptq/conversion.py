@@ -16,6 +16,7 @@ from calibration.model.opening import fingerprint, locate, open_model
 from calibration.progress import Progress, Silent
 from ptq.formats.adapter import FOLDER, adapter_problems, base_of, read_adapter, without_low_rank, write_adapter
 from ptq.formats.gguf import check_target
+from ptq.formats.gguf_file import check_file
 from ptq.formats.native import WEIGHTS_KEY
 from ptq.formats.registry import FORMATS, Format, format_of
 from ptq.formats.write import copy_small_files, outside_blocks, verify_checkpoint, write_checkpoint
@@ -115,6 +116,8 @@ def export_model(
     problems += FORMATS[format].check(layout)
     if problems:
         raise PlanError(problems)
+    if format == "gguf":
+        check_file(folder, plain, metadata)
     session.begin({"export": fingerprint(reader), "format": format}, resume=False)
     everything = QuantizedBlocks(reader, source_format, whole).blocks
     blocks = without_low_rank(everything) if adapter else everything

@@ -26,7 +26,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     [
         ("llama", {"scheme": "w4a16-g32"}),
         ("llama-tied-bias", {"scheme": "w8a8kv8", "embeddings": "w8a16-g32"}),
-        ("gemma3", {"scheme": "w3a16-g32", "embeddings": "w8a16-g32", "head": "w4a16-g32"}),
+        ("gemma3", {"scheme": "w3a16-g32", "embeddings": "w8a16-g32"}),
         ("opt", {"scheme": "w4a16-g32"}),
     ],
 )

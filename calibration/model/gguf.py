@@ -18,7 +18,7 @@ import torch
 
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, TensorInfo, read_config, write_atomically
-from calibration.model.gguf_families import FAMILIES, checkpoint_name, norm_shift, paired_rows
+from calibration.model.gguf_families import FAMILIES, checkpoint_name, complete, norm_shift, paired_rows
 from calibration.model.pretokenizers import byte_level_tokenizer
 
 SUFFIX = ".gguf"
@@ -77,6 +77,7 @@ def open_file(path: Path) -> Any:
 
 
 def _config(file: Path, reader: Any) -> dict[str, Any]:
+    """config.json: transformers' reading of the keys, and what it leaves out."""
     from transformers import AutoConfig
 
     architecture = reader.fields["general.architecture"].contents()
@@ -89,9 +90,13 @@ def _config(file: Path, reader: Any) -> dict[str, Any]:
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name).to_dict()
     except (ValueError, KeyError, OSError) as error:
         raise ToolkitError(f"{file}: {' '.join(str(error).split())}", "name the Hugging Face checkpoint") from None
-    names = {tensor.name for tensor in reader.tensors}
-    config["tie_word_embeddings"] = "output.weight" not in names
-    if "rope_freqs.weight" in names and (config.get("rope_parameters") or {}).get("rope_type") != "llama3":
+    shapes = {tensor.name: tuple(int(n) for n in tensor.shape) for tensor in reader.tensors}
+    if "token_embd.weight" not in shapes or "blk.0.attn_q.weight" not in shapes:
+        raise ToolkitError(f"{file}: tensors are missing", "fetch the file again; a split file is joined first")
+    prefix = f"{architecture}."
+    keys = {n.removeprefix(prefix): f.contents() for n, f in reader.fields.items() if n.startswith(prefix)}
+    config = complete(config, keys, shapes)
+    if "rope_freqs.weight" in shapes and config["rope_parameters"].get("rope_type") != "llama3":
         raise ToolkitError(f"{file}: rotary factors that its settings do not explain", "name the original checkpoint")
     return config
 

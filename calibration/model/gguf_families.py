@@ -94,3 +94,43 @@ def paired_rows(name: str, config: Mapping[str, Any]) -> torch.Tensor | None:
 def norm_shift(name: str, config: Mapping[str, Any]) -> float:
     """What is added to this tensor (full name) in a GGUF file."""
     return FAMILIES[str(config["model_type"])].norm_shift if name.endswith("norm.weight") else 0.0
+
+
+def complete(
+    config: Mapping[str, Any], keys: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """config.json as transformers reads it from a GGUF file, with what that reader leaves out.
+
+    Args:
+        keys: settings without the architecture's name.
+        shapes: of the tensors, in GGUF's order ``[in, out]``.
+    """
+    made, heads = dict(config), int(keys["attention.head_count"])
+    made["tie_word_embeddings"] = "output.weight" not in shapes
+    made["vocab_size"] = shapes["token_embd.weight"][1]
+    made["head_dim"] = width = int(keys.get("attention.key_length") or shapes["blk.0.attn_q.weight"][1] // heads)
+    if made["model_type"] == "llama":
+        made["attention_bias"] = "blk.0.attn_q.bias" in shapes
+    if "attention.sliding_window" in keys:
+        made["sliding_window"] = int(keys["attention.sliding_window"])
+    rope = {"rope_type": "default", **(made.get("rope_parameters") or {})}
+    made["rope_parameters"] = rope if "rope.freq_base" not in keys else {**rope, "rope_theta": keys["rope.freq_base"]}
+    if FAMILIES[str(made["model_type"])].norm_shift:  # llama.cpp has these two in its code
+        largest = int(keys["block_count"]) in (46, 62)  # the 27 B models
+        made["query_pre_attn_scalar"] = int(keys["embedding_length"]) // heads if largest else width
+        count = int(keys["block_count"])
+        made["layer_types"] = window_pattern(str(made["model_type"]), count)
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if FAMILIES[str(made["model_type"])].norm_shift:
+            made[key] = keys.get(key)
+    if made["model_type"] == "gemma3_text":
+        whole = {k: v for k, v in made["rope_parameters"].items() if k not in ("full_attention", "sliding_attention")}
+        local = {"rope_type": "default", "rope_theta": float(keys.get("rope.freq_base_swa", 10000.0))}
+        made["rope_parameters"] = {"full_attention": whole, "sliding_attention": local}
+    return made
+
+
+def window_pattern(model_type: str, count: int) -> list[str]:
+    """``layer_types`` that llama.cpp gives a Gemma of so many layers."""
+    every = 2 if model_type == "gemma2" else 6
+    return ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(count)]

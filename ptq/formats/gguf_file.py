@@ -18,6 +18,7 @@ from calibration.model.gguf_families import norm_shift, paired_rows
 from ptq.formats import gguf_blocks, gguf_superblocks
 from ptq.formats.gguf_model import (
     family_of,
+    require_gguf,
     rotary_factors,
     settings,
     tensor_name,
@@ -73,6 +74,19 @@ class _Taken:
 
     def __init__(self, value: Any, types: list[Any]) -> None:
         self.value, self.types = value, types
+
+
+def check_file(folder: Path, config: dict[str, Any], metadata: Path | None) -> None:
+    """Refuse before any work what `write_file` would refuse after it.
+
+    Raises:
+        ToolkitError: the package is missing, or the tokenizer has no place in GGUF.
+    """
+    require_gguf()
+    if metadata:
+        metadata_keys(metadata)
+    else:
+        tokenizer_keys(folder, int(config["vocab_size"]))
 
 
 def write_file(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from calibration.errors import Problem, ToolkitError
-from calibration.model.gguf_families import FAMILIES, Family
+from calibration.model.gguf_families import FAMILIES, Family, window_pattern
 from ptq.formats import checks
 from ptq.linears import ModelLayout
 
@@ -40,6 +40,10 @@ def model_problems(layout: ModelLayout) -> list[Problem]:
     found = []
     if config.get("mlp_bias"):
         found.append(Problem("mlp_bias", "llama.cpp has no biases in the feed-forward part of llama", checks.NATIVE))
+    types = config.get("layer_types")
+    if FAMILIES[kind].window and types and list(types) != window_pattern(kind, len(types)):
+        reason = f"llama.cpp has another pattern of windows for {kind} in its code"
+        found.append(Problem("layer_types", reason, checks.NATIVE))
     rope = _rope(config)
     if rope["rope_type"] not in ("default", "linear", "llama3", "yarn"):
         reason = f"rope_type '{rope['rope_type']}' is not written to 'gguf'"
@@ -51,8 +55,11 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Keys of the architecture and their values, as Python integers, floats and strings."""
     family, heads, rope = family_of(config), int(config["num_attention_heads"]), _rope(config)
     width = int(config.get("head_dim") or config["hidden_size"] // heads)
+    context = int(config["max_position_embeddings"])
+    if not family.window and config.get("sliding_window") and config.get("use_sliding_window", True):
+        context = min(context, int(config["sliding_window"]))  # llama.cpp has no windows there: they agree up to it
     values: dict[str, Any] = {
-        "context_length": int(config["max_position_embeddings"]),
+        "context_length": context,
         "embedding_length": int(config["hidden_size"]),
         "block_count": int(config["num_hidden_layers"]),
         "feed_forward_length": int(config["intermediate_size"]),

@@ -70,7 +70,8 @@ class Awq:
                 self._balance(segment, context, group)
         if self.clip:
             for linear, scheme in segment.schemes.items():
-                if linear not in segment.spec.scores:
+                # K-quants choose the ranges of their groups themselves, with the integers that they have for them
+                if linear not in segment.spec.scores and not scheme.weights.superblocks:
                     gram = context.statistic(linear, Gram)
                     if gram.tokens:
                         segment.ranges[linear] = clip_bounds(

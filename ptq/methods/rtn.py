@@ -36,7 +36,7 @@ def round_to_nearest(
         importance: ``[in]``, what an error of a column counts where the grid is searched (K-quants); None: all alike.
     """
     if scheme.weights.superblocks:
-        return _on_superblocks(w, scheme, clip, importance)
+        return _on_superblocks(w, scheme, importance)
     quant, global_scale = scheme.weights, own_global_scale(w, scheme.weights, global_scale)
     units = split(w, quant.grouping)
     scale, zero = grid_parameters(units, quant, clip, global_scale)
@@ -47,11 +47,9 @@ def round_to_nearest(
     return QuantizedTensor(codes, scale.float(), zero, scheme, global_scale=global_scale)
 
 
-def _on_superblocks(
-    w: torch.Tensor, scheme: QuantScheme, clip: torch.Tensor | None, importance: torch.Tensor | None
-) -> QuantizedTensor:
+def _on_superblocks(w: torch.Tensor, scheme: QuantScheme, importance: torch.Tensor | None) -> QuantizedTensor:
     quant = scheme.weights
-    grid = superblocks.choose_grid(w, quant, importance, clip)
+    grid = superblocks.choose_grid(w, quant, importance)
     units = split(w, quant.grouping)
     codes = superblocks.nearest_codes(units, grid.step.unsqueeze(-1), grid.zero(quant).unsqueeze(-1), quant)
     return QuantizedTensor(

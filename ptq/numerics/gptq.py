@@ -167,7 +167,7 @@ def gptq_round(
     width = 1 if inside else quant.grouping.width(columns)
     dead = h.diagonal() == 0
     h, w = h.clone(), w.clone()
-    chosen = superblocks.choose_grid(w, quant, h.diagonal(), clip) if quant.superblocks else None
+    chosen = superblocks.choose_grid(w, quant, h.diagonal()) if quant.superblocks else None
     fixed = not inside and (width == columns or static_groups or chosen is not None)
     global_scale = own_global_scale(w, quant, global_scale)
     if chosen is None:

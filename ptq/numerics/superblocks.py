@@ -131,14 +131,11 @@ def fake_quantize(w: torch.Tensor, quant: TensorQuant, clip: torch.Tensor | None
     return nearest_codes(units, step, zero, quant).sub_(zero).mul_(step).flatten(-2)
 
 
-def choose_grid(
-    w: torch.Tensor, quant: TensorQuant, importance: torch.Tensor | None = None, clip: torch.Tensor | None = None
-) -> SuperGrid:
+def choose_grid(w: torch.Tensor, quant: TensorQuant, importance: torch.Tensor | None = None) -> SuperGrid:
     """The grid with the smallest importance-weighted squared error that the search finds for ``W [out, in]``.
 
     Args:
         importance: ``[in]``, what a squared error of a column counts; None counts all alike.
-        clip: ``[out, G]`` bounds within which weights are fitted, or None.
     """
     weight = torch.ones(w.shape[1], dtype=w.dtype, device=w.device) if importance is None else importance.to(w.dtype)
     weight = weight / weight.mean().clamp(min=torch.finfo(w.dtype).tiny) + 1e-6  # columns without data count a little
@@ -147,9 +144,6 @@ def choose_grid(
     parts = []
     for start in range(0, len(w), rows):
         units = split(w[start : start + rows], quant.grouping)
-        if clip is not None:
-            bound = clip[start : start + rows].unsqueeze(-1)
-            units = torch.maximum(torch.minimum(units, bound), -bound)
         parts.append(_search(units, weight, quant))
     return SuperGrid(
         torch.cat([part.scale for part in parts]),

@@ -19,6 +19,7 @@ from calibration.text.generated import BATCH, GENERATED, check_can_write, first_
 from calibration.text.random_tokens import RANDOM
 from calibration.text.samples import default_dataset, model_tokens
 from ptq.devices import parse_dtype, resolve_device
+from ptq.formats.gguf_file import check_file
 from ptq.gating import SparseRuntime
 from ptq.methods import METHODS
 from ptq.planning.outside_plan import with_outside
@@ -140,6 +141,8 @@ def prepare(
         forward_itemsize=dtype.itemsize,
     )
     plan = with_outside(plan, reader.infos, spec, options.embeddings, options.head)
+    if plan.format.name == "gguf":
+        check_file(folder, plan.layout.config, options.metadata)
     dataset = options.dataset or default_dataset(folder)
     if plan.needs_data and dataset == GENERATED:
         check_can_write(reader, config, spec)

@@ -22,7 +22,7 @@ class QuantEmbedding(torch.nn.Module):
     """
 
     def __init__(
-        self, q: QuantizedTensor, dtype: torch.dtype, device: torch.device, embed_scale: Any | None = None
+        self, q: QuantizedTensor, dtype: torch.dtype, device: torch.device, embed_scale: float | None = None
     ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = q.shape
@@ -36,10 +36,9 @@ class QuantEmbedding(torch.nn.Module):
         """Rows in the dtype given at the start."""
         packed = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
         rows = dequantize_rows(packed, ids.reshape(-1), self._query, self._dtype).view(*ids.shape, self.embedding_dim)
-        return rows if self.embed_scale is None else rows * self._scale(rows)
-
-    def _scale(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(self.embed_scale, device=rows.device).to(rows.dtype)
+        if self.embed_scale is None:
+            return rows
+        return rows * torch.tensor(self.embed_scale, dtype=rows.dtype, device=rows.device)  # rounded first, as there
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme}"
@@ -55,9 +54,8 @@ def quantize_embedding(
 ) -> None:
     """Put a `QuantEmbedding` in the place of the token embedding, and a `QuantLinear` of the same codes into the head
     where the two are tied."""
-    scale = getattr(network.get_submodule(path), "embed_scale", None)
-    if isinstance(scale, torch.Tensor) and scale.is_meta:  # a buffer of the skeleton, whose number the module keeps
-        scale = network.get_submodule(path).scalar_embed_scale
+    # the number, not the buffer of the same name, which transformers leaves without values until all is loaded
+    scale = getattr(network.get_submodule(path), "scalar_embed_scale", None)
     set_submodule(network, path, QuantEmbedding(q, dtype, device, scale))
     if tied:
         head = network.get_output_embeddings()

@@ -95,7 +95,6 @@ class NativeQuantizer(HfQuantizer):  # type: ignore[misc]
 def _empty(module: torch.nn.Module) -> torch.nn.Module:
     """A module without parameters, which remembers by what Gemma multiplies embeddings."""
     placeholder = torch.nn.Module()
-    for name in ("embed_scale", "scalar_embed_scale"):
-        if hasattr(module, name):
-            setattr(placeholder, name, getattr(module, name))
+    if hasattr(module, "scalar_embed_scale"):
+        placeholder.scalar_embed_scale = module.scalar_embed_scale
     return placeholder
