@@ -12,7 +12,7 @@ from cli.options import Embeddings, Head, Metadata, Model, Out, Overwrite, Trust
 def export(
     model: Model,
     out: Out,
-    format: Annotated[str, typer.Option(help="compressed-tensors, awq, gptq, gptq_v2, gguf or native.")],
+    format: Annotated[str, typer.Option(help="compressed-tensors, awq, gptq, gptq_v2, gguf, native or float.")],
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write low-rank parts (lorc) as a PEFT LoRA adapter into OUT/adapter.")
     ] = False,
@@ -31,8 +31,18 @@ def export(
     from calibration.model.opening import locate, weights_fingerprint
     from cli.progress import TerminalProgress
     from ptq.conversion import export_model
+    from ptq.float_export import export_float
     from sparsity.files import load_sparsity, save_sparsity
 
+    if format == "float":
+        refused = {"--adapter": adapter, "--metadata": metadata, "--embeddings": embeddings, "--head": head}
+        if any(refused.values()):
+            names = ", ".join(name for name, value in refused.items() if value)
+            raise ToolkitError(f"{names}: has no meaning for --format float", "leave it out")
+        with TerminalProgress() as progress:
+            export_float(model, out, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress)
+        print(f"written to {out} as floats")
+        return
     sparsity = load_sparsity(locate(model))
     if sparsity is not None and format == "gguf":
         raise ToolkitError(f"{model}: has thresholds of pruning, for which 'gguf' has no place", "use --format native")

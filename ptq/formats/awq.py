@@ -140,7 +140,7 @@ class Awq:
             )
         size = int(data.get("group_size") or data.get("q_group_size") or -1)
         grouping = Grouping("group", size) if size > 0 else Grouping("channel")
-        symmetric = not data.get("zero_point", True)
+        symmetric = not data.get("zero_point", not data.get("sym", False))  # AutoRound says sym
         scheme = QuantScheme(TensorQuant(BITS, grouping, "sym_gptq" if symmetric else "asym_zero_in"))
         found = {}
         for key in infos:

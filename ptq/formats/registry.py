@@ -118,15 +118,19 @@ def format_of(config: Mapping[str, Any]) -> Format | None:
     label = str(data.get("checkpoint_format") or data.get("format") or "gptq") if method == "gptq" else ""
     if data.get("is_marlin_format"):
         label = "marlin"
+    if method in ("auto-round", "intel/auto-round"):
+        method, label = "auto-round", str(data.get("packing_format", "auto_round:auto_gptq"))
     found = {
         ("compressed-tensors", ""): "compressed-tensors",
         ("awq", ""): "awq",
         ("gptq", "gptq"): "gptq",
         ("gptq", "gptq_v2"): "gptq_v2",
+        ("auto-round", "auto_round:auto_gptq"): "gptq",  # AutoRound's folders hold one of the two layouts
+        ("auto-round", "auto_round:auto_awq"): "awq",
         ("ptq", ""): "native",
     }.get((method, label))
     if found is None:
-        what = f"quant_method '{method}'" + (f" with checkpoint_format '{label}'" if label else "")
+        what = f"quant_method '{method}'" + (f" in layout '{label}'" if label else "")
         raise ToolkitError(
             f"config.json: {what} is not read here",
             f"quantize the float checkpoint instead, or name a checkpoint in one of: {', '.join(FORMATS)}",
