@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gguf
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from ptq.formats import gguf_blocks, gguf_file
 from ptq.methods.rtn import round_to_nearest
 from ptq.numerics.gptq import gptq_round
+from ptq.numerics.superblock_fit import refit
 from ptq.numerics.superblocks import choose_grid, dequantize, fake_quantize, nearest_codes
 from ptq.quantized import QuantizedTensor
 from ptq.scheme import GGUF_BLOCKS, K_QUANTS, parse_scheme
@@ -78,6 +81,14 @@ def test_gptq_rounds_on_the_grid_of_k_quants(name):
         d = q.dequantize() - w
         return float(((d @ gram) * d).sum())
 
+    for damage in (1.0, 1.02):  # super-scales that fit, and some that do not
+        grid = choose_grid(w, scheme.weights, gram.diagonal())
+        grid = replace(grid, super_scale=(grid.super_scale * damage).half().float())
+        step, zero = grid.step.unsqueeze(-1), grid.zero(scheme.weights).unsqueeze(-1)
+        codes = nearest_codes(w.unflatten(1, (grid.scale.shape[1], -1)), step, zero, scheme.weights).flatten(1)
+        values = [dequantize(codes, g, scheme.weights) for g in (grid, refit(w, gram, codes, grid, scheme.weights))]
+        before, after = (float((((v - w) @ gram) * (v - w)).sum()) for v in values)
+        assert after < (1.0 if damage == 1.0 else 0.99) * before
     result = gptq_round(w, gram, scheme.weights, order="group", static_groups=True)
     codes, scale, zero = result.rows(0, 32, scheme.weights)
     q = QuantizedTensor(codes, scale, zero, scheme, **result.super_rows(0, 32))

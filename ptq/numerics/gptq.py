@@ -15,6 +15,7 @@ import torch
 from ptq.numerics import superblocks
 from ptq.numerics.grids import codes_of, grid_parameters, levels, own_global_scale, step_of
 from ptq.numerics.groups import split
+from ptq.numerics.superblock_fit import refit
 from ptq.scheme import TensorQuant
 
 Order = Literal["natural", "activation", "group"]
@@ -166,7 +167,7 @@ def gptq_round(
     columns, inside = w.shape[1], quant.grouping.axis == "out"
     width = 1 if inside else quant.grouping.width(columns)
     dead = h.diagonal() == 0
-    h, w = h.clone(), w.clone()
+    original, h, w = w, h.clone(), w.clone()
     chosen = superblocks.choose_grid(w, quant, h.diagonal()) if quant.superblocks else None
     fixed = not inside and (width == columns or static_groups or chosen is not None)
     global_scale = own_global_scale(w, quant, global_scale)
@@ -197,6 +198,7 @@ def gptq_round(
     restored = torch.empty_like(codes)
     restored[perm] = codes
     if chosen is not None:
+        chosen = refit(original, h, restored.T, chosen, quant)
         made = (chosen.scale, chosen.minimum, None, loss, chosen.super_scale, chosen.super_min)
         return Rounded(restored.T.contiguous(), *made)
     index = None

@@ -79,7 +79,7 @@ def nearest_codes(units: torch.Tensor, step: torch.Tensor, zero: torch.Tensor, q
     return (units / step).add_(zero).round_().clamp_(0, quant.levels)
 
 
-def _half(x: torch.Tensor) -> torch.Tensor:
+def to_half(x: torch.Tensor) -> torch.Tensor:
     """Rounded to float16, same dtype; the smallest magnitude is 2^-24, so that nothing is divided by 0."""
     rounded = x.clamp(-LARGEST, LARGEST).half().to(x.dtype)
     return torch.where(rounded == 0, SMALLEST, rounded)
@@ -102,12 +102,12 @@ def _integers(step: torch.Tensor, offset: torch.Tensor, quant: TensorQuant, shar
     if quant.symmetric:
         low = LOWS[quant.scale_format]
         place = steps.abs().argmax(dim=-1, keepdim=True)
-        d = _half(steps.gather(-1, place) / (low * share))
+        d = to_half(steps.gather(-1, place) / (low * share))
         scale = (steps / d).round().clamp(low, -low - 1)
         return SuperGrid(torch.where(scale == 0, 1.0, scale).flatten(-2), None, d.squeeze(-1), None)
     top, offsets = TOPS[quant.scale_format], offset.unflatten(-1, per_block)
-    d = _half(steps.amax(dim=-1, keepdim=True) / (top * share))
-    m = _half(offsets.amax(dim=-1, keepdim=True) / (top * share))
+    d = to_half(steps.amax(dim=-1, keepdim=True) / (top * share))
+    m = to_half(offsets.amax(dim=-1, keepdim=True) / (top * share))
     scale, minimum = (steps / d).round().clamp(1, top), (offsets / m).round().clamp(0, top)
     return SuperGrid(scale.flatten(-2), minimum.flatten(-2), d.squeeze(-1), m.squeeze(-1))
 
