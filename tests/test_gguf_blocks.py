@@ -11,7 +11,7 @@ import torch
 from ptq.formats import gguf_blocks, gguf_file
 from ptq.methods.rtn import round_to_nearest
 from ptq.numerics.gptq import gptq_round
-from ptq.numerics.superblock_fit import refit
+from ptq.numerics.superblock_fit import refit, sweep
 from ptq.numerics.superblocks import choose_grid, dequantize, fake_quantize, nearest_codes
 from ptq.quantized import QuantizedTensor
 from ptq.scheme import GGUF_BLOCKS, K_QUANTS, parse_scheme
@@ -88,6 +88,9 @@ def test_gptq_rounds_on_the_grid_of_k_quants(name):
         codes = nearest_codes(w.unflatten(1, (grid.scale.shape[1], -1)), step, zero, scheme.weights).flatten(1)
         values = [dequantize(codes, g, scheme.weights) for g in (grid, refit(w, gram, codes, grid, scheme.weights))]
         before, after = (float((((v - w) @ gram) * (v - w)).sum()) for v in values)
+        better = sweep(w, gram, codes, grid, scheme.weights)
+        d = dequantize(better, grid, scheme.weights) - w
+        assert float(((d @ gram) * d).sum()) < 0.95 * before
         assert after < (1.0 if damage == 1.0 else 0.99) * before
     result = gptq_round(w, gram, scheme.weights, order="group", static_groups=True)
     codes, scale, zero = result.rows(0, 32, scheme.weights)

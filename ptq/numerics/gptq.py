@@ -15,7 +15,7 @@ import torch
 from ptq.numerics import superblocks
 from ptq.numerics.grids import codes_of, grid_parameters, levels, own_global_scale, step_of
 from ptq.numerics.groups import split
-from ptq.numerics.superblock_fit import refit
+from ptq.numerics.superblock_fit import settle
 from ptq.scheme import TensorQuant
 
 Order = Literal["natural", "activation", "group"]
@@ -167,7 +167,7 @@ def gptq_round(
     columns, inside = w.shape[1], quant.grouping.axis == "out"
     width = 1 if inside else quant.grouping.width(columns)
     dead = h.diagonal() == 0
-    original, h, w = w, h.clone(), w.clone()
+    h, w = h.clone(), w.clone()
     chosen = superblocks.choose_grid(w, quant, h.diagonal()) if quant.superblocks else None
     fixed = not inside and (width == columns or static_groups or chosen is not None)
     global_scale = own_global_scale(w, quant, global_scale)
@@ -198,9 +198,10 @@ def gptq_round(
     restored = torch.empty_like(codes)
     restored[perm] = codes
     if chosen is not None:
-        chosen = refit(original, h, restored.T, chosen, quant)
+        h.diagonal().add_(damping * h.diagonal().mean())
+        fitted, chosen = settle(w, h, restored.T.contiguous(), chosen, quant)
         made = (chosen.scale, chosen.minimum, None, loss, chosen.super_scale, chosen.super_min)
-        return Rounded(restored.T.contiguous(), *made)
+        return Rounded(fitted, *made)
     index = None
     if regroup:
         index = torch.empty(columns, dtype=torch.int32, device=w.device)
