@@ -6,20 +6,23 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Model, Out, Overwrite, TrustRemoteCode, quiet_libraries
+from cli.options import Embeddings, Head, Metadata, Model, Out, Overwrite, TrustRemoteCode, quiet_libraries
 
 
 def export(
     model: Model,
     out: Out,
-    format: Annotated[str, typer.Option(help="compressed-tensors, awq, gptq, gptq_v2 or native.")],
+    format: Annotated[str, typer.Option(help="compressed-tensors, awq, gptq, gptq_v2, gguf, native or float.")],
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write low-rank parts (lorc) as a PEFT LoRA adapter into OUT/adapter.")
     ] = False,
+    metadata: Metadata = None,
+    embeddings: Embeddings = None,
+    head: Head = None,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Change the format of a quantized checkpoint: the same codes, laid out anew."""
+    """Change the format of a quantized checkpoint: the same codes, laid out anew; or make floats of it again."""
     quiet_libraries()
     import ptq
     from cli.progress import TerminalProgress
@@ -30,8 +33,14 @@ def export(
             format=format,
             out=out,
             adapter=adapter,
+            metadata=metadata,
+            embeddings=embeddings,
+            head=head,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    print(f"written to {out} as {written.format}; every linear read back and compared")
+    if written.linears:
+        print(f"written to {out} as {written.format}; every linear read back and compared")
+    else:
+        print(f"written to {out} as floats")

@@ -17,7 +17,14 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with MODEL.")]
 Dense = Annotated[bool, typer.Option("--dense", help="Ignore activation thresholds that lie in MODEL.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
-Out = Annotated[Path, typer.Option(help="Output folder; appears whole or not at all.")]
+Metadata = Annotated[
+    Path | None, typer.Option(help="GGUF file of the same model whose tokenizer a GGUF output takes over.")
+]
+Embeddings = Annotated[
+    str | None, typer.Option(help="Scheme of the token embedding: w8a16-g32, q8_0, ..., float. Default: q8_0 in GGUF.")
+]
+Head = Annotated[str | None, typer.Option(help="Scheme of the head; a tied one has that of the embedding.")]
+Out = Annotated[Path, typer.Option(help="Output folder, or FILE.gguf; appears whole or not at all.")]
 
 
 def command_line() -> str:

@@ -41,7 +41,7 @@ def print_plan(job: Job) -> None:
     console.print(chosen, highlight=False, markup=False)
     table = Table("linears", "shape [out, in]", "scheme", "bits/weight", "count", box=None, pad_edge=False)
     rows: dict[tuple[str, tuple[int, int], str, str], int] = {}
-    for linear in layout.linears:
+    for linear in (*layout.linears, *layout.outside):
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", linear.name)
         if linear.scheme is None:
             key = (pattern, linear.shape, f"float ({linear.why})", "")

@@ -7,12 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.options import Device, Model, Overwrite, TrustRemoteCode, command_line, quiet_libraries
+from cli.options import (
+    Device,
+    Embeddings,
+    Head,
+    Metadata,
+    Model,
+    Overwrite,
+    TrustRemoteCode,
+    command_line,
+    quiet_libraries,
+)
 
 
 def quantize(
     model: Model,
-    out: Annotated[Path | None, typer.Option(help="Output folder; appears whole or not at all.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder, or FILE.gguf; appears whole or not at all.")] = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -28,14 +38,15 @@ def quantize(
         str | None,
         typer.Option(
             help="w{2,3,4,5,6,8}a16-{g32,g64,g128,gchannel}[-sym|-asym|-asym_float], floats (fp4-e2m1-g128, mxfp4, "
-            "nvfp4), with quantized inputs w8a8, w4a8, w4a4, w4a4kv4, fp8; also W4A16, FP8, int4 and the like. "
+            "nvfp4), with quantized inputs w8a8, w4a8, w4a4, w4a4kv4, fp8; for GGUF q4_0, q2_k to q6_k; also W4A16, "
+            "FP8, int4 and the like. "
             "Default: the method's, mostly w4a16-g128-sym."
         ),
     ] = None,
     format: Annotated[
         str | None,
         typer.Option(
-            help="compressed-tensors, awq, gptq, gptq_v2 or native. Default: the first that holds the recipe."
+            help="compressed-tensors, awq, gptq, gptq_v2, gguf or native. Default: the first that holds the recipe."
         ),
     ] = None,
     dataset: Annotated[
@@ -61,6 +72,9 @@ def quantize(
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from OUT.partial.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, read no weights, write nothing.")] = False,
+    metadata: Metadata = None,
+    embeddings: Embeddings = None,
+    head: Head = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Quantize MODEL into a folder that other programs load, with a report.
@@ -100,6 +114,9 @@ def quantize(
         "eval_windows": eval_windows,
         "unseen_experts": unseen_experts,
         "token_weights": token_weights,
+        "metadata": metadata,
+        "embeddings": embeddings,
+        "head": head,
         "trust_remote_code": trust_remote_code,
     }
     if dry_run or out is None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ptq.api.running import fit, plan, quantize, sparsify
     from ptq.api.studying import analyze, predict, study_calibration, study_sensitivity
 
+from ptq.transformers_hook import install
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -67,3 +69,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+install()

@@ -16,14 +16,19 @@ from calibration.model.opening import fingerprint, locate, open_model, weights_f
 from calibration.progress import Progress, Silent
 from calibration.shown import Shown
 from ptq.formats.adapter import FOLDER, adapter_problems, base_of, read_adapter, without_low_rank, write_adapter
+from ptq.formats.checks import NATIVE
+from ptq.formats.gguf import check_target
+from ptq.formats.gguf_file import check_file
+from ptq.formats.native import WEIGHTS_KEY
 from ptq.formats.registry import FORMATS, Format, format_of
-from ptq.formats.write import copy_small_files, outside_blocks, verify_checkpoint, write_checkpoint
-from ptq.linears import ModelLayout, float_linears
+from ptq.formats.write import Origin, copy_small_files, outside_blocks, verify_checkpoint, write_checkpoint
+from ptq.linears import ModelLayout, PlannedLinear, float_linears
+from ptq.planning.outside_plan import outside_problems, quantized_outside, rounded_outside
 from ptq.planning.plan import other_linears
 from ptq.quantized import QuantizedTensor
 from ptq.runtime.load import read_linear
 from ptq.session import Session
-from sparsity.files import load_sparsity, save_sparsity
+from sparsity.files import Sparsity, load_sparsity, save_sparsity
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,7 +37,7 @@ class Exported(Shown):
 
     Attributes:
         format: as written (GPTQ settles on version 1 or 2).
-        linears: quantized ones, all read back and compared.
+        linears: quantized ones, all read back and compared; none where the weights were written as floats.
     """
 
     out: Path
@@ -40,7 +45,8 @@ class Exported(Shown):
     linears: int
 
     def facts(self) -> Mapping[str, object]:
-        return {"written to": self.out, "format": self.format, "read back and compared": self.linears}
+        compared = {"read back and compared": self.linears} if self.linears else {}
+        return {"written to": self.out, "format": self.format, **compared}
 
 
 def export_model(
@@ -49,6 +55,9 @@ def export_model(
     format: str,
     out: str | Path,
     adapter: bool = False,
+    metadata: Path | None = None,
+    embeddings: str | None = None,
+    head: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -57,6 +66,8 @@ def export_model(
     thresholds go with it.
 
     Args:
+        metadata: a GGUF file whose tokenizer a GGUF output takes over.
+        embeddings, head: as in `ptq.planning.job.Options`; those of the source where they are quantized there.
         adapter: low-rank parts go into ``out/adapter`` as a PEFT LoRA adapter, and the rest is written without them.
 
     Raises:
@@ -65,6 +76,7 @@ def export_model(
     progress = progress or Silent()
     if format not in FORMATS:
         raise unknown_value("--format", format, FORMATS)
+    check_target(out, format)
     folder = locate(model)
     session = Session(Path(out))
     session.check(overwrite, resume=False, source=folder, resumable=False)
@@ -79,38 +91,58 @@ def export_model(
             f"{folder}: has a low-rank adapter beside it, which would be lost",
             "export from the native checkpoint that it came from",
         )
-    layout = quantized_layout(reader, config, spec, source_format)
+    schemes = source_format.schemes(reader.config, reader.infos, reader.tensor)
+    layout = quantized_layout(reader, config, spec, source_format, schemes)
     problems = adapter_problems(layout) if adapter else []
+    outside = Outside(reader, source_format, spec, schemes)
+    layout = replace(layout, outside=outside.planned(embeddings, head, format))
     whole, layout = layout, base_of(layout) if adapter else layout
     problems += FORMATS[format].check(layout)
     if problems:
         raise PlanError(problems)
     sparsity = load_sparsity(folder)
+    if format == "gguf":
+        if sparsity is not None:
+            raise ToolkitError(f"{model}: has activation thresholds, for which 'gguf' has no place", NATIVE)
+        check_file(folder, layout.config, metadata)
+    elif metadata is not None:
+        raise ToolkitError(f"--metadata {metadata}: only GGUF files have it", "use --format gguf")
     session.begin({"export": fingerprint(reader), "format": format}, resume=False)
     everything = QuantizedBlocks(reader, source_format, whole).blocks
     blocks = without_low_rank(everything) if adapter else everything
     with session.unless_done():
         progress.stage("export", (1 + adapter) * len(layout.quantized))
-        outside = outside_blocks(reader, spec)
+        origin = Origin(folder, reader.stored_name, metadata)
         fmt, _ = write_checkpoint(
-            blocks, outside, layout, FORMATS[format], session.partial, progress.advance, reader.stored_name
+            blocks, outside.tensors(layout), layout, FORMATS[format], session.partial, origin, progress.advance
         )
         if adapter:
             write_adapter(everything, session.partial / FOLDER, progress.advance)
-        copy_small_files(folder, session.partial)
+        if not session.single:
+            copy_small_files(folder, session.partial)
         progress.stage("verify", len(layout.quantized))
-        verified = verify_checkpoint(blocks, fmt, session.partial, progress.advance, reader.stored_name)
+        verified = verify_checkpoint(blocks, fmt, layout, session.partial, progress.advance, reader.stored_name)
         reader.close()
         if sparsity is not None:  # the codes are the same, so the thresholds fit
-            with CheckpointReader(session.partial) as written:
-                save_sparsity(replace(sparsity, base=weights_fingerprint(written)), session.partial)
+            move_thresholds(sparsity, session.partial)
         session.finish()
     return Exported(Path(out), fmt.name, verified)
 
 
-def quantized_layout(reader: CheckpointReader, config: Any, spec: ArchitectureSpec, fmt: Format) -> ModelLayout:
-    """The layout that a quantized checkpoint was written from. Every quantized linear is read once."""
-    schemes = fmt.schemes(reader.config, reader.infos, reader.tensor)
+def move_thresholds(sparsity: Sparsity, folder: Path) -> None:
+    """Write thresholds beside other files of the weights that they were made for."""
+    with CheckpointReader(folder) as written:
+        save_sparsity(replace(sparsity, base=weights_fingerprint(written)), folder)
+
+
+def quantized_layout(
+    reader: CheckpointReader, config: Any, spec: ArchitectureSpec, fmt: Format, schemes: Mapping[str, Any]
+) -> ModelLayout:
+    """The layout that a quantized checkpoint was written from. Every quantized linear is read once.
+
+    Args:
+        schemes: what `Format.schemes` says of the checkpoint.
+    """
     linears = []
     reordered, parts, last = False, dict[str, None](), 0
     for linear in float_linears(spec, reader.infos):
@@ -128,10 +160,45 @@ def quantized_layout(reader: CheckpointReader, config: Any, spec: ArchitectureSp
         linears.append(replace(linear, scheme=scheme, shape=shape, part_bits=part_bits))
     reader.close()
     floats = [i.dtype for i in reader.infos.values() if i.dtype in (torch.bfloat16, torch.float16, torch.float32)]
-    plain = {k: v for k, v in reader.config.items() if k != "quantization_config"}
+    plain = {k: v for k, v in reader.config.items() if k not in ("quantization_config", WEIGHTS_KEY)}
     dtype = str(plain.get("dtype") or plain.get("torch_dtype") or str(floats[0])).removeprefix("torch.")
     others = tuple(other_linears(config, spec))
     return ModelLayout(plain, tuple(linears), others, spec.blocks, reordered, dtype, tuple(parts))
+
+
+class Outside:
+    """What lies outside the blocks of a quantized checkpoint: floats, and an embedding and head with codes."""
+
+    def __init__(
+        self, reader: CheckpointReader, fmt: Format, spec: ArchitectureSpec, schemes: Mapping[str, Any]
+    ) -> None:
+        self._reader, self._format, self._spec = reader, fmt, spec
+        self._schemes = {n: known for n, known in schemes.items() if spec.block_of(n) is None}
+
+    def planned(self, embeddings: str | None, head: str | None, format_name: str) -> tuple[PlannedLinear, ...]:
+        """Those that the output quantizes, as the source does or as asked.
+
+        Raises:
+            ToolkitError: the source's codes cannot be rounded to another scheme, or the format cannot hold them.
+        """
+        if not self._schemes:
+            return quantized_outside(self._reader.infos, self._spec, embeddings, head, format_name)
+        if embeddings or head:
+            fix = "leave --embeddings and --head out, or quantize the float checkpoint anew"
+            raise ToolkitError("--embeddings, --head: the source has them quantized already", fix)
+        planned = tuple(PlannedLinear(name, -1, shape, scheme) for name, (scheme, shape) in self._schemes.items())
+        problems = [problem for linear in planned for problem in outside_problems(linear, format_name)]
+        if problems:
+            raise PlanError(problems)
+        return planned
+
+    def tensors(self, layout: ModelLayout) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
+        """All of them; codes as they are, and floats rounded where the layout says so."""
+        for name, (scheme, shape) in self._schemes.items():
+            yield name, read_linear(self._reader, self._format, name, scheme, shape)
+        taken = {f"{name}.{suffix}" for name in self._schemes for suffix in self._format.suffixes}
+        floats = ((n, t) for n, t in outside_blocks(self._reader, self._spec, taken))
+        yield from rounded_outside(floats, layout)
 
 
 class QuantizedBlocks:

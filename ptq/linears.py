@@ -77,6 +77,7 @@ class ModelLayout:
         parts: names of tensors that some linears have beside their codes, see `ptq.quantized.PARTS`.
         reordered: some linear has groups that follow an activation order (a ``group_index``).
         dtype: dtype of the float checkpoint, ``"bfloat16"`` and so on.
+        outside: embedding and head where they are quantized; their ``block`` is -1.
     """
 
     config: dict[str, Any]
@@ -86,6 +87,7 @@ class ModelLayout:
     reordered: bool
     dtype: str
     parts: tuple[str, ...] = ()
+    outside: tuple[PlannedLinear, ...] = ()
 
     def with_schemes(self, schemes: Mapping[str, QuantScheme]) -> ModelLayout:
         """The layout with other schemes for the linears of these full names."""
@@ -107,7 +109,8 @@ class ModelLayout:
     def bits_per_weight(self, linear: PlannedLinear) -> float:
         """Everything stored for a quantized linear, over its number of weights."""
         assert linear.scheme is not None
-        return linear.scheme.bits_per_weight(*linear.shape, self.reordered) + linear.part_bits / linear.numel
+        reordered = self.reordered and linear.block >= 0  # embedding and head are rounded to nearest
+        return linear.scheme.bits_per_weight(*linear.shape, reordered) + linear.part_bits / linear.numel
 
     @property
     def left(self) -> tuple[PlannedLinear, ...]:

@@ -11,6 +11,8 @@ from ptq.numerics.binary import mixed_values, unpack_mask
 from ptq.numerics.grids import levels_of, step_of
 from ptq.numerics.groups import join, split
 from ptq.numerics.lowrank import factor_product
+from ptq.numerics.superblocks import SuperGrid
+from ptq.numerics.superblocks import dequantize as dequantize_super
 from ptq.scheme import QuantScheme
 
 PARTS: dict[str, str] = {
@@ -54,6 +56,9 @@ class QuantizedTensor:
             (it is present only where groups follow an activation order).
         parts: tensors beside the codes, by a name of `PARTS`.
         global_scale: float32 ``[1]`` by which the scales of a two-level format (NVFP4) are divided, else None.
+        super_scale: float32 ``[out, in/256]`` exact in float16, of grids with super-blocks: ``scale`` then holds their
+            groups' integers, and ``zero`` the integers of the minima where groups have one.
+        super_min: float32 ``[out, in/256]``, by which those are multiplied; None for symmetric grids.
     """
 
     codes: torch.Tensor
@@ -63,6 +68,8 @@ class QuantizedTensor:
     group_index: torch.Tensor | None = None
     parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
     global_scale: torch.Tensor | None = None
+    super_scale: torch.Tensor | None = None
+    super_min: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -76,7 +83,17 @@ class QuantizedTensor:
     @property
     def step(self) -> torch.Tensor:
         """What one level is worth, float32 ``[lines, G]``."""
+        grid = self.super_grid
+        if grid is not None:
+            return grid.step
         return step_of(self.scale, self.global_scale)
+
+    @property
+    def super_grid(self) -> SuperGrid | None:
+        """Integers and float16 scales of grids with super-blocks, else None."""
+        if self.super_scale is None:
+            return None
+        return SuperGrid(self.scale, None if self.zero is None else self.zero.float(), self.super_scale, self.super_min)
 
     @property
     def hadamard(self) -> int | None:
@@ -99,6 +116,8 @@ class QuantizedTensor:
         """Level times step as ``[out, in]``: products in float32, then one cast to ``dtype``. The level of a code is
         ``code - zero``, or the float that the code stands for."""
         quant, zero, step = self.scheme.weights, self.zero, self.step
+        if self.super_grid is not None:
+            return dequantize_super(self.codes, self.super_grid, quant).to(dtype)
         if quant.salient_percent is not None:
             assert zero is not None
             bitmap, scale, mean, column = (self.parts[name] for name in BINARY)

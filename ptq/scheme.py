@@ -10,21 +10,24 @@ from typing import Any, Literal, get_args
 
 from calibration.errors import ToolkitError, nearest
 from ptq.activations import PRESETS, ActivationQuant, CacheQuant, take_activations, with_activations
-from ptq.scheme_names import plain_name
+from ptq.float_formats import E2M1, E4M3FN, FloatFormat, float_formats
+from ptq.scheme_names import GGUF_BLOCKS, plain_name
 
 IntegerQuantizer = Literal["asym_minmax", "asym_zero_in", "sym_full", "sym_restricted", "sym_gptq"]
 """The five integer grids in common use (A to E of the literature's vocabulary; see `ptq.numerics.integers`)."""
 
-Quantizer = IntegerQuantizer | Literal["asym_float", "float", "binary"]
-ScaleFormat = Literal["half", "bf16", "e8m0", "e4m3"]
+Quantizer = IntegerQuantizer | Literal["asym_float", "float", "binary", "sym_super", "asym_super"]
+ScaleFormat = Literal["half", "bf16", "e8m0", "e4m3", "k4", "k6", "k8"]
 """How scales are stored: exact in bf16 and in fp16; in bf16; a power of two (MX formats); E4M3 beside one float32 for
-the whole tensor (NVFP4)."""
+the whole tensor (NVFP4); integers of 4, 6 or 8 bits beside a float16 for every 256 weights (GGUF's K-quants)."""
 
 Axis = Literal["in", "out"]
 QUANTIZERS: tuple[str, ...] = get_args(IntegerQuantizer)
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-SCALE_BITS: dict[ScaleFormat, int] = {"half": 16, "bf16": 16, "e8m0": 8, "e4m3": 8}
+SCALE_BITS: dict[ScaleFormat, int] = {"half": 16, "bf16": 16, "e8m0": 8, "e4m3": 8, "k4": 4, "k6": 6, "k8": 8}
+SUPER_WIDTH = 256
+"""Weights of a row that share a float16 scale (and minimum) over their groups' integer ones, in K-quants."""
 NARROW_SCALES: tuple[ScaleFormat, ...] = ("e8m0", "e4m3")
 """Scales of one byte, of formats that hardware defines: their group sizes and axis are fixed."""
 
@@ -65,46 +68,6 @@ class Grouping:
 
 
 @dataclass(frozen=True)
-class FloatFormat:
-    """ExMy: one sign, E exponent and M mantissa bits, all codes finite (no infinities, no NaN), unless ``has_nan``: the
-    code of the largest magnitude is then NaN, as in the hardware's E4M3 (``float8_e4m3fn``).
-
-    A code with exponent field p > 0 and mantissa m stands for 2^(p - bias) (1 + m / 2^M), with p = 0 for
-    2^(1 - bias) m / 2^M. The scale of a group makes any bias out of this one.
-    """
-
-    exponent_bits: int
-    mantissa_bits: int
-    has_nan: bool = False
-
-    @property
-    def bits(self) -> int:
-        return 1 + self.exponent_bits + self.mantissa_bits
-
-    @property
-    def bias(self) -> int:
-        """2^(E-1) - 1 as in IEEE and OCP formats, but at least 1, so that E1My are the multiples of 2^-M below 2."""
-        return max(1, 2 ** (self.exponent_bits - 1) - 1)
-
-    @property
-    def largest(self) -> float:
-        """(2 - 2^-M) 2^(2^E - 1 - bias), or the value below where that code is NaN"""
-        return (2 - (1 + self.has_nan) * 2.0**-self.mantissa_bits) * 2.0 ** (2**self.exponent_bits - 1 - self.bias)
-
-    def __str__(self) -> str:
-        return f"e{self.exponent_bits}m{self.mantissa_bits}" + "fn" * self.has_nan
-
-
-E2M1 = FloatFormat(2, 1)
-E4M3FN = FloatFormat(4, 3, has_nan=True)
-
-
-def float_formats(bits: int) -> tuple[FloatFormat, ...]:
-    """Every ExMy of so many bits with 1 <= E <= 5 (more exponent bits than that overflow)."""
-    return tuple(FloatFormat(e, bits - 1 - e) for e in range(min(5, bits - 1), 0, -1))
-
-
-@dataclass(frozen=True)
 class TensorQuant:
     """A grid for one tensor: integer, integer with zero points that are not ("asym_float", for HQQ), the values of a
     small float format (``quantizer`` is then "float"), one bit a
@@ -138,6 +101,11 @@ class TensorQuant:
         return self.quantizer == "asym_float"
 
     @property
+    def superblocks(self) -> bool:
+        """Groups have integer scales under float16 ones of super-blocks, see `ptq.numerics.superblocks`."""
+        return self.quantizer in ("sym_super", "asym_super")
+
+    @property
     def levels(self) -> int:
         """The top unsigned code, N = 2^bits - 1."""
         return 2**self.bits - 1
@@ -163,7 +131,7 @@ class QuantScheme:
     def weights_text(self) -> str:
         """The scheme without its activations: ``w4a16-g128-sym``."""
         w = self.weights
-        preset = next((name for name, quant in FLOAT_PRESETS.items() if quant == w), None)
+        preset = next((name for name, quant in (FLOAT_PRESETS | K_QUANTS).items() if quant == w), None)
         if preset is not None:
             return preset
         if w.float_format is not None:
@@ -182,6 +150,9 @@ class QuantScheme:
             salient = w.salient_count(in_features)
             words = -(-(in_features - salient) // 32) + -(-4 * salient // 32)
             return (32 * words + SCALE_BITS["half"] + 4) / in_features
+        if w.superblocks:
+            count = 1 if w.symmetric else 2  # scales, and minima beside them
+            return w.bits + count * (SCALE_BITS[w.scale_format] / w.grouping.width(SUPER_WIDTH) + 16 / SUPER_WIDTH)
         per_group = SCALE_BITS[w.scale_format] + (0 if w.symmetric else 16 if w.float_zeros else w.bits)
         index = 32.0 / out_features if reordered else 0.0
         index += 32.0 / (out_features * in_features) if w.scale_format == "e4m3" else 0.0
@@ -190,7 +161,8 @@ class QuantScheme:
     def to_json(self) -> dict[str, Any]:
         w = self.weights
         data = {"bits": w.bits, "group_size": w.grouping.size, "axis": w.grouping.axis, "quantizer": w.quantizer}
-        if str(self) != self.weights_text or w.grouping.kind == "tensor" or w.salient_percent is not None:
+        told = w.grouping.kind != "tensor" and w.salient_percent is None and not w.superblocks
+        if str(self) != self.weights_text or not told:
             return {**data, "scheme": str(self)}
         if w.float_format is None:
             return data
@@ -213,6 +185,14 @@ FLOAT_PRESETS: dict[str, TensorQuant] = {
     "nvfp4": TensorQuant.of_floats(E2M1, Grouping("group", 16), "e4m3"),
 }
 FLOAT_BITS = (4, 5, 6, 7, 8)
+K_QUANTS: dict[str, TensorQuant] = {
+    "q2_k": TensorQuant(2, Grouping("group", 16), "asym_super", scale_format="k4"),
+    "q3_k": TensorQuant(3, Grouping("group", 16), "sym_super", scale_format="k6"),
+    "q4_k": TensorQuant(4, Grouping("group", 32), "asym_super", scale_format="k6"),
+    "q5_k": TensorQuant(5, Grouping("group", 32), "asym_super", scale_format="k6"),
+    "q6_k": TensorQuant(6, Grouping("group", 16), "sym_super", scale_format="k8"),
+}
+"""GGUF's K-quants (llama.cpp, ``ggml-quants.c``)."""
 
 _KINDS = ("", "-sym", "-asym")
 _FLOAT_SCHEME = re.compile(r"fp(\d)-e(\d)m(\d)(fn)?(?:-((?:g|ic)\w+))?")
@@ -232,10 +212,13 @@ def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantS
     """
     choices = f"w{{{','.join(map(str, BITS))}}}a16-{{{','.join(f'g{g}' for g in GROUP_SIZES)},gchannel}}[-sym|-asym]"
     choices += f", {', '.join(FLOAT_PRESETS)}, fp4-e2m1-g128 or w1a16-salient20"
+    choices += f"; for GGUF {', '.join([*GGUF_BLOCKS, *K_QUANTS])}"
     choices += "; ic instead of g groups along the outputs"
-    choices += f"; with quantized activations {', '.join(PRESETS)}; or int4, int8, q4_0"
+    choices += f"; with quantized activations {', '.join(PRESETS)}; or int4, int8"
     weights_text, inputs, cache = take_activations(plain_name(text))
     plain = _grouping_first(weights_text.strip().lower())
+    if plain in K_QUANTS:
+        return QuantScheme(K_QUANTS[plain], inputs, cache)
     if plain in FLOAT_PRESETS:
         return QuantScheme(FLOAT_PRESETS[plain], inputs, cache)
     if plain.startswith("w1a16-salient") and plain.removeprefix("w1a16-salient").isdigit():
@@ -248,7 +231,7 @@ def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantS
     match = _SCHEME.fullmatch(plain)
     if match is None:
         known = [f"w{b}a16-{g}{k}" for b in BITS for g in (*(f"g{n}" for n in GROUP_SIZES), "gchannel") for k in _KINDS]
-        closest = nearest(plain, [*known, *FLOAT_PRESETS]) or "for example w4a16-g128-sym: "
+        closest = nearest(plain, [*known, *FLOAT_PRESETS, *GGUF_BLOCKS, *K_QUANTS]) or "for example w4a16-g128-sym: "
         raise ToolkitError(f"scheme: '{text}' is not a weight scheme", f"{closest}write it as {choices}")
     bits, kind = int(match[1]), match[3]
     if bits not in BITS:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import re
 
+GGUF_BLOCKS = {
+    "q4_0": "w4a16-g32-sym",
+    "q4_1": "w4a16-g32-asym",
+    "q5_0": "w5a16-g32-sym",
+    "q5_1": "w5a16-g32-asym",
+    "q8_0": "w8a16-g32-sym",
+}
+"""GGUF's plain types, with blocks of 32 weights, are grids that have names here already."""
+
 NAMES = {
+    **GGUF_BLOCKS,
     "int4": "w4a16",
     "int8": "w8a8",
     "w4a16_asym": "w4a16-asym",
@@ -13,11 +23,6 @@ NAMES = {
     "fp8-dynamic": "fp8",
     "nvfp4a16": "nvfp4",
     "mxfp4a16": "mxfp4",
-    "q4_0": "w4a16-g32-sym",
-    "q4_1": "w4a16-g32-asym",
-    "q5_0": "w5a16-g32-sym",
-    "q5_1": "w5a16-g32-asym",
-    "q8_0": "w8a16-g32-sym",
     "o1": "w8a8-wtensor-atoken",
     "o2": "w8a8-wtensor-atensor",
     "o3": "w8a8-wtensor-astatic",
@@ -28,7 +33,7 @@ MXFP4 need no entry: they are schemes here. NVFP4 and MXFP4 quantize weights alo
 has a step per row and per token, like its FP8_DYNAMIC."""
 
 _GROUP = re.compile(r"(g|ic)(\d+|channel|tensor)|w(tensor|channel)|salient\d+")
-_FIXED = ("mxfp4", "nvfp4")
+_FIXED = ("mxfp4", "nvfp4", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 
 
 def plain_name(text: str) -> str:

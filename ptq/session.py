@@ -1,4 +1,4 @@
-"""The output folder of a run: work happens in ``DIR.partial``, and DIR appears whole or not at all.
+"""The output of a run: work happens in ``DIR.partial``, and DIR (or the one file of GGUF) appears whole or not at all.
 
 ``plan.json`` says which run a folder belongs to. It stays in DIR: were it removed before the rename, a run killed
 between the two could not be resumed.
@@ -20,6 +20,11 @@ from calibration.model.checkpoint import disk_errors, sync_folder, write_atomica
 
 PLAN_FILE = "plan.json"
 BLOCKS = "blocks"
+SINGLE_SUFFIX = ".gguf"
+SINGLE_FILE = "model.gguf"
+"""The name of that file inside DIR.partial."""
+BESIDE = ("report.json", "report.html")
+"""What goes beside a result of one file, under its name: ``FILE.report.json``."""
 _MISSING = "nothing"
 
 
@@ -37,6 +42,11 @@ class Session:
     def target(self) -> Path:
         """DIR without ``.``, ``..`` and links, so that it can be renamed and has neighbours."""
         return self.out.resolve()
+
+    @property
+    def single(self) -> bool:
+        """The result is one file (GGUF), not a folder."""
+        return self.out.suffix == SINGLE_SUFFIX
 
     @property
     def partial(self) -> Path:
@@ -65,7 +75,7 @@ class Session:
         """
         if not self.target.name:
             raise ToolkitError(f"--out {self.out}: cannot be replaced", "name a folder below it")
-        for folder in (self.target, *self.target.parents):
+        for folder in (*([] if self.single else [self.target]), *self.target.parents):
             if folder.exists():
                 if not folder.is_dir():
                     raise ToolkitError(f"--out {self.out}: {folder} is a file", "name a folder")
@@ -74,6 +84,8 @@ class Session:
             raise ToolkitError(
                 f"--out {self.out}: the model that is read ({source}) is there", "choose another output folder"
             )
+        if self.single and self.target.is_file() and not overwrite:
+            raise ToolkitError(f"--out {self.out}: is there already", "choose another file, or pass --overwrite")
         if self.target.is_dir() and any(self.target.iterdir()) and not overwrite:
             raise ToolkitError(
                 f"--out {self.out}: the folder is not empty", "choose another folder, or pass --overwrite to replace it"
@@ -130,6 +142,9 @@ class Session:
             finally:
                 os.close(descriptor)
         sync_folder(self.partial)
+        if self.single:
+            self._finish_file()
+            return
         if self.target.exists():
             if self.replaced.exists():
                 shutil.rmtree(self.replaced)
@@ -138,6 +153,15 @@ class Session:
         sync_folder(self.target.parent)
         if self.replaced.exists():
             shutil.rmtree(self.replaced)
+
+    def _finish_file(self) -> None:
+        """The file takes its name last, when all else is in place."""
+        for name in BESIDE:
+            if (self.partial / name).is_file():
+                (self.partial / name).replace(self.target.with_suffix(f".{name}"))
+        (self.partial / SINGLE_FILE).replace(self.target)
+        sync_folder(self.target.parent)
+        shutil.rmtree(self.partial)
 
 
 def _differences(field: str, new: Any, old: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -11,11 +11,12 @@ from test_exact_passes import logits_around
 from test_oracles_llm_fp4 import randn
 
 from calibration.record import read_record
+from ptq.float_formats import E2M1, FloatFormat
 from ptq.methods import ExponentShift
 from ptq.numerics import floats
 from ptq.numerics.activations import fake_quantize_inputs
 from ptq.numerics.exponent_shift import channel_shifts
-from ptq.scheme import E2M1, FloatFormat, parse_scheme
+from ptq.scheme import parse_scheme
 
 torch.set_num_threads(1)
 FORMATS = pytest.mark.parametrize("number", [E2M1, FloatFormat(3, 0), FloatFormat(1, 2), FloatFormat(4, 3)], ids=str)

@@ -154,11 +154,11 @@ def test_groups_in_activation_order(name):
         compare(NAME, replace(q, group_index=None), name, tensors)
 
 
-def test_zero_points_of_zero_decide_the_version_once():
+def test_zero_points_decide_the_version():
     q = random_tensor(parse_scheme("w4a16-g32-asym"), (64, 128))
-    written = FORMATS["gptq"].for_zeros(at_least_one=False)
+    written = FORMATS["gptq"].for_grid(symmetric=False)
     assert written == FORMATS["gptq_v2"] and written.config(layout("w4a16-g32-asym"))["checkpoint_format"] == "gptq_v2"
-    assert FORMATS["gptq"].for_zeros(at_least_one=True) == FORMATS["gptq"]
+    assert FORMATS["gptq"].for_grid(symmetric=True) == FORMATS["gptq"]
     with pytest.raises(AssertionError, match="zero point of 0"):
         FORMATS["gptq"].encode(q, torch.float16)
     for label in ("gptq", "gptq_v2"):  # a wrong label is noticed by the second reader and by symmetric decoding

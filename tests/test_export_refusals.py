@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -97,7 +98,11 @@ def test_configs_describe_what_stays_in_float():
     plan = model(linear(Q), linear(UP, None))
     assert FORMATS["compressed-tensors"].config(plan)["ignore"] == [UP, "lm_head"]
     assert FORMATS["awq"].config(plan)["modules_to_not_convert"] == [UP, "lm_head"]
-    assert FORMATS["gptq"].config(plan)["modules_in_block_to_quantize"] == [["self_attn.q_proj"]]
+    config = FORMATS["gptq"].config(plan)
+    assert config["modules_in_block_to_quantize"] == [["self_attn.q_proj"]]
+    (rule,) = config["dynamic"]  # gptqmodel matches these from the start of full names
+    names = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj")
+    assert [bool(re.match(rule.removeprefix("-:"), name)) for name in names] == [False, True]
     assert "modules_in_block_to_quantize" not in FORMATS["gptq"].config(model(linear(Q)))
 
 
@@ -118,7 +123,9 @@ def test_who_loads_what():
     assert "not with dequantize=True" in packed.loads_in(model(linear(Q), linear(UP, "w8a16-g32-sym")))["transformers"]
     for fmt in FORMATS.values():
         answers = fmt.loads_in(model(linear(Q)))
-        assert set(answers) == {"transformers", "vLLM", "llama.cpp"} and answers["llama.cpp"].startswith("no: ")
+        assert set(answers) == {"transformers", "vLLM", "llama.cpp"} and answers["llama.cpp"].startswith(
+            "no: " if fmt.name != "gguf" else "yes"
+        )
 
 
 @pytest.mark.parametrize(
@@ -217,7 +224,7 @@ def test_scales_are_never_rounded():
     assert torch.equal(FORMATS["native"].decode(stored, q.scheme, q.shape).scale, fine)
 
 
-@pytest.mark.parametrize("name", list(FORMATS))
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "gguf"])  # read back with its own package
 def test_damage_is_found_by_the_second_reader(name):
     scheme = parse_scheme("w4a16-g32-asym")
     codes = torch.arange(64 * 128).view(64, 128).remainder(16).to(torch.uint8)
@@ -231,3 +238,28 @@ def test_damage_is_found_by_the_second_reader(name):
             compare(Q, q, name, {**tensors, suffix: broken})
     with pytest.raises(ToolkitError, match="scale reads back as shape"):
         compare(Q, replace(q, scale=q.scale[:, :2]), name, tensors)
+
+
+@pytest.mark.parametrize(
+    ("schemes", "answer"),
+    [
+        (["w4a16-g32-sym"], "yes"),
+        (["w4a16-g32-asym"], "yes"),
+        (["w8a8"], "yes"),
+        (["fp8"], "yes"),
+        (["w4a8"], "yes"),
+        (["w8a8-asym"], "no: it has no scheme for asymmetric"),
+        (["w8a8-ag64"], "no: it has no scheme for integer inputs with a step per group"),
+        (["w4a8-astatic"], "no: it has no scheme for static inputs"),
+        (["w8a8kv8"], "no: it takes KV caches"),
+        (["w3a16-g32-sym"], "not known: 3-bit"),
+        (["w8a16-gchannel"], "not known: weights with one scale per row"),
+        (["nvfp4"], "not known: nvfp4"),
+        (["mxfp4"], "not known: mxfp4"),
+        (["w4a16-g32-sym", "w8a16-g32-sym"], "no: model.layers.*.self_attn.q_proj"),
+        (["w4a16-g32-sym", None], "no: model.layers.*.self_attn.q_proj"),
+    ],
+)
+def test_what_vllm_does_with_compressed_tensors(schemes, answer):
+    linears = [linear(name, scheme) for name, scheme in zip((Q, Q.replace("q_proj", "k_proj")), schemes, strict=False)]
+    assert FORMATS["compressed-tensors"].loads_in(model(*linears))["vLLM"].startswith(answer)

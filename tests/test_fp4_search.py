@@ -12,13 +12,14 @@ from test_oracles_llm_fp4 import randn
 from tiny_runs import IDS, plain_model
 
 from calibration.record import read_record
+from ptq.float_formats import E2M1
 from ptq.methods.rtn import round_to_nearest
 from ptq.numerics import floats
 from ptq.numerics.float_search import OFFSETS, search_bounds
 from ptq.numerics.grids import grid_of, own_global_scale
 from ptq.numerics.objective import rounding_error
 from ptq.runtime.load import load_model
-from ptq.scheme import E2M1, parse_scheme
+from ptq.scheme import parse_scheme
 
 torch.set_num_threads(1)
 GRIDS = ["fp4-e2m1-g32", "fp4-e1m2-g64", "fp4-e3m0-gchannel", "fp6-e3m2-g128", "mxfp4", "nvfp4", "fp4-e2m1-ic32"]

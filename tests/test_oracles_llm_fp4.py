@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ptq.float_formats import E2M1, FloatFormat, float_formats
 from ptq.methods.rtn import round_to_nearest
 from ptq.numerics import floats
 from ptq.numerics.gptq import gptq_round
 from ptq.numerics.integers import fake_quantize as integer_fake_quantize
 from ptq.numerics.objective import output_energy
-from ptq.scheme import E2M1, FLOAT_BITS, FloatFormat, Grouping, QuantScheme, TensorQuant, float_formats, parse_scheme
+from ptq.scheme import FLOAT_BITS, Grouping, QuantScheme, TensorQuant, parse_scheme
 
 torch.set_num_threads(1)
 FORMATS = [number for bits in FLOAT_BITS for number in float_formats(bits)]

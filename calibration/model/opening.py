@@ -15,6 +15,7 @@ from calibration.model.checkpoint import CheckpointReader, read_config
 from calibration.model.classes import empty_model, renaming, text_config
 from calibration.model.float8 import FLOATS, check_dtypes, with_scales
 from calibration.model.float8 import METHODS as FLOAT8_METHODS
+from calibration.model.gguf import SUFFIX, folder_of, open_reader
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
@@ -23,7 +24,7 @@ NOT_FILES = ["consolidated*.safetensors", "*/*"]  # the same weights once more, 
 
 
 def locate(model: str | Path) -> Path:
-    """The folder of a checkpoint; a hub id is downloaded into the hub cache first.
+    """The folder of a checkpoint; a hub id is downloaded into the hub cache first, and a GGUF file gets one.
 
     Raises:
         ToolkitError: no such folder, or the hub does not give it.
@@ -35,8 +36,10 @@ def locate(model: str | Path) -> Path:
         if not any(path.iterdir()):
             raise ToolkitError(f"{path}: the folder is empty", "name a folder with config.json and *.safetensors")
         return path
+    if path.suffix == SUFFIX and path.is_file():
+        return folder_of(path)
     if path.exists():
-        raise ToolkitError(f"{path}: is a file", "name the folder that holds config.json and *.safetensors")
+        raise ToolkitError(f"{path}: is a file", "name the folder that holds config.json and *.safetensors, or a .gguf")
     if len(path.parts) > 2 or str(model).startswith((".", "/", "~")):
         raise ToolkitError(f"{path}: no such folder", "check the path, or use a hub id such as org/name")
     return _download(str(model))
@@ -73,7 +76,7 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[Checkpoin
             f"{folder}: a model with an adapter beside it (adapter_config.json), which would be lost",
             "merge the adapter into the model first, or move its files away to work on the base model alone",
         )
-    reader = CheckpointReader(folder)
+    reader = open_reader(folder)
     quantized = data.get("quantization_config")
     if quantized is None or quantized.get("quant_method") in FLOAT8_METHODS:
         reader.infos = with_scales(reader.infos, _named_dtype(data))

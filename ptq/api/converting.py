@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from calibration.errors import ToolkitError
 from ptq.api.inputs import Display, Text, display, text_file
 from ptq.conversion import Exported, export_model
+from ptq.float_export import export_float
 from ptq.preparation import Preparation, Training, prepare_checkpoint
 
 
@@ -58,6 +60,9 @@ def export(
     out: str | Path,
     format: str,
     adapter: bool = False,
+    metadata: str | Path | None = None,
+    embeddings: str | None = None,
+    head: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Display | None = None,
@@ -65,17 +70,33 @@ def export(
     """Change the format of a quantized checkpoint: the same codes, laid out anew, read back and compared.
 
     Args:
-        format: compressed-tensors, awq, gptq, gptq_v2 or native.
+        model: a quantized checkpoint; for ``float`` also a GGUF file.
+        out: a folder, or ``FILE.gguf``.
+        format: compressed-tensors, awq, gptq, gptq_v2, gguf or native; ``float``: the weights that the codes stand for,
+            as an unquantized checkpoint.
         adapter: write low-rank parts (lorc) as a PEFT LoRA adapter into ``out/adapter``.
+        metadata: a GGUF file of the same model whose tokenizer a GGUF output takes over.
+        embeddings, head: schemes of the token embedding and of the head, or ``float``, where the source has them in
+            float. None: as in the source, and q8_0 in GGUF.
 
     Raises:
         ToolkitError, PlanError: the input is not quantized, or the format cannot hold it.
     """
+    if format == "float":
+        refused = {"adapter": adapter, "metadata": metadata, "embeddings": embeddings, "head": head}
+        names = ", ".join(f"--{name}" for name, value in refused.items() if value)
+        if names:
+            raise ToolkitError(f"{names}: has no meaning for --format float", "leave it out")
+        shown = display(progress)
+        return export_float(model, out, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=shown)
     return export_model(
         model,
         format=format,
         out=out,
         adapter=adapter,
+        metadata=None if metadata is None else Path(metadata),
+        embeddings=embeddings,
+        head=head,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         progress=display(progress),

@@ -42,6 +42,9 @@ def plan(
     eval_windows: int | None = None,
     unseen_experts: str = "error",
     token_weights: TokenWeights = "norm",
+    metadata: str | Path | None = None,
+    embeddings: str | None = None,
+    head: str | None = None,
     trust_remote_code: bool = False,
 ) -> Job:
     """What `quantize` would do, from headers alone: schemes, sizes, memory, forward passes. Nothing is written.
@@ -63,6 +66,9 @@ def plan(
         eval_windows=eval_windows,
         unseen_experts=unseen_experts,
         token_weights=token_weights,
+        metadata=_path(metadata),
+        embeddings=embeddings,
+        head=head,
     )
     return prepare_job(
         model, method=method, scheme=scheme, recipe=recipe, format=format, target=target, options=options
@@ -88,6 +94,9 @@ def quantize(
     eval_windows: int | None = None,
     unseen_experts: str = "error",
     token_weights: TokenWeights = "norm",
+    metadata: str | Path | None = None,
+    embeddings: str | None = None,
+    head: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
     trust_remote_code: bool = False,
@@ -96,12 +105,12 @@ def quantize(
     planned: Callable[[Job], None] | None = None,
     command: str = "",
 ) -> RunRecord:
-    """Quantize a model into the folder ``out``, with a report.
+    """Quantize a model into ``out``, with a report.
 
     Args:
-        model: a folder, a hub id, ``demo``, or a transformers model in memory with its ``tokenizer`` (which is written
-            to a temporary checkpoint of its size and dtype, and read from there block by block).
-        out: appears whole or not at all.
+        model: a folder, a hub id, a GGUF file, ``demo``, or a transformers model in memory with its ``tokenizer``
+            (which is written to a temporary checkpoint of its size and dtype, and read from there block by block).
+        out: appears whole or not at all; for format gguf a file, ``FILE.gguf``.
         method: passes joined by ``+``, e.g. ``awq+gptq``; or ``recipe``, a TOML file, instead.
         scheme: e.g. ``w4a16-g128``; None: the method's.
         format: None: the first that holds the recipe.
@@ -115,6 +124,9 @@ def quantize(
         eval_windows: score the first so many of its windows only; None: all.
         unseen_experts: ``error``, or ``rtn`` to round experts without calibration tokens without data.
         token_weights: what calibration tokens count: ``norm`` (as if all vectors were equally long) or ``none``.
+        metadata: a GGUF file of the same model whose tokenizer a GGUF output takes over.
+        embeddings, head: schemes of the token embedding and of the head, or ``float``; None leaves them in float,
+            but in GGUF they are q8_0 then.
         overwrite, resume: replace what is in ``out``; go on with an interrupted run.
         progress: called with (stage, done, total, detail).
         planned: called with the plan before any work.
@@ -140,6 +152,9 @@ def quantize(
             eval_windows=eval_windows,
             unseen_experts=unseen_experts,
             token_weights=token_weights,
+            metadata=_path(metadata),
+            embeddings=embeddings,
+            head=head,
             command=command,
         )
         job = prepare_job(
@@ -244,6 +259,10 @@ def sparsify(
 
 def _name(dataset: str | Path | None) -> str | None:
     return None if dataset is None else str(dataset)
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)
 
 
 def _text(value: str | float | None) -> str | None:

@@ -51,6 +51,7 @@ class Awq:
         problems = [
             *checks.bits_problems(layout, (BITS,), self.name),
             *checks.mixed_problems(layout, self.name),
+            *checks.super_problems(layout, self.name),
             *checks.group_problems(layout),
             *checks.float_problems(layout, self.name),
             *checks.axis_problems(layout, self.name),
@@ -77,7 +78,7 @@ class Awq:
     def _left(layout: ModelLayout) -> list[str]:
         return [linear.name for linear in layout.left] + list(layout.other_linears)
 
-    def for_zeros(self, at_least_one: bool) -> Awq:
+    def for_grid(self, symmetric: bool) -> Awq:
         """Any zero point can be stored."""
         return self
 
@@ -140,7 +141,7 @@ class Awq:
             )
         size = int(data.get("group_size") or data.get("q_group_size") or -1)
         grouping = Grouping("group", size) if size > 0 else Grouping("channel")
-        symmetric = not data.get("zero_point", True)
+        symmetric = not data.get("zero_point", not data.get("sym", False))  # AutoRound says sym
         scheme = QuantScheme(TensorQuant(BITS, grouping, "sym_gptq" if symmetric else "asym_zero_in"))
         found = {}
         for key in infos:
@@ -164,9 +165,14 @@ class Awq:
         usual = sizes <= {32, 64, 128}
         return {
             "transformers": "yes, with the packages gptqmodel and accelerate"
-            + ("" if usual else "; one group per row has no fast kernel"),
-            "vLLM": "expected (its reader is for 4-bit GEMM files), not run here"
-            if usual
-            else "not expected: its kernels want groups of 32, 64 or 128",
+            + ("" if usual else "; one group per row has no fast kernel")
+            + (
+                "; not in gptqmodel's own loader, which takes linears in float for quantized ones"
+                if layout.left
+                else ""
+            ),
+            "vLLM": "yes (run in vLLM 0.32 on a CPU)"
+            if usual and not layout.left
+            else f"not known: {'some linears stay in float' if usual else 'one group per row'}, not run",
             "llama.cpp": "no: it reads GGUF files only",
         }

@@ -10,7 +10,7 @@ import torch
 from calibration.errors import Problem, ToolkitError
 from ptq.linears import ModelLayout, PlannedLinear
 from ptq.quantized import LORA
-from ptq.scheme import GROUP_SIZES, NARROW_SCALES
+from ptq.scheme import GROUP_SIZES, NARROW_SCALES, SUPER_WIDTH
 
 NATIVE = "use --format native"  # holds every layout, so it is a way out of every refusal
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -50,7 +50,7 @@ def group_problems(layout: ModelLayout) -> list[Problem]:
         assert linear.scheme is not None
         grouping = linear.scheme.weights.grouping
         length, what = grouping.length(linear.shape), "input columns" if grouping.axis == "in" else "output rows"
-        width = grouping.width(length)
+        width = SUPER_WIDTH if linear.scheme.weights.superblocks else grouping.width(length)
         if length % width:
             problems.append((linear, f"{length} {what} are not a multiple of group size {width}", length))
     found: list[Problem] = []
@@ -64,9 +64,21 @@ def group_problems(layout: ModelLayout) -> list[Problem]:
             choice = "the format fixes its groups: give these linears another scheme, fp4-e2m1-gchannel for one"
             found += refuse((linear for linear, _, _ in same), reason, choice)
             continue
+        if same[0][0].scheme is not None and same[0][0].scheme.weights.superblocks:
+            found += refuse(
+                (linear for linear, _, _ in same), reason, "give these linears q4_0, q5_0 or q8_0 in a rule"
+            )
+            continue
         choice = f"use group size {' or '.join(sizes)}, or {whole}" if sizes else f"use {whole}"
         found += refuse((linear for linear, _, _ in same), reason, choice)
     return found
+
+
+def super_problems(layout: ModelLayout, format_name: str) -> list[Problem]:
+    """Grids with super-blocks (K-quants), in a format that has one scale per group."""
+    wrong = matching(layout, lambda linear: linear.scheme.weights.superblocks)  # type: ignore[union-attr]
+    reason = f"is a K-quant with super-blocks, for which '{format_name}' has no place"
+    return refuse(wrong, reason, f"use --format gguf, or {NATIVE}")
 
 
 def axis_problems(layout: ModelLayout, format_name: str) -> list[Problem]:

@@ -23,6 +23,7 @@ from calibration.errors import Problem, ToolkitError
 from calibration.model.headers import TensorInfo
 from ptq.formats import checks, packed_floats, plain_codes
 from ptq.formats.config_groups import describe, kind_of, scheme_of
+from ptq.formats.vllm import vllm_answer
 from ptq.linears import ModelLayout
 from ptq.numerics.bitstream import pack, unpack, words_per_row
 from ptq.quantized import INPUT_GRID, QuantizedTensor
@@ -56,6 +57,7 @@ class CompressedTensors:
         """Why the format cannot hold this model."""
         return [
             *checks.bits_problems(layout, BITS, self.name),
+            *checks.super_problems(layout, self.name),
             *checks.group_problems(layout),
             *packed_floats.problems(layout, self.name),
             *checks.axis_problems(layout, self.name),
@@ -92,7 +94,7 @@ class CompressedTensors:
             checks.refuse(makers, reason, f"give every rule the same kv, or {checks.NATIVE}") if len(caches) > 1 else []
         )
 
-    def for_zeros(self, at_least_one: bool) -> CompressedTensors:
+    def for_grid(self, symmetric: bool) -> CompressedTensors:
         """Any zero point can be stored."""
         return self
 
@@ -209,11 +211,8 @@ class CompressedTensors:
             transformers += (
                 "; steps of dynamic integer inputs are max / (2^(b-1) - 0.5) there, max / (2^(b-1) - 1) here"
             )
-        marlin = all(kind.bits in (4, 8) for kind in kinds)
         return {
             "transformers": transformers,
-            "vLLM": "expected (its kernels take 4 and 8 bits), not run here"
-            if marlin
-            else "not expected: its kernels for packed integers take 4 and 8 bits",
+            "vLLM": vllm_answer(layout),
             "llama.cpp": "no: it reads GGUF files only",
         }

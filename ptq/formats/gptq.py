@@ -9,6 +9,7 @@ Sources: AutoGPTQ 0.7.1 ``qlinear_cuda_old.py``, gptqmodel 7.7 ``utils/model.py`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -42,15 +43,17 @@ class Gptq:
         """The label in ``checkpoint_format``, and ours."""
         return "gptq" if self.version == 1 else "gptq_v2"
 
-    def for_zeros(self, at_least_one: bool) -> Gptq:
-        """The version that holds a model whose zero points are (not) all at least 1: v1 has no place for 0."""
-        return self if at_least_one else Gptq(2)
+    def for_grid(self, symmetric: bool) -> Gptq:
+        """Version 2 for zero points: version 1 has no place for 0, and gptqmodel reads asymmetric files of version 1
+        only from itself."""
+        return self if symmetric else Gptq(2)
 
     def check(self, layout: ModelLayout) -> list[Problem]:
         """Why the format cannot hold this model."""
         problems = [
             *checks.bits_problems(layout, BITS, self.name),
             *checks.mixed_problems(layout, self.name),
+            *checks.super_problems(layout, self.name),
             *checks.group_problems(layout),
             *checks.float_problems(layout, self.name),
             *checks.axis_problems(layout, self.name),
@@ -76,7 +79,7 @@ class Gptq:
         (_, columns), w = q.shape, q.scheme.weights
         zero = torch.full_like(q.scale, 2 ** (w.bits - 1), dtype=torch.uint8) if q.zero is None else q.zero
         if self.version == 1:
-            assert int(zero.min()) >= 1, "v1 cannot store a zero point of 0: ask `for_zeros` first"
+            assert int(zero.min()) >= 1, "v1 cannot store a zero point of 0: ask `for_grid` first"
             zero = zero - 1
         index = q.group_index
         if index is None:
@@ -142,6 +145,8 @@ class Gptq:
         if layout.left:  # otherwise transformers replaces every Linear of the blocks and reads what is not there
             names = dict.fromkeys(self._in_block(layout, linear) for linear in layout.quantized)
             config["modules_in_block_to_quantize"] = [[name] for name in names]
+            left = dict.fromkeys(self._in_block(layout, linear) for linear in layout.left)  # what gptqmodel looks at
+            config["dynamic"] = {rf"-:.*\.{re.escape(name)}$": {} for name in left}
         return config
 
     def schemes(
@@ -179,14 +184,21 @@ class Gptq:
         return found
 
     def loads_in(self, layout: ModelLayout) -> dict[str, str]:
-        """Who opens the checkpoint."""
+        """Who opens the checkpoint, in the version in which it is written."""
         weights = [linear.scheme.weights for linear in layout.quantized if linear.scheme is not None]
         per_row = any(w.bits == 4 and w.grouping.size is None for w in weights)
+        second = self.version == 2 or not all(w.symmetric for w in weights)
+        kind = "gptq_v2" if second else "gptq"
+        run = kind == "gptq" and not layout.left and all(w.bits == 4 and w.grouping.size for w in weights)
+        unknown = "some linears stay in float" if layout.left else f"{kind} of this kind"
         return {
             "transformers": "yes, with the packages optimum >= 1.24 and gptqmodel >= 1.4.3"
-            + ("; not on CPU, whose 4-bit kernel wants groups of 32, 64, 128 or 256" if per_row else ""),
-            "vLLM": "expected (its reader takes 2, 3, 4 and 8 bits), not run here"
-            if self.version == 1 and not layout.left
-            else f"not known: {'some linears stay in float' if layout.left else 'gptq_v2'}, not run here",
+            + ("; not on CPU, whose 4-bit kernel wants groups of 32, 64, 128 or 256" if per_row else "")
+            + (
+                "; written as gptq_v2, asymmetric files of version 1 are refused"
+                if second and self.version == 1
+                else ""
+            ),
+            "vLLM": "yes (run in vLLM 0.32 on a CPU)" if run else f"not known: {unknown} was not run",
             "llama.cpp": "no: it reads GGUF files only",
         }

@@ -10,7 +10,10 @@ suffix           dtype      shape                       content
 ``scale``        bfloat16   ``[lines, G]``              the step (float16 where only that is exact)
                  uint8                                  powers of two (MX formats): exponent + 127
                  float8     (E4M3)                      two-level formats (NVFP4): step times global scale
+                 int8                                   integers of groups in super-blocks (K-quants)
 ``global_scale`` float32    ``[1]``                     only in two-level formats
+``super_scale``  float16    ``[out, in/256]``           only with super-blocks: what their integers are multiplied by
+``super_min``    float16    ``[out, in/256]``           the same for minima, whose integers (uint8) are then ``zero``
 ``zero``         int32      ``[ceil(lines*G*b/32)]``    one dense stream, line after line; b = 8: uint8
                                                         ``[lines, G]``; absent for symmetric grids
                  float16    ``[lines, G]``              for ``asym_float``
@@ -43,6 +46,10 @@ from ptq.quantized import PARTS, QuantizedTensor
 from ptq.scheme import NARROW_SCALES, QuantScheme
 
 VERSION = 1
+WEIGHTS_KEY = "transformers_weights"
+WEIGHTS_FILE = "load it with ptq.load_model, or import ptq before from_pretrained.safetensors"
+"""What ``transformers_weights`` in config.json names. Plain transformers skips a quantization that it does not know and
+would go on with random weights: it looks for this file instead, and its error says what to do."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +58,14 @@ class Native:
 
     name: ClassVar[str] = "native"
     suffixes: ClassVar[frozenset[str]] = frozenset(
-        {"codes", "scale", "global_scale", "zero", "group_index", "salient_codes", *PARTS}
+        {"codes", "scale", "global_scale", "super_scale", "super_min", "zero", "group_index", "salient_codes", *PARTS}
     )
 
     def check(self, layout: ModelLayout) -> list[Problem]:
         """Only groups that do not divide a row; no file can hold those."""
         return group_problems(layout)
 
-    def for_zeros(self, at_least_one: bool) -> Native:
+    def for_grid(self, symmetric: bool) -> Native:
         """Any zero point can be stored."""
         return self
 
@@ -70,7 +77,9 @@ class Native:
             tensors = {"codes": pack(q.codes[:, ~mask], 1), "salient_codes": pack(q.codes[:, mask], bits)}
         else:
             tensors = {"codes": q.codes.clone() if bits == 8 else pack(q.codes, bits)}
-        if kind in NARROW_SCALES:
+        if q.super_scale is not None:
+            tensors |= _super_tensors(q)
+        elif kind in NARROW_SCALES:
             tensors["scale"] = encode_scale(q.scale, kind)
         else:
             exact = torch.equal(q.scale.to(torch.bfloat16).float(), q.scale)
@@ -79,7 +88,7 @@ class Native:
             tensors["global_scale"] = q.global_scale.clone()  # linears of one input share it
         if q.zero is not None and q.scheme.weights.float_zeros:
             tensors["zero"] = stored_scale(q.zero, torch.float16)
-        elif q.zero is not None:
+        elif q.zero is not None and q.super_scale is None:
             # one stream for the whole tensor: rows of few groups would leave most of their last word empty
             tensors["zero"] = q.zero.clone() if bits == 8 else pack(q.zero.reshape(1, -1), bits)[0]
         if q.group_index is not None:
@@ -96,19 +105,20 @@ class Native:
             codes, bits = _mixed_codes(tensors, shape), SALIENT_BITS
         elif bits < 8:
             codes = unpack(codes, bits, shape[1])
+        if scheme.weights.superblocks:
+            over = (tensors["super_scale"].float(), None if zero is None else tensors["super_min"].float())
+            return QuantizedTensor(codes, scale, zero, scheme, None, _parts(tensors), None, *over)
         if scheme.weights.float_zeros:
             zero = None if zero is None else zero.float()
         elif bits < 8:
             zero = None if zero is None else unpack(zero[None], bits, scale.numel()).view_as(scale)
-        parts = {name: tensor for name, tensor in tensors.items() if name in PARTS}
-        return QuantizedTensor(
-            codes, scale, zero, scheme, tensors.get("group_index"), parts, tensors.get("global_scale")
-        )
+        index = tensors.get("group_index")
+        return QuantizedTensor(codes, scale, zero, scheme, index, _parts(tensors), tensors.get("global_scale"))
 
     def config(self, layout: ModelLayout) -> dict[str, Any]:
         """``quantization_config`` of config.json."""
         layers = {}
-        for linear in layout.quantized:
+        for linear in (*layout.quantized, *layout.outside):
             assert linear.scheme is not None
             layers[linear.name] = {**linear.scheme.to_json(), "shape": list(linear.shape)}
         return {"quant_method": "ptq", "version": VERSION, "layers": layers}
@@ -145,7 +155,26 @@ class Native:
     def loads_in(self, layout: ModelLayout) -> dict[str, str]:
         """Who opens the checkpoint."""
         only = "no: only this toolkit reads it; `ptq export` turns it into another format"
-        return {"transformers": only, "vLLM": only, "llama.cpp": only}
+        inside = "yes, after `import ptq`, which then runs it" if not _experts(layout) else only
+        return {"transformers": inside, "vLLM": only, "llama.cpp": only}
+
+
+def _experts(layout: ModelLayout) -> bool:
+    """transformers keeps the experts of a layer in one module, where no `QuantLinear` finds a place."""
+    return any(linear.expert is not None for linear in layout.quantized)
+
+
+def _parts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name in PARTS}
+
+
+def _super_tensors(q: QuantizedTensor) -> dict[str, torch.Tensor]:
+    """Scales and minima of super-blocks, and the integers of their groups."""
+    assert q.super_scale is not None
+    tensors = {"scale": q.scale.to(torch.int8), "super_scale": q.super_scale.to(torch.float16)}
+    if q.zero is not None and q.super_min is not None:
+        tensors |= {"zero": q.zero.clone(), "super_min": q.super_min.to(torch.float16)}
+    return tensors
 
 
 def _mixed_codes(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:

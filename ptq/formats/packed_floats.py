@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from calibration.errors import Problem
+from ptq.float_formats import E4M3FN
 from ptq.formats import checks
 from ptq.formats.narrow_scales import decode_scale, encode_scale
 from ptq.linears import ModelLayout
 from ptq.quantized import QuantizedTensor
-from ptq.scheme import E4M3FN, FLOAT_PRESETS, QuantScheme, TensorQuant
+from ptq.scheme import FLOAT_PRESETS, QuantScheme, TensorQuant
 
 FORMATS: dict[str, str] = {"nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized"}
 SUFFIXES = frozenset({"weight_packed", "weight_scale", "weight_global_scale"})

@@ -17,10 +17,11 @@ import torch
 
 from calibration.errors import Problem, ToolkitError
 from ptq.activations import ActivationQuant, CacheQuant, Granularity
+from ptq.float_formats import E4M3FN
 from ptq.formats import checks
 from ptq.linears import ModelLayout
 from ptq.quantized import INPUT_GRID, QuantizedTensor
-from ptq.scheme import E4M3FN, Grouping, QuantScheme, TensorQuant
+from ptq.scheme import Grouping, QuantScheme, TensorQuant
 
 INT, FLOAT = "int-quantized", "float-quantized"
 STORED = {torch.int8: INT, torch.float8_e4m3fn: FLOAT}

@@ -35,6 +35,8 @@ def _float(tensor: torch.Tensor) -> np.ndarray:
     """
     if tensor.dtype == torch.uint8:
         return np.ldexp(np.float32(1), tensor.numpy().astype(np.int32) - 127)
+    if tensor.dtype == torch.int8:
+        return tensor.numpy().astype(np.float32)
     if tensor.dtype == torch.float8_e4m3fn:
         byte = tensor.view(torch.uint8).numpy().astype(np.int32)
         field, mantissa = byte >> 3 & 15, byte & 7
@@ -104,7 +106,7 @@ def read_codes(
             codes = _fields(codes, bits, columns)
         if scheme.weights.float_zeros:
             zero = _float(tensors["zero"])
-        elif bits < 8:
+        elif bits < 8 and "super_scale" not in tensors:
             zero = None if zero is None else _fields(zero[None], bits, scale.size).reshape(scale.shape)
     return codes, scale, zero
 
@@ -141,6 +143,9 @@ def compare(name: str, q: QuantizedTensor, format_name: str, tensors: Mapping[st
     if q.global_scale is not None:
         kept = tensors.get("global_scale", tensors.get("weight_global_scale", torch.zeros(0)))
         _first_difference("global scale", name, kept.numpy(), q.global_scale.cpu().numpy())
+    for field, expected in (("super_scale", q.super_scale), ("super_min", q.super_min)):
+        if expected is not None:
+            _first_difference(field, name, _float(tensors[field]), expected.cpu().numpy())
     if q.zero is not None:
         stored = np.zeros(0, dtype=np.uint8) if zero is None else zero
         _first_difference("zero point", name, stored, q.zero.cpu().numpy())

@@ -11,6 +11,7 @@ from calibration.errors import Problem, ToolkitError
 from calibration.model.headers import TensorInfo
 from ptq.formats.awq import Awq
 from ptq.formats.compressed_tensors import CompressedTensors
+from ptq.formats.gguf import Gguf
 from ptq.formats.gptq import Gptq
 from ptq.formats.native import Native
 from ptq.linears import ModelLayout
@@ -38,8 +39,8 @@ class Format(Protocol):
         """Every reason why the format cannot hold this model, each with a fix that works; none means it can."""
         ...
 
-    def for_zeros(self, at_least_one: bool) -> Format:
-        """The format to write once it is known whether all zero points of the model are at least 1.
+    def for_grid(self, symmetric: bool) -> Format:
+        """The format as it is written for models whose grids are all symmetric, or not.
 
         Ask once per checkpoint, before the first `encode`, and use the answer for tensors and config alike.
         """
@@ -86,6 +87,7 @@ FORMATS: dict[str, Format] = {
     "awq": Awq(),
     "gptq": Gptq(1),
     "gptq_v2": Gptq(2),
+    "gguf": Gguf(),
     "native": Native(),
 }
 
@@ -116,15 +118,19 @@ def format_of(config: Mapping[str, Any]) -> Format | None:
     label = str(data.get("checkpoint_format") or data.get("format") or "gptq") if method == "gptq" else ""
     if data.get("is_marlin_format"):
         label = "marlin"
+    if method in ("auto-round", "intel/auto-round"):
+        method, label = "auto-round", str(data.get("packing_format", "auto_round:auto_gptq"))
     found = {
         ("compressed-tensors", ""): "compressed-tensors",
         ("awq", ""): "awq",
         ("gptq", "gptq"): "gptq",
         ("gptq", "gptq_v2"): "gptq_v2",
+        ("auto-round", "auto_round:auto_gptq"): "gptq",  # AutoRound's folders hold one of the two layouts
+        ("auto-round", "auto_round:auto_awq"): "awq",
         ("ptq", ""): "native",
     }.get((method, label))
     if found is None:
-        what = f"quant_method '{method}'" + (f" with checkpoint_format '{label}'" if label else "")
+        what = f"quant_method '{method}'" + (f" in layout '{label}'" if label else "")
         raise ToolkitError(
             f"config.json: {what} is not read here",
             f"quantize the float checkpoint instead, or name a checkpoint in one of: {', '.join(FORMATS)}",

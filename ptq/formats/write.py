@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, disk_errors, write_atomically
 from calibration.model.shards import ShardWriter
+from ptq.formats.gguf_file import verify_file, write_file
+from ptq.formats.native import WEIGHTS_FILE, WEIGHTS_KEY
 from ptq.formats.readback import compare
 from ptq.formats.registry import Format
 from ptq.linears import ModelLayout
 from ptq.quantized import QuantizedTensor
+from ptq.session import SINGLE_FILE
 
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 NOT_COPIED = {  # written anew, or belonging to another run
@@ -35,42 +39,65 @@ NOT_COPIED = {  # written anew, or belonging to another run
 Source = Callable[[], Iterator[tuple[dict[str, QuantizedTensor], dict[str, torch.Tensor]]]]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What an output takes over from the checkpoint that it is made of.
+
+    Attributes:
+        folder: of that checkpoint, with the tokenizer, which GGUF files hold.
+        stored_name: what its files call a tensor; the output's files call it the same.
+        metadata: a GGUF file to take the tokenizer from instead.
+    """
+
+    folder: Path
+    stored_name: Callable[[str], str] = str
+    metadata: Path | None = None
+
+
 def write_checkpoint(
     source: Source,
-    outside: Iterable[tuple[str, torch.Tensor]],
+    outside: Iterable[tuple[str, torch.Tensor | QuantizedTensor]],
     layout: ModelLayout,
     fmt: Format,
     out: Path,
+    origin: Origin,
     advance: Callable[[str], None],
-    stored_name: Callable[[str], str] = str,
 ) -> tuple[Format, int]:
-    """Write shards, index and config.json into the existing folder ``out``.
+    """Write shards, index and config.json into the existing folder ``out``, or the one file of GGUF.
 
     Args:
-        source: gives blocks of (quantized linears, float tensors); called twice where zero points decide the variant.
-        outside: (name, tensor) of everything outside the blocks.
-        stored_name: what the source's files call a tensor; the output's files call it the same.
+        source: gives blocks of (quantized linears, float tensors).
+        outside: (name, tensor) of everything outside the blocks; the full name of a linear or embedding without
+            ``.weight`` where it is quantized.
 
     Returns:
         the format as written (GPTQ settles on version 1 or 2), and the bytes of all tensors.
     """
-    variant = fmt.for_zeros(_smallest_zero(source) >= 1) if fmt.name.startswith("gptq") else fmt
+    variant = fmt.for_grid(all(n.scheme.weights.symmetric for n in layout.quantized if n.scheme is not None))
+    if fmt.name == "gguf":
+        return fmt, write_file(source(), outside, layout, out, origin.folder, origin.metadata, advance)
     dtype = getattr(torch, layout.dtype)
     for stale in [*out.glob("*.safetensors"), *out.glob("*.safetensors.part")]:
         stale.unlink()
     writer = ShardWriter(out)
-    for name, tensor in outside:
-        writer.add(stored_name(name), tensor)
+    for name, value in outside:
+        if isinstance(value, QuantizedTensor):
+            for suffix, tensor in variant.encode(value, dtype).items():
+                writer.add(origin.stored_name(f"{name}.{suffix}"), tensor)
+        else:
+            writer.add(origin.stored_name(name), value)
     for quantized, others in source():
         for name, tensor in others.items():
-            writer.add(stored_name(name), tensor)
+            writer.add(origin.stored_name(name), tensor)
         for name, q in quantized.items():
             for suffix, tensor in variant.encode(q, dtype).items():
-                writer.add(stored_name(f"{name}.{suffix}"), tensor)
+                writer.add(origin.stored_name(f"{name}.{suffix}"), tensor)
             advance(name)
     writer.finish()
     settings = variant.config(layout)
     config = {**layout.config, "quantization_config": settings}
+    if variant.name == "native":
+        config[WEIGHTS_KEY] = WEIGHTS_FILE
     write_atomically(out / "config.json", _json(config))
     if settings["quant_method"] == "gptq":
         write_atomically(out / "quantize_config.json", _json(settings))  # where older readers look
@@ -81,15 +108,10 @@ def _json(data: dict[str, Any]) -> bytes:
     return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _smallest_zero(source: Source) -> int:
-    """The smallest zero point of the model; symmetric grids have 2^(bits-1) >= 2."""
-    zeros = [int(q.zero.min()) for quantized, _ in source() for q in quantized.values() if q.zero is not None]
-    return min(zeros, default=2)
-
-
 def verify_checkpoint(
     source: Source,
     fmt: Format,
+    layout: ModelLayout,
     out: Path,
     advance: Callable[[str], None],
     stored_name: Callable[[str], str] = str,
@@ -99,6 +121,8 @@ def verify_checkpoint(
     Raises:
         ToolkitError: the first linear that differs, or one whose tensors are missing.
     """
+    if fmt.name == "gguf":
+        return verify_file(source(), layout, out / SINGLE_FILE, advance)
     count = 0
     with CheckpointReader(out) as reader:
         for quantized, _ in source():
@@ -125,8 +149,10 @@ def copy_small_files(source: Path, out: Path) -> None:
                     shutil.copyfile(path, out / path.name)
 
 
-def outside_blocks(reader: CheckpointReader, spec: ArchitectureSpec) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors outside the blocks, in the order of their names."""
+def outside_blocks(
+    reader: CheckpointReader, spec: ArchitectureSpec, taken: Container[str] = ()
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors outside the blocks but for those ``taken``, in the order of their names."""
     for name in sorted(reader.infos):
-        if spec.block_of(name) is None:
+        if spec.block_of(name) is None and name not in taken:
             yield name, reader.tensor(name)

@@ -73,7 +73,8 @@ class Awq(Pass):
         if self.clip:
             shared = global_scales(segment)
             for linear, scheme in segment.schemes.items():
-                if linear not in segment.spec.scores:
+                # K-quants choose the ranges of their groups themselves, with the integers that they have for them
+                if linear not in segment.spec.scores and not scheme.weights.superblocks:
                     gram = context.statistic(linear, Gram)
                     if gram.tokens:
                         w, quant = segment.weight(linear), scheme.weights

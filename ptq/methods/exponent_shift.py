@@ -18,11 +18,11 @@ from calibration.walk.context import Context
 from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import AbsMax, Statistic
+from ptq.float_formats import FloatFormat
 from ptq.linears import ModelLayout
 from ptq.methods.balancing import balance, by_value_channel, note_all, quantized_consumers
 from ptq.numerics.exponent_shift import channel_shifts
 from ptq.numerics.floats import power_of_two
-from ptq.scheme import FloatFormat
 
 
 @dataclass(frozen=True)

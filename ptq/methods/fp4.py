@@ -17,13 +17,14 @@ from calibration.walk.context import Context
 from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram, Statistic
+from ptq.float_formats import float_formats
 from ptq.formats.checks import matching, refuse
 from ptq.linears import ModelLayout
 from ptq.methods.rounding import global_scales
 from ptq.numerics.float_search import search_bounds
 from ptq.numerics.grids import grid_of
 from ptq.numerics.objective import rounding_error
-from ptq.scheme import QuantScheme, float_formats
+from ptq.scheme import QuantScheme
 
 
 @dataclass(frozen=True)

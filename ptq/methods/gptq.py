@@ -102,10 +102,11 @@ class Gptq(Pass):
             )
             first = 0
             for name, w in zip(members, weights, strict=True):
-                codes, scale, zero = result.rows(first, first + w.shape[0], scheme.weights)
-                first += w.shape[0]
-                index = self._index(result.group_index, w, scheme.weights)
-                q = QuantizedTensor(codes, scale.float(), zero, scheme, index, global_scale=global_scale)
+                rows = first, first + w.shape[0]
+                codes, scale, zero = result.rows(*rows, scheme.weights)
+                index, first = self._index(result.group_index, w, scheme.weights), rows[1]
+                over = result.super_rows(*rows)
+                q = QuantizedTensor(codes, scale.float(), zero, scheme, index, global_scale=global_scale, **over)
                 put(segment, name, q, gram.matrix)
                 context.advance(name)
 
@@ -135,7 +136,8 @@ class Gptq(Pass):
 
     def _index(self, found: torch.Tensor | None, w: torch.Tensor, quant: TensorQuant) -> torch.Tensor | None:
         """The group of every column ``[in]`` int32, where files of this run tell it."""
-        if found is not None or not self.reorders or quant.grouping.axis == "out" or quant.grouping.size is None:
+        plain = quant.grouping.axis == "out" or quant.grouping.size is None or quant.superblocks
+        if found is not None or not self.reorders or plain:
             return None if found is None else found.clone()
         columns = torch.arange(w.shape[1], dtype=torch.int32, device=w.device)
         return columns // quant.grouping.size  # on a chosen grid

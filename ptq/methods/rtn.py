@@ -12,7 +12,9 @@ from calibration.walk.passes import Pass, Phase
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram
 from ptq.methods.rounding import global_scales, put
+from ptq.numerics import superblocks
 from ptq.numerics.grids import Grid, grid_of, own_global_scale, round_to_grid, zero_of
+from ptq.numerics.groups import split
 from ptq.quantized import QuantizedTensor
 from ptq.scheme import QuantScheme
 
@@ -22,17 +24,36 @@ def round_to_nearest(
     scheme: QuantScheme,
     grid: Grid | None = None,
     global_scale: torch.Tensor | None = None,
+    importance: torch.Tensor | None = None,
 ) -> QuantizedTensor:
     """Round ``W [out, in]`` (float32).
 
     Args:
         grid: chosen for W; None takes the one that its ranges span.
         global_scale: ``[1]``, for two-level formats; None takes that of W alone.
+        importance: ``[in]``, what an error of a column counts where the grid is searched (K-quants); None: all alike.
     """
+    if scheme.weights.superblocks:
+        return _on_superblocks(w, scheme, importance)
     quant, global_scale = scheme.weights, own_global_scale(w, scheme.weights, global_scale)
     grid = grid or grid_of(w, quant, None, global_scale)
     codes = round_to_grid(w, quant, grid, global_scale)[1]
     return QuantizedTensor(codes, grid.scale.float(), zero_of(grid, quant), scheme, global_scale=global_scale)
+
+
+def _on_superblocks(w: torch.Tensor, scheme: QuantScheme, importance: torch.Tensor | None) -> QuantizedTensor:
+    quant = scheme.weights
+    grid = superblocks.choose_grid(w, quant, importance)
+    units = split(w, quant.grouping)
+    codes = superblocks.nearest_codes(units, grid.step.unsqueeze(-1), grid.zero(quant).unsqueeze(-1), quant)
+    return QuantizedTensor(
+        codes.flatten(-2).to(torch.uint8),
+        grid.scale.float(),
+        None if grid.minimum is None else grid.minimum.to(torch.uint8),
+        scheme,
+        super_scale=grid.super_scale.float(),
+        super_min=None if grid.super_min is None else grid.super_min.float(),
+    )
 
 
 @dataclass(frozen=True)
@@ -51,5 +72,6 @@ class Rtn(Pass):
         for linear, scheme in segment.schemes.items():
             gram = context.statistic(linear, Gram).matrix if context.has(Gram) else None
             w, grid = segment.weight(linear), segment.grids.get(linear)
-            put(segment, linear, round_to_nearest(w, scheme, grid, shared.get(linear)), gram)
+            importance = None if gram is None else gram.diagonal()
+            put(segment, linear, round_to_nearest(w, scheme, grid, shared.get(linear), importance), gram)
             context.advance(linear)

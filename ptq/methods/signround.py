@@ -146,7 +146,8 @@ def _learnable(scheme: QuantScheme | None) -> bool:
     if scheme is None:
         return True
     w = scheme.weights
-    return w.float_format is None and w.salient_percent is None and not w.float_zeros and w.grouping.kind != "tensor"
+    plain = w.float_format is None and w.salient_percent is None and not w.float_zeros and not w.superblocks
+    return plain and w.grouping.kind != "tensor"
 
 
 def _stored(segment: Segment, w: torch.Tensor) -> torch.Tensor:

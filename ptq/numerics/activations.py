@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 
 from ptq.activations import ActivationQuant
+from ptq.float_formats import E2M1
 from ptq.numerics import floats
 from ptq.numerics.smooth import channel_groups, channel_maxima, smoothing_scales
-from ptq.scheme import E2M1
 
 E4M3_LARGEST = 448.0
 LARGEST_FLOAT: dict[str, float] = {"fp8-e4m3": E4M3_LARGEST, "fp4-e2m1": E2M1.largest}

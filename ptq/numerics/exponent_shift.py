@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from ptq.float_formats import FloatFormat
 from ptq.numerics.floats import bias_of
-from ptq.scheme import FloatFormat
 
 SMALLEST_MAXIMUM = 1e-8  # of a channel that is zero everywhere
 

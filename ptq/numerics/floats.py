@@ -14,8 +14,9 @@ import math
 
 import torch
 
+from ptq.float_formats import FloatFormat
 from ptq.numerics.groups import join, split
-from ptq.scheme import FloatFormat, ScaleFormat, TensorQuant
+from ptq.scheme import ScaleFormat, TensorQuant
 
 LARGEST_E4M3 = 448.0  # with scales the code above it is NaN
 SMALLEST_E4M3 = 2.0**-9

@@ -12,7 +12,9 @@ from typing import Literal
 
 import torch
 
+from ptq.numerics import superblocks
 from ptq.numerics.grids import Grid, codes_of, grid_of, grid_parameters, levels, own_global_scale, step_of, zero_of
+from ptq.numerics.superblock_fit import settle
 from ptq.scheme import TensorQuant
 
 Order = Literal["natural", "activation", "group"]
@@ -24,7 +26,9 @@ Order = Literal["natural", "activation", "group"]
 class Rounded:
     """Result of `gptq_round`. Shapes: codes uint8 ``[out, in]``, scale and zero ``[lines, G]``, group_index ``[in]``.
 
-    ``loss`` is the sum of squared scaled errors; it equals tr(dW (H + damping) dW^T), if not for asymmetry.
+    ``loss`` is the sum of squared scaled errors; it equals tr(dW (H + damping) dW^T), if not for asymmetry. Grids with
+    super-blocks have integers for scale and zero, and ``super_scale`` and ``super_min`` ``[out, in/256]`` (see
+    `QuantizedTensor`); their loss is that before the scales are fitted once more.
     """
 
     codes: torch.Tensor
@@ -32,11 +36,18 @@ class Rounded:
     zero: torch.Tensor | None
     group_index: torch.Tensor | None
     loss: float
+    super_scale: torch.Tensor | None = None
+    super_min: torch.Tensor | None = None
 
     def rows(self, first: int, stop: int, quant: TensorQuant) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Codes, scale and zero of some rows of W, copied; whole groups of rows for axis "out"."""
         own = Grid(self.scale, self.zero).rows(quant, self.codes.shape[0], slice(first, stop))
         return self.codes[first:stop].clone(), own.scale.clone(), zero_of(own, quant)
+
+    def super_rows(self, first: int, stop: int) -> dict[str, torch.Tensor]:
+        """``super_scale`` and ``super_min`` of some rows of W, copied, where the grid has them."""
+        named = {"super_scale": self.super_scale, "super_min": self.super_min}
+        return {name: t[first:stop].float().clone() for name, t in named.items() if t is not None}
 
 
 def inverse_factor(h: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
@@ -168,6 +179,11 @@ def gptq_round(
     width = 1 if inside else quant.grouping.width(columns)
     dead = h.diagonal() == 0
     h, w = h.clone(), w.clone()
+    chosen = superblocks.choose_grid(w, quant, h.diagonal()) if quant.superblocks else None
+    if chosen is not None:
+        assert grid is None, "no pass chooses a grid with super-blocks beforehand"
+        assert cross is None, "its scales are fitted to one stream"
+        grid = Grid(chosen.step, chosen.zero(quant))
     fixed = grid is not None or (not inside and (width == columns or static_groups))
     global_scale = own_global_scale(w, quant, global_scale)
     grid = grid or grid_of(w, quant, None, global_scale)
@@ -193,6 +209,11 @@ def gptq_round(
     codes, loss = _column_loop(wt, u, p, grids, block)
     restored = torch.empty_like(codes)
     restored[perm] = codes
+    if chosen is not None:
+        h.diagonal().add_(damping * h.diagonal().mean())
+        fitted, chosen = settle(w, h, restored.T.contiguous(), chosen, quant)
+        made = (chosen.scale, chosen.minimum, None, loss, chosen.super_scale, chosen.super_min)
+        return Rounded(fitted, *made)
     index = None
     if regroup:
         index = torch.empty(columns, dtype=torch.int32, device=w.device)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ptq.numerics import floats, integers
+from ptq.numerics import floats, integers, superblocks
 from ptq.numerics.groups import join, scales_of_rows, split
 from ptq.scheme import TensorQuant
 
@@ -61,7 +61,13 @@ def grid_parameters(
     clip: torch.Tensor | None = None,
     global_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Stored scale and zero point ``[...]`` of units ``[..., g]``; see `integers.grid_parameters`, `floats.scales`."""
+    """Stored scale and zero point ``[...]`` of units ``[..., g]``; see `integers.grid_parameters`, `floats.scales`.
+
+    Of grids with super-blocks, whose stored scales are integers, the step and the (fractional) code of zero.
+    """
+    if quant.superblocks:
+        grid = superblocks.range_grid(units, quant, clip)
+        return grid.step, grid.zero(quant)
     if quant.float_format is None:
         return integers.grid_parameters(units, quant, clip)
     return floats.scales(units, quant, clip, global_scale), None
@@ -88,6 +94,9 @@ def levels(w: torch.Tensor, step: torch.Tensor, zero: torch.Tensor | None, quant
     """The level nearest to every weight, in the dtype of w; ``step`` and ``zero`` must broadcast against it."""
     if quant.float_format is not None:
         return floats.nearest(w / step, quant.float_format)
+    if quant.superblocks:
+        assert zero is not None
+        return superblocks.nearest_codes(w, step, zero, quant).sub_(zero)
     shift = 2 ** (quant.bits - 1) if zero is None else zero
     return integers.quantize(w, step, zero, quant).sub_(shift)
 
@@ -96,6 +105,9 @@ def codes_of(level: torch.Tensor, zero: torch.Tensor | None, quant: TensorQuant)
     """uint8 codes of levels."""
     if quant.float_format is not None:
         return floats.codes(level, quant.float_format)
+    if quant.superblocks:
+        assert zero is not None
+        return (level + zero).round_().to(torch.uint8)
     code = level + (2 ** (quant.bits - 1) if zero is None else zero)
     return (code.round_() if quant.float_zeros else code).to(torch.uint8)
 
@@ -134,6 +146,8 @@ def fake_quantize(
     Args:
         clip: ``[..., lines, G]`` clipping bounds, or None.
     """
+    if quant.superblocks:
+        return superblocks.fake_quantize(w, quant, clip)
     if quant.float_format is None:
         return integers.fake_quantize(w, quant, clip)
     return floats.fake_quantize(w, quant, clip, global_scale)

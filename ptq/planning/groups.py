@@ -8,7 +8,7 @@ from dataclasses import replace
 from ptq.formats.registry import Format
 from ptq.linears import ModelLayout, PlannedLinear
 from ptq.planning.recipe import Recipe
-from ptq.scheme import GROUP_SIZES, Grouping, QuantScheme
+from ptq.scheme import GROUP_SIZES, NARROW_SCALES, Grouping, QuantScheme
 
 
 def with_any_group(scheme: QuantScheme, *shapes: tuple[int, int]) -> QuantScheme:
@@ -16,7 +16,8 @@ def with_any_group(scheme: QuantScheme, *shapes: tuple[int, int]) -> QuantScheme
     shapes ``(out, in)``; a step per line where none does. Schemes without groups, and those whose format fixes the size
     of a group, are as they were."""
     w = scheme.weights
-    if w.grouping.kind != "group" or w.grouping.size not in GROUP_SIZES or w.scale_format in ("e8m0", "e4m3"):
+    fixed = w.scale_format in NARROW_SCALES or w.superblocks
+    if w.grouping.kind != "group" or w.grouping.size not in GROUP_SIZES or fixed:
         return scheme
     lengths = [w.grouping.length(shape) for shape in shapes]
     sizes = sorted((size for size in GROUP_SIZES if size <= w.grouping.size), reverse=True)

@@ -15,6 +15,8 @@ from calibration.shown import Shown
 from calibration.text.corpora import check_name
 from calibration.text.generated import GENERATED
 from calibration.walk.token_weights import TokenWeights
+from ptq.formats.gguf_file import check_file
+from ptq.planning.outside_plan import with_outside
 from ptq.planning.plan import Plan, make_plan
 from ptq.planning.recipe import method_recipe, read_recipe
 from ptq.planning.source import Source, TextOptions, open_source
@@ -33,6 +35,9 @@ class Options(TextOptions):
         unseen_experts: ``error``, or ``rtn`` to round experts without calibration tokens without data.
         token_weights: what calibration tokens count, see `calibration.walk.token_weights`.
         command: the command line, for the record.
+        metadata: a GGUF file whose tokenizer a GGUF output takes over.
+        embeddings, head: schemes of the token embedding and of the head, or ``float``; None leaves them in float, but
+            in GGUF they are q8_0 then.
     """
 
     evaluate: str | None = None
@@ -40,6 +45,9 @@ class Options(TextOptions):
     token_weights: TokenWeights = "norm"
     command: str = ""
     eval_windows: int | None = None
+    metadata: Path | None = None
+    embeddings: str | None = None
+    head: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -116,6 +124,11 @@ def prepare(
         forward_itemsize=source.dtype.itemsize,
     )
     check_placed(source.reader.infos, build_model(source.config, source.spec, torch.float32, META), source.spec)
+    plan = with_outside(plan, source.reader.infos, source.spec, options.embeddings, options.head)
+    if plan.format.name == "gguf":
+        check_file(source.folder, plan.layout.config, options.metadata)
+    elif options.metadata is not None:
+        raise ToolkitError(f"--metadata {options.metadata}: only GGUF files have it", "use --format gguf")
     if plan.needs_data:
         source.check_text()
     if plan.needs_data and source.dataset == GENERATED:

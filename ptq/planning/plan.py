@@ -16,11 +16,12 @@ from calibration.architectures import ArchitectureSpec
 from calibration.errors import PlanError, Problem, ToolkitError, unknown_value
 from calibration.model.checkpoint import CheckpointReader
 from calibration.walk.passes import Phase, PlanView, check_order, forwards_per_block
-from ptq.formats.checks import matching, refuse
+from ptq.formats.checks import NATIVE, matching, refuse
 from ptq.formats.registry import FORMATS, PREFERRED, Format, choose
 from ptq.linears import ModelLayout, PlannedLinear, float_linears
 from ptq.planning.activation_plan import activation_problems
 from ptq.planning.architecture_remarks import architecture_remarks
+from ptq.planning.grid_plan import super_problems
 from ptq.planning.groups import fit_groups, group_remarks
 from ptq.planning.recipe import Recipe
 from ptq.planning.sizes import Sizes, estimate
@@ -124,8 +125,12 @@ def make_plan(
     problems += [problem for step in recipe.passes for problem in step.refusals(spec)]
     problems += activation_problems(view)
     problems += _binary_problems(view)
+    problems += super_problems(view)
     problems = problems or list(_size_problems(reader, layout))  # a wrong setting is not refused for its size as well
     fmt, reason = _format(recipe, _possible_layouts(layout, recipe), problems)
+    if fmt.name == "gguf":
+        gates = [step.name for step in recipe.passes if Phase.GATE in step.phases]
+        problems += [Problem(n, "makes activation thresholds, for which 'gguf' has no place", NATIVE) for n in gates]
     if problems:
         raise PlanError(dict.fromkeys(problems))
     forwards = forwards_per_block(recipe.passes)

@@ -13,7 +13,7 @@ from calibration.errors import ToolkitError
 from calibration.record import Evaluation, LinearRecord, Protocol, RunRecord
 from ptq import catalogue
 from ptq.report import figures
-from ptq.scheme import QuantScheme, parse_scheme
+from ptq.scheme import SCALE_BITS, SUPER_WIDTH, QuantScheme, parse_scheme
 
 FLOAT, QUANTIZED = "float", "quantized"
 
@@ -135,6 +135,10 @@ def scheme_sentence(text: str) -> str:
         line, run = ("input column", "output rows of a column")
     if weights.salient_percent is not None:
         return f"one-bit weights, 4 bits in {weights.salient_percent} % of the input columns, {_GRIDS['binary']}"
+    if weights.superblocks:
+        kind = f"{SCALE_BITS[weights.scale_format]}-bit scale" + ("" if weights.symmetric else " and minimum")
+        run = f"{weights.grouping.size} input columns of a row under float16 ones per {SUPER_WIDTH}"
+        return f"{weights.bits}-bit integer weights, one {kind} per {run} (K-quant)"
     share = line if weights.grouping.size is None else f"{weights.grouping.size} {run}"
     zero = "" if weights.symmetric else f" and one {weights.bits}-bit zero point"
     if weights.float_format is not None:

@@ -23,4 +23,5 @@ def run_identity(job: Job, tokens: TokenBatches | None) -> dict[str, Any]:
         "unseen_experts": job.options.unseen_experts,
         "token_weights": job.options.token_weights,
         "evaluate": job.options.evaluate,
+        "outside": {linear.name: str(linear.scheme) for linear in job.plan.layout.outside},
     }

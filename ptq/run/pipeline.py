@@ -18,9 +18,11 @@ from calibration.walk.proof import needs_proof, prove
 from calibration.walk.walk import Walk
 from ptq.committed import CommittedBlocks, Restore, encode_segment, input_quantizers
 from ptq.evaluation import check_text
+from ptq.formats.gguf import check_target
 from ptq.formats.loadable import check_keys
-from ptq.formats.write import copy_small_files, verify_checkpoint, write_checkpoint
+from ptq.formats.write import Origin, copy_small_files, verify_checkpoint, write_checkpoint
 from ptq.planning.job import Job
+from ptq.planning.outside_plan import rounded_outside
 from ptq.planning.plan import Plan
 from ptq.run.identity import run_identity
 from ptq.run.reporting import Outcome, Stopwatch, write_reports
@@ -86,6 +88,7 @@ def _check(
     job: Job, session: Session, overwrite: bool, resume: bool, tokens: TokenBatches | None, progress: Progress
 ) -> TokenBatches | None:
     """Refuse what can be refused before any work, and make the calibration windows, where the plan needs some."""
+    check_target(session.out, job.plan.format.name)
     session.check(overwrite, resume, job.folder)
     job.tell(progress)
     _check_disk(session, job.plan)
@@ -106,17 +109,20 @@ def _export(
     blocks = CommittedBlocks([walk.finished.tensors_path(i) for i in range(job.spec.n_blocks)], layout)
     with watch("export"):
         progress.stage("export", len(layout.quantized))
-        outside = walk.blocks.outside.tensors()
-        names = job.reader.stored_name
+        outside = rounded_outside(walk.blocks.outside.tensors(), layout)
+        origin = Origin(job.folder, job.reader.stored_name, job.options.metadata)
         fmt, written = write_checkpoint(
-            blocks.blocks, outside, layout, plan.format, session.partial, progress.advance, names
+            blocks.blocks, outside, layout, plan.format, session.partial, origin, progress.advance
         )
         job.reader.close()
-        copy_small_files(job.folder, session.partial)
+        if not session.single:
+            copy_small_files(job.folder, session.partial)
     with watch("verify"):
         progress.stage("verify", len(layout.quantized))
-        verified = verify_checkpoint(blocks.blocks, fmt, session.partial, progress.advance, job.reader.stored_name)
-        check_keys(session.partial, job.reader.infos, job.options.trust_remote_code)
+        names = job.reader.stored_name
+        verified = verify_checkpoint(blocks.blocks, fmt, layout, session.partial, progress.advance, names)
+        if not session.single:
+            check_keys(session.partial, job.reader.infos, job.options.trust_remote_code)
     gating = [step for step in plan.recipe.passes if Phase.GATE in step.phases]
     if gating:
         assert tokens is not None, "thresholds are quantiles of activations"

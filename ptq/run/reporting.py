@@ -25,6 +25,7 @@ from ptq.formats.registry import Format
 from ptq.planning.job import Job
 from ptq.planning.plan import Plan
 from ptq.report import card, html, markdown
+from ptq.session import SINGLE_FILE
 
 
 class Stopwatch:
@@ -101,11 +102,10 @@ def left_in_float(job: Job, plan: Plan) -> tuple[dict[str, Any], ...]:
     """What stayed in float, by reason."""
     reasons = Counter((linear.why, "linears of the blocks") for linear in plan.layout.left)
     entries = [{"what": what, "why": why, "count": n} for (why, what), n in sorted(reasons.items())]
-    blocks = plan.spec.blocks + "."
-    outside = sum(not n.startswith(blocks) for n in job.reader.infos)
-    entries.append(
-        {"what": "tensors outside the blocks", "why": "embeddings, norms and head stay as they are", "count": outside}
-    )
+    blocks, chosen = plan.spec.blocks + ".", plan.layout.outside
+    outside = sum(not n.startswith(blocks) for n in job.reader.infos) - len(chosen)
+    why = "not asked for with --embeddings or --head" if chosen else "embeddings, norms and head stay as they are"
+    entries.append({"what": "tensors outside the blocks", "why": why, "count": outside})
     routers = sum(len(plan.spec.block(i).routers) for i in range(plan.spec.n_blocks))
     if routers:
         entries.append({"what": "routers", "why": "small and sensitive", "count": routers})
@@ -148,9 +148,10 @@ def write_reports(outcome: Outcome, folder: Path, watch: Stopwatch, resumed: int
     """
     job = outcome.job
     with watch("evaluate"):
-        scores = evaluations(job, folder, progress)
+        scores = evaluations(job, folder / SINGLE_FILE if outcome.format.name == "gguf" else folder, progress)
     record = run_record(outcome, scores)
-    files = {p.name: p.stat().st_size for p in sorted(folder.glob("*.safetensors"))}
+    written_files = [*folder.glob("*.safetensors"), *folder.glob("*.gguf")]
+    files = {p.name: p.stat().st_size for p in sorted(written_files)}
     texts = {
         REPORT_FILE: record.to_json(),
         "report.md": markdown.render(record),

@@ -38,11 +38,11 @@ class DequantizedCheckpoint:
         self._schemes = fmt.schemes(reader.config, reader.infos, reader.tensor)
         self._adapter = read_adapter(reader.folder)
         self._dtype = checkpoint_dtype(reader, spec)
-        self._transposed = spec.conv1d
+        self._transposed = f"{spec.blocks}." if spec.conv1d else None
         taken = {f"{name}.{suffix}" for name in self._schemes for suffix in fmt.suffixes}
         infos = {name: info for name, info in reader.infos.items() if name not in taken}
         for name, (_, (rows, columns)) in self._schemes.items():
-            shape = (columns, rows) if self._transposed else (rows, columns)
+            shape = (columns, rows) if self._is_transposed(name) else (rows, columns)
             infos[f"{name}.weight"] = TensorInfo(self._dtype, shape, "")
         self._infos = infos
 
@@ -60,7 +60,10 @@ class DequantizedCheckpoint:
         if linear in self._adapter:
             q = dataclasses.replace(q, parts={**q.parts, **self._adapter[linear]})
         weight = q.dequantize(self._dtype)
-        return weight.T.contiguous() if self._transposed else weight
+        return weight.T.contiguous() if self._is_transposed(name) else weight
+
+    def _is_transposed(self, name: str) -> bool:
+        return self._transposed is not None and name.startswith(self._transposed)
 
     def close(self) -> None:
         self._reader.close()

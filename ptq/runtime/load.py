@@ -21,7 +21,9 @@ from ptq.formats.adapter import read_adapter
 from ptq.formats.registry import Format, format_of
 from ptq.quantized import QuantizedTensor
 from ptq.runtime.attention import cache_layers, quantize_cache
+from ptq.runtime.embedding import is_embedding, quantize_embedding
 from ptq.runtime.linear import QuantLinear
+from ptq.scheme import QuantScheme
 
 LinearFactory = Callable[[str, QuantizedTensor, torch.Tensor | None], torch.nn.Module | None]
 """(path in the model class, weight, bias) -> the layer that runs it; None leaves it to `QuantLinear`."""
@@ -136,42 +138,22 @@ def load_model(
         schemes = fmt.schemes(reader.config, reader.infos, reader.tensor) if fmt else {}
         dtype = dtype or checkpoint_dtype(reader, spec)
         network = build_model(config, spec, dtype, device)
-        kernels: Counter[str] = Counter()
-        reasons: Counter[tuple[str, str]] = Counter()
-        activations: Counter[str] = Counter()
-        turned: dict[int, int] = {}
-        taken: set[str] = set()
-        adapter = read_adapter(folder)
-        for name, (scheme, shape) in schemes.items():
-            assert fmt is not None
-            q = read_linear(reader, fmt, name, scheme, shape)
-            if name in adapter:
-                q = dataclasses.replace(q, parts={**q.parts, **adapter[name]})
-            if "key_hadamard" in q.parts:
-                turned[int(name[len(spec.blocks) + 1 :].split(".")[0])] = int(q.parts["key_hadamard"])
-            taken |= {f"{name}.{s}" for s in (*fmt.suffixes, "bias")}
-            bias = reader.tensor(f"{name}.bias") if f"{name}.bias" in reader.infos else None
-            path = spec.root_module_name(name + ".").removesuffix(".")
-            layer = None if build is None else build(path, q, bias)
-            if layer is None:
-                layer = linear = QuantLinear(q, bias, dtype, device, kernel)
-                kernels[linear.kernel] += 1
-                activations.update([linear.activations] if linear.activations else [])
-                reasons.update((k, r) for k, r in linear.reasons.items())
-            _replace(network, path, layer, name)
+        stored = {spec.root_module_name(name) for name in (*schemes, *reader.infos)}
+        placed = _place(network, reader, spec, schemes, dtype, device, _tied(network, stored), kernel, build)
         if fmt is None:
             check_placed(reader.infos, network, spec)
         known = places(network)  # a tied head has its name too
         plain = {}
         for name in reader.infos:
             target = spec.root_module_name(name)
-            if name not in taken and target in known:
+            if name not in placed.taken and target in known:
                 tensor = reader.tensor(name)
                 plain[target] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
         load_parameters(network, plain)
     # as in from_pretrained: head and embedding that are both stored and differ are not tied, whatever the config says
     absent = {n for n, p in network.named_parameters(remove_duplicate=False) if p.is_meta}
-    network.tie_weights(missing_keys=absent, recompute_mapping=False)
+    if placed.tie:
+        network.tie_weights(missing_keys=absent, recompute_mapping=False)
     missing = [n for n, p in network.named_parameters() if p.is_meta]
     if missing:
         raise ToolkitError(
@@ -179,11 +161,102 @@ def load_model(
             "the checkpoint is incomplete: fetch or write it again",
         )
     network.eval().requires_grad_(False)
+    return Loaded(
+        network,
+        folder,
+        fmt.name if fmt else None,
+        dict(placed.kernels),
+        dict(placed.reasons),
+        dict(placed.activations),
+        _exchange_cache(network, spec, schemes, placed),
+    )
+
+
+def fill_model(network: Any, folder: Path, tied: bool) -> None:
+    """Put the quantized modules of a checkpoint into a transformers model whose other parameters are loaded.
+
+    Args:
+        tied: the head has no tensors of its own.
+
+    Raises:
+        ToolkitError: as in `load_model`.
+    """
+    reader, _, spec = open_model(folder)
+    fmt = format_of(reader.config)
+    assert fmt is not None, "a quantizer was asked for"
+    with reader:
+        schemes = fmt.schemes(reader.config, reader.infos, reader.tensor)
+        placed = _place(network, reader, spec, schemes, network.dtype, network.device, tied)
+    _exchange_cache(network, spec, schemes, placed)
+
+
+@dataclass
+class _Placed:
+    """What `_place` put into a model: counts as in `Loaded`, blocks whose keys are transformed, names of tensors that
+    are used up, and whether the rest is still to be tied."""
+
+    kernels: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[tuple[str, str]] = field(default_factory=Counter)
+    activations: Counter[str] = field(default_factory=Counter)
+    turned: dict[int, int] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
+    tie: bool = True
+
+
+def _place(
+    network: Any,
+    reader: CheckpointReader,
+    spec: ArchitectureSpec,
+    schemes: Mapping[str, tuple[QuantScheme, tuple[int, int]]],
+    dtype: torch.dtype,
+    device: torch.device,
+    tied: bool,
+    kernel: str | None = None,
+    build: LinearFactory | None = None,
+) -> _Placed:
+    """A layer with codes in the place of every quantized linear, and of the embedding."""
+    placed, adapter, fmt = _Placed(), read_adapter(reader.folder), format_of(reader.config)
+    for name, (scheme, shape) in schemes.items():
+        assert fmt is not None
+        q = read_linear(reader, fmt, name, scheme, shape)
+        if name in adapter:
+            q = dataclasses.replace(q, parts={**q.parts, **adapter[name]})
+        if "key_hadamard" in q.parts:
+            placed.turned[int(name[len(spec.blocks) + 1 :].split(".")[0])] = int(q.parts["key_hadamard"])
+        placed.taken |= {f"{name}.{s}" for s in (*fmt.suffixes, "bias")}
+        bias = reader.tensor(f"{name}.bias") if f"{name}.bias" in reader.infos else None
+        path = spec.root_module_name(name + ".").removesuffix(".")
+        if is_embedding(network, path):
+            quantize_embedding(network, path, q, dtype, device, tied)
+            placed.tie = False
+            continue
+        layer = None if build is None else build(path, q, bias)
+        if layer is None:
+            layer = linear = QuantLinear(q, bias, dtype, device, kernel)
+            placed.kernels[linear.kernel] += 1
+            placed.activations.update([linear.activations] if linear.activations else [])
+            placed.reasons.update((k, r) for k, r in linear.reasons.items())
+        _replace(network, path, layer, name)
+    return placed
+
+
+def _exchange_cache(
+    network: Any,
+    spec: ArchitectureSpec,
+    schemes: Mapping[str, tuple[QuantScheme, tuple[int, int]]],
+    placed: _Placed,
+) -> tuple[str, ...]:
+    """Attention with a quantized cache where schemes say so; the texts of its grids."""
     layers = cache_layers(spec, {name: scheme for name, (scheme, _) in schemes.items()})
     if layers:
-        quantize_cache(network, layers, turned)
-    caches = tuple(sorted({str(cache) for cache in layers.values()}))
-    return Loaded(network, folder, fmt.name if fmt else None, dict(kernels), dict(reasons), dict(activations), caches)
+        quantize_cache(network, layers, placed.turned)
+    return tuple(sorted({str(cache) for cache in layers.values()}))
+
+
+def _tied(network: Any, stored: set[str]) -> bool:
+    """Whether the head has no tensors of its own in the checkpoint."""
+    heads = {target.removesuffix(".weight") for target in network.all_tied_weights_keys}
+    return bool(heads) and not any(name.removesuffix(".weight") in heads for name in stored)
 
 
 def _replace(network: Any, path: str, linear: torch.nn.Module, name: str) -> None:

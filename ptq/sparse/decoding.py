@@ -81,7 +81,9 @@ def fits_int4_rows(q: QuantizedTensor) -> bool:
     from sparsity.kernels.int4 import int4_problem
 
     weights = q.scheme.weights
-    if weights.float_format is not None or weights.bits > 4 or weights.grouping.axis != "in" or q.parts:
+    if weights.float_format is not None or weights.superblocks or weights.bits > 4:
+        return False
+    if weights.grouping.axis != "in" or q.parts:
         return False
     if weights.float_zeros:
         return False

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
+from ptq.float_formats import E4M3FN
 from ptq.numerics.activations import quantize_inputs
 from ptq.quantized import INPUT_GRID, QuantizedTensor
 from ptq.runtime.kernels.kernel import Kernel, KernelQuery, Packed
-from ptq.scheme import E4M3FN
 
 MULTIPLE = 16
 CAPABILITY = (8, 9)

@@ -37,6 +37,8 @@ def _op_group(group_width: int) -> int | None:
 def _supports(query: KernelQuery) -> str | None:
     if query.binary:
         return "it knows no one-bit weights with salient columns"
+    if query.superblocks:
+        return "it has one scale per group, not integer scales under those of super-blocks"
     if query.float_format is not None:
         return f"it multiplies integers, not {query.float_format} floats"
     if query.device_type not in ("cpu", "cuda"):

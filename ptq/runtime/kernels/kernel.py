@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from ptq.activations import ActivationQuant
+from ptq.float_formats import FloatFormat
 from ptq.quantized import QuantizedTensor
-from ptq.scheme import Axis, FloatFormat, QuantScheme
+from ptq.scheme import Axis, QuantScheme
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class KernelQuery:
         inputs: the grid of the activations, None where they are not quantized.
         binary: one bit per weight, four in salient columns.
         float_zeros: zero points are no integers.
+        superblocks: integer scales and minima under float16 ones (K-quants).
     """
 
     bits: int
@@ -43,6 +45,7 @@ class KernelQuery:
     inputs: ActivationQuant | None = None
     binary: bool = False
     float_zeros: bool = False
+    superblocks: bool = False
 
     @property
     def channelwise(self) -> bool:
@@ -74,6 +77,7 @@ class KernelQuery:
             inputs=scheme.inputs,
             binary=weights.salient_percent is not None,
             float_zeros=weights.float_zeros,
+            superblocks=weights.superblocks,
         )
 
 

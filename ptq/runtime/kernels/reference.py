@@ -23,19 +23,23 @@ def _supports(query: KernelQuery) -> str | None:
 
 
 def _pack(q: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-    """codes uint8 ``[out, in]``, step float32 ``[lines, G]``; where present zero uint8 ``[lines, G]``, group_index.
+    """codes uint8 ``[out, in]``, step float32 ``[lines, G]``; where present zero uint8 ``[lines, G]``, group_index, and
+    the offset float32 ``[lines, G]`` of groups with minima.
 
     Codes stay one byte each below 8 bits too: unpacking a dense bit stream takes more passes over the weight than
     dequantizing it does.
     """
     named = {"codes": q.codes, "step": q.step, "zero": q.zero, "group_index": q.group_index}
+    if q.super_grid is not None:
+        named |= {"zero": None, "offset": q.super_grid.offset}
     if q.scheme.weights.salient_percent is not None:
         named |= {name: q.parts[name] for name in BINARY}
     return {name: tensor.to(device).contiguous() for name, tensor in named.items() if tensor is not None}
 
 
-def dequantize_rows(packed: Packed, rows: slice, query: KernelQuery, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of level times step as ``[rows, in]`` in ``dtype``; float32 inside.
+def dequantize_rows(packed: Packed, rows: slice | torch.Tensor, query: KernelQuery, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of level times step as ``[rows, in]`` in ``dtype``; float32 inside. Indices of rows may be a tensor where
+    groups run along the inputs.
 
     The same products in the same order as `QuantizedTensor.dequantize`, so the same bits.
     """
@@ -45,9 +49,13 @@ def dequantize_rows(packed: Packed, rows: slice, query: KernelQuery, dtype: torc
         mask = unpack_mask(packed["salient"], query.in_features)
         scale, mean = packed["binary_scale"][rows], packed["binary_mean"][rows]
         return mixed_values(codes, step[rows], zero[rows], mask, scale, mean, packed["column_scale"]).to(dtype)
-    index = packed.get("group_index")
+    offset, index = packed.get("offset"), packed.get("group_index")
+    if offset is not None:
+        w = codes.float().view(len(codes), step.shape[1], -1).mul_(step[rows].unsqueeze(-1))
+        return w.sub_(offset[rows].unsqueeze(-1)).view(codes.shape).to(dtype)
     w = codes.float() if query.float_format is None else levels_of(codes, query.float_format)
     if query.axis == "out":  # line j belongs to column j, and a row takes the group it lies in
+        assert isinstance(rows, slice)
         group = torch.arange(rows.start, rows.start + len(codes), device=codes.device) // query.group_width
         s, z = step[:, group].T, None if zero is None else zero[:, group].T
     elif index is not None:

@@ -1,0 +1,162 @@
+"""A GGUF file as a source model: float weights one tensor at a time, config and tokenizer as files beside it.
+
+``model.gguf`` becomes a folder in the user's cache with ``config.json`` (made by transformers' reader of GGUF), the
+tokenizer and a link to the file; everything that takes a folder then takes it. Weights are dequantized when they
+are read, by the ``gguf`` package, into bfloat16 (float16 or float32 where the file's matrices are).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibration.errors import ToolkitError
+from calibration.model.checkpoint import CheckpointReader, TensorInfo, read_config, write_atomically
+from calibration.model.gguf_families import FAMILIES, checkpoint_name, complete, norm_shift, paired_rows
+from calibration.model.pretokenizers import byte_level_tokenizer
+
+SUFFIX = ".gguf"
+LINK = "source.gguf"
+_FLOATS = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16}
+
+
+def cache_folder() -> Path:
+    """Where folders for GGUF files are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptq" / "gguf"
+
+
+def folder_of(path: Path) -> Path:
+    """The folder that stands for a GGUF file, made where it is not there yet.
+
+    Raises:
+        ToolkitError: the package ``gguf`` is missing; not a GGUF file, truncated, or of an architecture or tokenizer
+            that is not read.
+    """
+    file = path.resolve()
+    stamp = file.stat()
+    key = hashlib.sha256(f"{file} {stamp.st_size} {stamp.st_mtime_ns} 1".encode()).hexdigest()[:16]
+    folder = cache_folder() / f"{file.stem}-{key}"
+    if folder.is_dir():
+        return folder
+    config = _config(file, open_file(path))
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _save_tokenizer(file, partial)
+        write_atomically(partial / "config.json", (json.dumps(config, indent=1, sort_keys=True) + "\n").encode())
+        (partial / LINK).symlink_to(file)
+        GgufReader(partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def open_file(path: Path) -> Any:
+    """The ``gguf`` package's reader of a file, every tensor of which is inside it.
+
+    Raises:
+        ToolkitError: see `folder_of`.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise ToolkitError(f"{path}: the package 'gguf' is not installed", "pip install 'ptq[gguf]'") from None
+    try:
+        return gguf.GGUFReader(path)
+    except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ToolkitError(f"{path}: not readable as GGUF ({reason})", "fetch the file again") from None
+
+
+def _config(file: Path, reader: Any) -> dict[str, Any]:
+    """config.json: transformers' reading of the keys, and what it leaves out."""
+    from transformers import AutoConfig
+
+    architecture = reader.fields["general.architecture"].contents()
+    known = {family.architecture for family in FAMILIES.values()}
+    if architecture not in known:
+        raise ToolkitError(
+            f"{file}: architecture '{architecture}' is not read from GGUF", f"read are {', '.join(sorted(known))}"
+        )
+    try:
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name).to_dict()
+    except (ValueError, KeyError, OSError) as error:
+        raise ToolkitError(f"{file}: {' '.join(str(error).split())}", "name the Hugging Face checkpoint") from None
+    shapes = {tensor.name: tuple(int(n) for n in tensor.shape) for tensor in reader.tensors}
+    if "token_embd.weight" not in shapes or "blk.0.attn_q.weight" not in shapes:
+        raise ToolkitError(f"{file}: tensors are missing", "fetch the file again; a split file is joined first")
+    prefix = f"{architecture}."
+    keys = {n.removeprefix(prefix): f.contents() for n, f in reader.fields.items() if n.startswith(prefix)}
+    config = complete(config, keys, shapes)
+    if "rope_freqs.weight" in shapes and config["rope_parameters"].get("rope_type") != "llama3":
+        raise ToolkitError(f"{file}: rotary factors that its settings do not explain", "name the original checkpoint")
+    return config
+
+
+def _save_tokenizer(file: Path, folder: Path) -> None:
+    """Byte-level BPE whose pre-tokenizer has a name known here is made from the keys; for others transformers' reader
+    has to guess the pattern."""
+    keys = {n: f.contents() for n, f in open_file(file).fields.items() if n.startswith("tokenizer.")}
+    tokenizer = byte_level_tokenizer(keys)
+    if tokenizer is None:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise ToolkitError(f"{file}: no tokenizer that is read ({reason})", "name the original model") from None
+    tokenizer.save_pretrained(folder)
+
+
+class GgufReader(CheckpointReader):
+    """`CheckpointReader` on the folder of a GGUF file: names, shapes and rows of the Hugging Face checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = read_config(folder)
+        self._tensors: dict[str, Any] = {}
+        self.infos, self._in_file, self._open = {}, {}, {}
+        tensors = open_file(folder / LINK).tensors
+        matrices = [_FLOATS.get(t.tensor_type.name) for t in tensors if len(t.shape) == 2]
+        quantized = any(dtype is None for dtype in matrices)
+        dtype = torch.bfloat16 if quantized else next((d for d in matrices if d is not None), torch.float32)
+        for tensor in tensors:
+            name = checkpoint_name(tensor.name, str(self.config["model_type"]))
+            if name is None:
+                if tensor.name != "rope_freqs.weight":
+                    raise ToolkitError(f"{folder / LINK}: tensor '{tensor.name}' is not known", "name the original")
+                continue
+            shape = tuple(int(n) for n in reversed(tensor.shape))
+            self.infos[name] = TensorInfo(dtype, shape, LINK)
+            self._tensors[name] = tensor
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor dequantized, in the dtype of its entry in ``infos``."""
+        import gguf
+
+        stored = self._tensors[self.stored_name(name)]
+        values = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type)).clone()
+        values = values.view(self.infos[name].shape) - norm_shift(name, self.config)
+        order = paired_rows(name, self.config)
+        if order is not None:
+            values[order] = values.clone()
+        return values.to(self.infos[name].dtype)
+
+    def first_bytes(self, name: str, count: int) -> bytes:
+        """The first bytes as they are stored."""
+        data = self._tensors[self.stored_name(name)].data
+        return bytes(data.reshape(-1).view("uint8")[:count].tobytes())
+
+
+def open_reader(folder: Path) -> CheckpointReader:
+    """The reader that fits a folder."""
+    return GgufReader(folder) if (folder / LINK).exists() else CheckpointReader(folder)

@@ -1,0 +1,73 @@
+"""What vLLM does with a compressed-tensors file, as seen in version 0.32 on a CPU and, where named, in its source."""
+
+from __future__ import annotations
+
+import re
+
+from ptq.formats import checks, packed_floats, plain_codes
+from ptq.linears import ModelLayout, PlannedLinear
+from ptq.scheme import QuantScheme
+
+RUN = "yes (run in vLLM 0.32 on a CPU)"
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linears that vLLM runs as one matrix."""
+
+
+def vllm_answer(layout: ModelLayout) -> str:
+    """``yes ...``, ``no: why`` or ``not known: why`` for a model in compressed-tensors."""
+    reasons = [reason for linear in layout.quantized if (reason := _refused(linear.scheme))]
+    unequal = _unequal(layout)
+    if unequal:
+        reasons.insert(0, f"{checks.summary(unequal)} run as one matrix there and have different schemes")
+    if reasons:
+        return f"no: {reasons[0]}"
+    unknown = [reason for linear in layout.quantized if (reason := _unknown(linear.scheme))]
+    return f"not known: {unknown[0]}" if unknown else RUN
+
+
+def _refused(scheme: QuantScheme | None) -> str | None:
+    """Why vLLM refuses a linear of this scheme."""
+    if scheme is None:
+        return None
+    weights, inputs = scheme.weights, scheme.inputs
+    if scheme.cache is not None:
+        return "it takes KV caches of one static symmetric scale only (read in its source)"
+    if inputs is None:
+        return None
+    plain = plain_codes.layout_of(scheme)
+    if plain == plain_codes.INT and not weights.symmetric:
+        return "it has no scheme for asymmetric 8-bit weights with quantized inputs"
+    if inputs.granularity == "group":
+        return "it has no scheme for integer inputs with a step per group (read in its source)"
+    if plain is None and not inputs.dynamic:
+        return "it has no scheme for static inputs of packed weights (read in its source)"
+    return None
+
+
+def _unknown(scheme: QuantScheme | None) -> str | None:
+    """Why it is not known whether vLLM runs a linear of this scheme."""
+    if scheme is None:
+        return None
+    weights = scheme.weights
+    preset = packed_floats.preset_of(weights)
+    if preset is not None:
+        return f"{preset} has no CPU kernel there, and was not run on a GPU"
+    if weights.float_format is not None or scheme.inputs is not None:
+        return "4-bit inputs were not run" if scheme.inputs is not None and scheme.inputs.bits < 8 else None
+    if weights.bits not in (4, 8):
+        return f"{weights.bits}-bit weights have no CPU kernel there, and were not run on a GPU"
+    if weights.grouping.size is None:
+        return "weights with one scale per row have no CPU kernel there, and were not run on a GPU"
+    return "8-bit weights alone were not run" if weights.bits == 8 else None
+
+
+def _unequal(layout: ModelLayout) -> list[str]:
+    """Linears that vLLM fuses with another of a different scheme, or with one left in float."""
+    parents: dict[tuple[str, int], list[PlannedLinear]] = {}
+    for linear in layout.linears:
+        parent, _, leaf = linear.name.rpartition(".")
+        place = next((i for i, names in enumerate(FUSED) if leaf in names), None)
+        if place is not None and linear.expert is None:
+            parents.setdefault((parent, place), []).append(linear)
+    mixed = [group for group in parents.values() if len({str(n.scheme) for n in group}) > 1]
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", linear.name) for group in mixed for linear in group))

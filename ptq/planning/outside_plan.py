@@ -1,0 +1,124 @@
+"""Quantized embeddings and heads: which scheme they get, what speaks against it, and their rounding.
+
+They are rounded to nearest when the file is written: no pass looks at them. A head that is tied to the embedding stays
+tied, so the two then have one scheme.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+import torch
+
+from calibration.architectures import ArchitectureSpec, Residual
+from calibration.errors import PlanError, Problem
+from calibration.model.checkpoint import TensorInfo
+from ptq.formats import checks
+from ptq.formats.gguf_blocks import BLOCK, type_of
+from ptq.linears import ModelLayout, PlannedLinear
+from ptq.methods.rtn import round_to_nearest
+from ptq.planning.plan import Plan
+from ptq.planning.recipe import FLOAT
+from ptq.quantized import QuantizedTensor
+from ptq.scheme import SUPER_WIDTH, QuantScheme, parse_scheme
+
+HOLDING = ("native", "gguf")
+"""Formats with a place for quantized embeddings."""
+GGUF_DEFAULT = "q8_0"  # what llama.cpp itself gives small models' embeddings, or better
+
+
+def outside_names(spec: ArchitectureSpec) -> tuple[str, str]:
+    """Token embedding and head, full names without ``.weight``."""
+    if isinstance(spec.residual, Residual):
+        return spec.residual.embeddings[0], spec.residual.head
+    return f"{spec.base_prefix}embed_tokens", "lm_head"
+
+
+def quantized_outside(
+    infos: Mapping[str, TensorInfo], spec: ArchitectureSpec, embeddings: str | None, head: str | None, format_name: str
+) -> tuple[PlannedLinear, ...]:
+    """Embedding and head with their schemes, those that are quantized.
+
+    Args:
+        embeddings, head: schemes, ``float``, or None for the format's own choice.
+
+    Raises:
+        ToolkitError: no scheme.
+        PlanError: they cannot be quantized like that.
+    """
+    table, output = outside_names(spec)
+    tied = f"{output}.weight" not in infos
+    default = GGUF_DEFAULT if format_name == "gguf" else FLOAT
+    if tied and embeddings is None:
+        embeddings = head
+    texts = {table: embeddings or default} | ({} if tied else {output: head or default})
+    problems, planned = [], []
+    if tied and head is not None and head != embeddings:
+        reason = f"is tied to the embedding, which gets {embeddings}"
+        problems.append(Problem(f"--head {head}", reason, "give both the same scheme, or leave --head out"))
+    for name, text in texts.items():
+        info = infos.get(f"{name}.weight")
+        if text == FLOAT or info is None:
+            continue
+        asked = (embeddings, head)[name == output and not tied] is not None
+        linear = PlannedLinear(name, -1, (info.shape[0], info.shape[1]), parse_scheme(text))
+        found = list(outside_problems(linear, format_name))
+        if asked or not found:
+            problems += found
+            planned.append(linear)
+    if problems:
+        raise PlanError(problems)
+    return tuple(planned)
+
+
+def outside_problems(linear: PlannedLinear, format_name: str) -> Iterable[Problem]:
+    """What speaks against an embedding or head quantized like this."""
+    assert linear.scheme is not None
+    weights, columns = linear.scheme.weights, linear.shape[1]
+    if format_name not in HOLDING:
+        reason = f"'{format_name}' has no place for quantized embeddings and heads"
+        yield Problem(linear.name, reason, f"use --format gguf, or {checks.NATIVE}")
+    if linear.scheme.inputs is not None or linear.scheme.cache is not None:
+        yield Problem(linear.name, "embeddings have no inputs to quantize", "use a scheme such as w8a16-g128 or q8_0")
+    if weights.grouping.axis == "out" or weights.salient_percent is not None or weights.scale_format == "e4m3":
+        yield Problem(linear.name, f"{linear.scheme} is not made for embeddings", "use a scheme such as w8a16-g128")
+    width = SUPER_WIDTH if weights.superblocks else weights.grouping.width(columns)
+    if columns % (BLOCK if format_name == "gguf" else 1) or columns % width:
+        reason = f"{columns} columns are not a multiple of the {width} that share a scale"
+        yield Problem(linear.name, reason, "use w8a16-gchannel, or in GGUF q8_0")
+    elif format_name == "gguf" and type_of(linear.scheme) is None:
+        yield Problem(linear.name, f"{linear.scheme} has no type in 'gguf'", "use q8_0 or q6_k")
+
+
+def with_outside(
+    plan: Plan, infos: Mapping[str, TensorInfo], spec: ArchitectureSpec, embeddings: str | None, head: str | None
+) -> Plan:
+    """The plan with embedding and head quantized as asked, and the size that makes.
+
+    Raises:
+        ToolkitError, PlanError: see `quantized_outside`.
+    """
+    chosen = quantized_outside(infos, spec, embeddings, head, plan.format.name)
+    saved = sum(infos[f"{linear.name}.weight"].nbytes - outside_bytes(linear) for linear in chosen)
+    sizes = replace(plan.sizes, output_bytes=plan.sizes.output_bytes - saved)
+    return replace(plan, layout=replace(plan.layout, outside=chosen), sizes=sizes)
+
+
+def outside_bytes(linear: PlannedLinear) -> int:
+    """Stored bytes of a quantized embedding or head."""
+    assert linear.scheme is not None
+    return round(linear.scheme.bits_per_weight(*linear.shape) * linear.numel / 8)
+
+
+def rounded_outside(
+    tensors: Iterable[tuple[str, torch.Tensor]], layout: ModelLayout
+) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
+    """Tensors outside the blocks, those that the layout quantizes by the name of their module and rounded."""
+    schemes: dict[str, QuantScheme] = {n.name: n.scheme for n in layout.outside if n.scheme is not None}
+    for name, tensor in tensors:
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and module in schemes:
+            yield module, round_to_nearest(tensor.float(), schemes[module])
+        else:
+            yield name, tensor

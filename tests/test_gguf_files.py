@@ -1,0 +1,216 @@
+"""GGUF files: written from runs and from other formats, read by transformers and as source models, and refused."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from command import run_ptq
+from safetensors.torch import load_file
+from tiny_runs import IDS, TEXT, edit_config, logits, quantize, text_file, tiny_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from calibration.errors import PlanError, ToolkitError
+from calibration.model.opening import DEMO_FOLDER, load_tokenizer, locate
+from calibration.model.pretokenizers import PATTERNS, pre_name, pre_tokenizer
+from ptq.conversion import export_model
+from ptq.formats.gguf_tokenizer import tokenizer_keys
+from ptq.runtime.load import load_model
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def rounded_to(found: torch.Tensor, expected: torch.Tensor, share: float) -> None:
+    assert (found - expected).abs().max() <= share * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied-bias", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
+def test_a_file_read_back_is_the_model_that_was_written(family, tmp_path):
+    changes = {
+        "llama-tied-bias": {"mlp_bias": False},
+        "mistral": {"sliding_window": None},
+        "gemma3": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 8},
+    }.get(family, {})
+    model = tiny_checkpoint(family, tmp_path / "model", **changes)
+    record = quantize(model, tmp_path / "native", method="rtn", scheme="q8_0", embeddings="q8_0", format="native")
+    export_model(tmp_path / "native", format="gguf", out=tmp_path / "m.gguf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "model", "native", "text.txt"]
+    expected = logits(load_model(tmp_path / "native", dtype=torch.float32).model)
+    found = logits(load_model(tmp_path / "m.gguf", dtype=torch.float32).model)
+    # a source model's weights are rounded to bfloat16; rows in another order or gains off by one are far away
+    rounded_to(found, expected, 0.03)
+    assert record.result["bits_per_weight"] == 8.5
+
+
+def test_transformers_reads_what_we_write(tmp_path):
+    model = tiny_checkpoint("llama", tmp_path / "model")
+    quantize(model, tmp_path / "m.gguf", method="gptq", scheme="q4_0", format="gguf", embeddings="float", head="float")
+    quantize(model, tmp_path / "native", method="gptq", scheme="q4_0", format="native")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    ours = load_model(tmp_path / "native", dtype=torch.float32)
+    rounded_to(logits(theirs), logits(ours.model), 1e-5)
+
+
+def test_k_quants_run_alike_from_native_and_as_written(tmp_path):
+    record = quantize(Path(DEMO_FOLDER), tmp_path / "native", method="rtn", scheme="q3_k", format="native")
+    assert record.result["bits_per_weight"] == 3.4375
+    stored = load_file(tmp_path / "native" / "model.safetensors")
+    size = sum(t.nbytes for n, t in stored.items() if ".layers." in n and not n.endswith("norm.weight"))
+    weights = record.result["quantized_weights"]
+    assert 8 * size / weights == pytest.approx(3.5625)  # scales have 8 bits there, not 6
+    export_model(tmp_path / "native", format="gguf", out=tmp_path / "m.gguf", embeddings="float")
+    ours = load_model(tmp_path / "native", dtype=torch.float32).model
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    rounded_to(logits(theirs), logits(ours), 1e-5)
+    assert "reference x 21" in load_model(tmp_path / "native").path
+
+
+def test_reports_lie_beside_the_file_and_the_score_is_of_the_file(tmp_path):
+    model = tiny_checkpoint("llama", tmp_path / "model")
+    text = text_file(tmp_path)
+    record = quantize(model, tmp_path / "m.gguf", method="rtn", scheme="q8_0", format="gguf", evaluate=str(text))
+    names = {p.name for p in tmp_path.iterdir()} - {"model", "text.txt"}
+    assert names == {"m.gguf", "m.report.html", "m.report.json"}
+    assert json.loads((tmp_path / "m.report.json").read_text())["result"]["format"] == "gguf"
+    float_model, result = record.evaluations
+    assert result.perplexity == pytest.approx(float_model.perplexity, rel=0.01)
+
+
+def test_the_tokenizer_survives(tmp_path):
+    quantize(Path(DEMO_FOLDER), tmp_path / "m.gguf", method="rtn", scheme="q8_0", format="gguf")
+    text = TEXT + " it's 12345 ünïcode\n\n\n  <|endoftext|>"
+    ours = AutoTokenizer.from_pretrained(DEMO_FOLDER)
+    assert load_tokenizer(locate(tmp_path / "m.gguf"))(text)["input_ids"] == ours(text)["input_ids"]
+    keys = tokenizer_keys(Path(DEMO_FOLDER), 1024)
+    assert keys["tokenizer.ggml.pre"] == "gpt-2"
+    assert keys["tokenizer.ggml.bos_token_id"] == ours.bos_token_id
+    assert len(keys["tokenizer.ggml.tokens"]) == len(keys["tokenizer.ggml.token_type"]) == 1024
+
+
+@pytest.mark.parametrize("name", [*PATTERNS, "gpt-2", "smollm"])
+def test_pre_tokenizers_have_their_names(name):
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer(name)
+    assert pre_name(json.loads(tokenizer.to_str())["pre_tokenizer"]) == name
+
+
+def test_other_pre_tokenizers_have_none():
+    assert pre_name(None) is None
+    assert pre_name({"type": "Whitespace"}) is None
+    assert pre_name({"type": "ByteLevel", "add_prefix_space": True}) is None
+    split = {"type": "Split", "pattern": {"Regex": r"\s+"}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    assert pre_name({"type": "Sequence", "pretokenizers": [split, level]}) is None
+
+
+def test_sentencepiece_is_read_without_its_package(tmp_path):
+    def piece(text: str, score: float, kind: int) -> bytes:
+        raw = text.encode()
+        body = b"\x0a" + bytes([len(raw)]) + raw + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind])
+        return b"\x0a" + bytes([len(body)]) + body
+
+    pieces = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("▁the", -1.5, 1), ("<0x0A>", 0.0, 6)]
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(piece(*p) for p in pieces) + b"\x12\x02\x08\x01")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "unk_token": "<unk>"}))
+    keys = tokenizer_keys(tmp_path, 6)
+    assert keys["tokenizer.ggml.tokens"] == ["<unk>", "<s>", "▁the", "<0x0A>", "[PAD4]", "[PAD5]"]
+    assert keys["tokenizer.ggml.token_type"] == [2, 3, 1, 6, 5, 5]
+    assert keys["tokenizer.ggml.scores"][2] == -1.5
+    assert (keys["tokenizer.ggml.bos_token_id"], keys["tokenizer.ggml.add_bos_token"]) == (1, True)
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x50abc")
+    with pytest.raises(ToolkitError, match="not a SentencePiece model"):
+        tokenizer_keys(tmp_path, 6)
+
+
+def test_the_tokenizer_of_another_file(tmp_path):
+    model = tiny_checkpoint("llama", tmp_path / "model")
+    quantize(model, tmp_path / "a.gguf", method="rtn", scheme="q8_0", format="gguf")
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(ToolkitError, match=r"neither tokenizer\.json nor tokenizer\.model"):
+        quantize(model, tmp_path / "b.gguf", method="rtn", scheme="q8_0", format="gguf")
+    assert not list(tmp_path.glob("b*"))
+    quantize(model, tmp_path / "b.gguf", method="rtn", scheme="q8_0", format="gguf", metadata=tmp_path / "a.gguf")
+    ids = [load_tokenizer(locate(tmp_path / f"{name}.gguf"))("a line")["input_ids"] for name in "ab"]
+    assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("llama", {"scheme": "w3a16-g32"}, "has no type in 'gguf'"),
+        ("llama", {"scheme": "q4_k"}, "not a multiple of group size 256"),
+        ("llama", {"scheme": "w8a16-g32-asym"}, "has no type in 'gguf'"),
+        ("opt", {}, "is not written to 'gguf'"),
+        ("llama", {"scheme": "w8a8"}, "has quantized inputs"),
+        ("llama", {"embeddings": "q6_k"}, "not a multiple of the 256"),
+        ("llama-tied-bias", {"head": "q4_0", "embeddings": "q8_0", "format": "native"}, "is tied to the embedding"),
+        ("gemma3", {}, "another pattern of windows"),
+        ("llama-tied-bias", {}, "no biases in the feed-forward part"),
+    ],
+)
+def test_what_gguf_does_not_hold(family, settings, message, tmp_path):
+    model = tiny_checkpoint(family, tmp_path / "model")
+    with pytest.raises(PlanError) as caught:
+        quantize(model, tmp_path / "m.gguf", **{"method": "rtn", "scheme": "q8_0", "format": "gguf", **settings})
+    assert message in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+def test_k_quants_have_no_place_elsewhere_and_few_passes_know_them(tmp_path):
+    for settings, message in (
+        ({"method": "rtn", "format": "compressed-tensors"}, "is a K-quant"),
+        ({"method": "adaquant", "format": "native"}, "does not know K-quants"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            quantize(Path(DEMO_FOLDER), tmp_path / "out", scheme="q4_k", **settings)
+
+
+def test_bad_input_is_refused_in_a_sentence(tmp_path):
+    model = tiny_checkpoint("llama", tmp_path / "model")
+    words = ["quantize", model, "--method", "rtn", "--scheme", "q8_0"]
+    refused = run_ptq(*words, "--format", "gguf", "--out", tmp_path / "folder")
+    assert refused.code == 2 and "gguf is one file" in refused.err
+    refused = run_ptq(*words, "--format", "native", "--out", tmp_path / "m.gguf")
+    assert refused.code == 2 and "format native is a folder" in refused.err
+    assert run_ptq(*words, "--format", "gguf", "--out", tmp_path / "m.gguf").code == 0
+    refused = run_ptq(*words, "--format", "gguf", "--out", tmp_path / "m.gguf")
+    assert refused.code == 2 and "is there already" in refused.err
+    data = (tmp_path / "m.gguf").read_bytes()
+    for name, content in (("short", data[: len(data) // 2]), ("magic", b"GGML" + data[4:]), ("empty", b"")):
+        (tmp_path / f"{name}.gguf").write_bytes(content)
+        refused = run_ptq("eval", tmp_path / f"{name}.gguf")
+        assert refused.code == 2 and "not readable as GGUF" in refused.err, refused.err
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused = run_ptq(*words, "--format", "gguf", "--out", tmp_path / "n.gguf")
+    assert refused.code == 2 and "--metadata FROM.gguf" in refused.err
+    assert not list(tmp_path.glob("n.*"))
+
+
+def test_a_gguf_file_is_quantized_like_any_model(tmp_path):
+    model = tiny_checkpoint("llama", tmp_path / "model")
+    quantize(model, tmp_path / "m.gguf", method="rtn", scheme="q8_0", format="gguf")
+    quantize(tmp_path / "m.gguf", tmp_path / "again", method="gptq", scheme="w4a16-g32", format="native")
+    found = logits(load_model(tmp_path / "again", dtype=torch.float32).model)
+    assert found.shape[:2] == IDS.shape and bool(torch.isfinite(found).all())
+
+
+def test_llama_3_frequencies(tmp_path):
+    rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model = tiny_checkpoint("llama", tmp_path / "model")
+    edit_config(model, rope_parameters={**rope, "original_max_position_embeddings": 32})
+    from ptq.formats.gguf_model import rotary_factors
+
+    config = json.loads((model / "config.json").read_text())
+    network = AutoModelForCausalLM.from_pretrained(model).model.rotary_emb
+    plain = 1 / 500.0 ** (torch.arange(0, 16, 2) / 16)
+    assert torch.allclose(plain / network.inv_freq, rotary_factors(config), rtol=1e-5)
