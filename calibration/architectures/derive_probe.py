@@ -131,7 +131,7 @@ class Probe:
     def _record_tuples(self, calls: list[tuple[int, Call]], ids: torch.Tensor) -> None:
         for block in self.blocks:
             inner = block.forward
-            block.forward = lambda *args, inner=inner, **kwargs: (inner(*args, **kwargs),)
+            block.forward = lambda *args, inner=inner, **kwargs: (inner(*args, **kwargs), None)
         self.model.base_model(ids, use_cache=False)
 
     def load(self, index: int) -> nn.Module:

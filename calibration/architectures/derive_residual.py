@@ -182,7 +182,7 @@ def _logits(probe: Probe, stream: torch.Tensor, leaving: Mapping[str, Turn]) -> 
 def _run(probe: Probe, block: Callable[[torch.Tensor], torch.Tensor], leaving: Mapping[str, Turn]) -> Any:
     def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = block(hidden)
-        return (result,) if probe.tuple_output else result
+        return (result, None) if probe.tuple_output else result
 
     for module in probe.blocks:
         module.forward = forward
