@@ -24,30 +24,11 @@ def export(
 ) -> None:
     """Change the format of a quantized checkpoint: the same codes, laid out anew."""
     quiet_libraries()
-    import dataclasses
-
-    from calibration.errors import ToolkitError
-    from calibration.model.checkpoint import CheckpointReader
-    from calibration.model.opening import locate, weights_fingerprint
+    import ptq
     from cli.progress import TerminalProgress
-    from ptq.conversion import export_model
-    from ptq.float_export import export_float
-    from sparsity.files import load_sparsity, save_sparsity
 
-    if format == "float":
-        refused = {"--adapter": adapter, "--metadata": metadata, "--embeddings": embeddings, "--head": head}
-        if any(refused.values()):
-            names = ", ".join(name for name, value in refused.items() if value)
-            raise ToolkitError(f"{names}: has no meaning for --format float", "leave it out")
-        with TerminalProgress() as progress:
-            export_float(model, out, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress)
-        print(f"written to {out} as floats")
-        return
-    sparsity = load_sparsity(locate(model))
-    if sparsity is not None and format == "gguf":
-        raise ToolkitError(f"{model}: has thresholds of pruning, for which 'gguf' has no place", "use --format native")
     with TerminalProgress() as progress:
-        fmt = export_model(
+        written = ptq.export(
             model,
             format=format,
             out=out,
@@ -59,7 +40,5 @@ def export(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    if sparsity is not None:  # the codes are the same, so the thresholds fit
-        with CheckpointReader(out) as reader:
-            save_sparsity(dataclasses.replace(sparsity, base=weights_fingerprint(reader)), out)
-    print(f"written to {out} as {fmt.name}; every linear read back and compared")
+    compared = "; every linear read back and compared" if written.verified else ""
+    print(f"written to {out} as {written.format}{compared}")

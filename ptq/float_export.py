@@ -11,6 +11,7 @@ from calibration.model.gguf import GgufReader
 from calibration.model.opening import fingerprint, locate, open_model
 from calibration.model.shards import ShardWriter
 from calibration.progress import Progress, Silent
+from ptq.conversion import Exported
 from ptq.formats.native import WEIGHTS_KEY
 from ptq.formats.write import copy_small_files
 from ptq.runtime.dequantized import float_weights
@@ -24,7 +25,7 @@ def export_float(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> None:
+) -> Exported:
     """Write the dequantized weights of ``model`` as a plain Hugging Face checkpoint in its own dtype.
 
     What quantizes inputs or the KV cache while the model runs is no part of a weight and does not remain.
@@ -53,3 +54,4 @@ def export_float(
         write_atomically(session.partial / "config.json", text.encode())
         copy_small_files(folder, session.partial)
         session.finish()
+    return Exported(Path(out), "float", 0)

@@ -10,11 +10,12 @@ from typing import Any, Literal, get_args
 
 from calibration.errors import ToolkitError, nearest
 from ptq.activations import PRESETS, ActivationQuant, CacheQuant, take_activations, with_activations
+from ptq.scheme_names import plain_name
 
 IntegerQuantizer = Literal["asym_minmax", "asym_zero_in", "sym_full", "sym_restricted", "sym_gptq"]
 """The five integer grids in common use (A to E of the literature's vocabulary; see `ptq.numerics.integers`)."""
 
-Quantizer = IntegerQuantizer | Literal["float", "binary", "sym_super", "asym_super"]
+Quantizer = IntegerQuantizer | Literal["asym_float", "float", "binary", "sym_super", "asym_super"]
 ScaleFormat = Literal["half", "bf16", "e8m0", "e4m3", "k4", "k6", "k8"]
 """How scales are stored: exact in bf16 and in fp16; in bf16; a power of two (MX formats); E4M3 beside one float32 for
 the whole tensor (NVFP4); integers of 4, 6 or 8 bits beside a float16 for every 256 weights (GGUF's K-quants)."""
@@ -107,7 +108,8 @@ def float_formats(bits: int) -> tuple[FloatFormat, ...]:
 
 @dataclass(frozen=True)
 class TensorQuant:
-    """A grid for one tensor: integer, the values of a small float format (``quantizer`` is then "float"), one bit a
+    """A grid for one tensor: integer, integer with zero points that are not ("asym_float", for HQQ), the values of a
+    small float format (``quantizer`` is then "float"), one bit a
     weight with 4 bits in ``salient_percent`` of the columns ("binary", see `ptq.numerics.binary`)."""
 
     bits: int
@@ -136,6 +138,11 @@ class TensorQuant:
     def superblocks(self) -> bool:
         """Groups have integer scales under float16 ones of super-blocks, see `ptq.numerics.superblocks`."""
         return self.quantizer in ("sym_super", "asym_super")
+
+    @property
+    def float_zeros(self) -> bool:
+        """Zero points are float16 numbers, levels code - zero no integers."""
+        return self.quantizer == "asym_float"
 
     @property
     def levels(self) -> int:
@@ -174,8 +181,9 @@ class QuantScheme:
         return f"w{w.bits}a16-{w.grouping}-{suffix}"
 
     def bits_per_weight(self, out_features: int, in_features: int, reordered: bool = False) -> float:
-        """Stored bits over weights: codes, scales, ``bits``-wide zero points, the scale of the whole tensor where there
-        is one, and an int32 group index per input column where groups follow an activation order (``reordered``)."""
+        """Stored bits over weights: codes, scales, zero points (``bits`` wide, or floats of 16 bits), the scale of the
+        whole tensor where there is one, and an int32 group index per input column where groups follow an activation
+        order (``reordered``)."""
         w = self.weights
         if w.salient_percent is not None:  # rows of both kinds of codes fill whole words; a 4-bit grid per row
             salient = w.salient_count(in_features)
@@ -184,7 +192,7 @@ class QuantScheme:
         if w.superblocks:
             count = 1 if w.symmetric else 2  # scales, and minima beside them
             return w.bits + count * (SCALE_BITS[w.scale_format] / w.grouping.width(SUPER_WIDTH) + 16 / SUPER_WIDTH)
-        per_group = SCALE_BITS[w.scale_format] + (0 if w.symmetric else w.bits)
+        per_group = SCALE_BITS[w.scale_format] + (0 if w.symmetric else 16 if w.float_zeros else w.bits)
         index = 32.0 / out_features if reordered else 0.0
         index += 32.0 / (out_features * in_features) if w.scale_format == "e4m3" else 0.0
         return w.bits + per_group / w.grouping.width(w.grouping.length((out_features, in_features))) + index
@@ -224,22 +232,10 @@ K_QUANTS: dict[str, TensorQuant] = {
     "q6_k": TensorQuant(6, Grouping("group", 16), "sym_super", scale_format="k8"),
 }
 """GGUF's K-quants (llama.cpp, ``ggml-quants.c``)."""
-GGUF_BLOCKS = {
-    "q4_0": "w4a16-g32-sym",
-    "q4_1": "w4a16-g32-asym",
-    "q5_0": "w5a16-g32-sym",
-    "q5_1": "w5a16-g32-asym",
-    "q8_0": "w8a16-g32-sym",
-}
-"""GGUF's types with blocks of 32 weights are grids that have names here already."""
 
 _KINDS = ("", "-sym", "-asym")
 _FLOAT_SCHEME = re.compile(r"fp(\d)-e(\d)m(\d)(fn)?(?:-((?:g|ic)\w+))?")
-_SCHEME = re.compile(r"w(\d+)a16(?:-((?:g|ic)\w+?))?(?:-(sym|asym|" + "|".join(QUANTIZERS) + r"))?")
-
-
-SMOOTHQUANT_LEVELS = {"o1": "w8a8-wtensor-atoken", "o2": "w8a8-wtensor-atensor", "o3": "w8a8-wtensor-astatic"}
-"""The efficiency levels of SmoothQuant (Xiao et al. 2022), as schemes."""
+_SCHEME = re.compile(r"w(\d+)a16(?:-((?:g|ic)\w+?))?(?:-(sym|asym|asym_float|" + "|".join(QUANTIZERS) + r"))?")
 
 
 def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantScheme:
@@ -247,19 +243,18 @@ def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantS
 
     Suffixes may come in any order; those of activations are described in `ptq.activations`. The group part defaults to
     ``g128`` (``gchannel`` where inputs are quantized); without ``-sym`` or ``-asym`` the grid is ``default_quantizer``.
-    The full quantizer names are accepted in place of the suffix (recipes use them). ``o1``, ``o2`` and ``o3`` are
-    SmoothQuant's levels.
+    The full quantizer names are accepted in place of the suffix (recipes use them), ``-asym_float`` for zero points
+    that are floats, and names of other tools, see `ptq.scheme_names`. Case does not count.
 
     Raises:
         ToolkitError: the text is no scheme, or the bits or the group size are not on offer.
     """
     choices = f"w{{{','.join(map(str, BITS))}}}a16-{{{','.join(f'g{g}' for g in GROUP_SIZES)},gchannel}}[-sym|-asym]"
     choices += f", {', '.join(FLOAT_PRESETS)}, fp4-e2m1-g128 or w1a16-salient20"
-    choices += f"; for GGUF {', '.join([*GGUF_BLOCKS, *K_QUANTS])}"
+    choices += f"; for GGUF {', '.join(K_QUANTS)}"
     choices += "; ic instead of g groups along the outputs"
-    choices += f"; with quantized activations {', '.join(PRESETS)}"
-    named = GGUF_BLOCKS | SMOOTHQUANT_LEVELS
-    weights_text, inputs, cache = take_activations(named.get(text.strip().lower(), text))
+    choices += f"; with quantized activations {', '.join(PRESETS)}; or int4, int8, q4_0"
+    weights_text, inputs, cache = take_activations(plain_name(text))
     plain = _grouping_first(weights_text.strip().lower())
     if plain in K_QUANTS:
         return QuantScheme(K_QUANTS[plain], inputs, cache)
@@ -275,14 +270,14 @@ def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantS
     match = _SCHEME.fullmatch(plain)
     if match is None:
         known = [f"w{b}a16-{g}{k}" for b in BITS for g in (*(f"g{n}" for n in GROUP_SIZES), "gchannel") for k in _KINDS]
-        closest = nearest(plain, [*known, *FLOAT_PRESETS, *GGUF_BLOCKS, *K_QUANTS]) or "for example w4a16-g128-sym: "
+        closest = nearest(plain, [*known, *FLOAT_PRESETS, *K_QUANTS]) or "for example w4a16-g128-sym: "
         raise ToolkitError(f"scheme: '{text}' is not a weight scheme", f"{closest}write it as {choices}")
     bits, kind = int(match[1]), match[3]
     if bits not in BITS:
         raise ToolkitError(f"scheme: '{text}' asks for {bits}-bit weights", f"use one of {choices}")
     grouping = _parse_grouping(text, match[2], choices)
     aliases: dict[str, Quantizer] = {"sym": "sym_gptq", "asym": "asym_zero_in"}
-    aliases |= {name: name for name in get_args(IntegerQuantizer)}
+    aliases |= {name: name for name in (*get_args(IntegerQuantizer), "asym_float")}
     quantizer = default_quantizer if kind is None else aliases[kind]
     return QuantScheme(TensorQuant(bits, grouping, quantizer), inputs, cache)
 

@@ -1,14 +1,12 @@
-"""Safetensors checkpoints: headers without tensors, one tensor at a time, shards that appear whole or not at all."""
+"""Safetensors checkpoints: one tensor at a time, shards that appear whole or not at all."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -18,117 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from calibration.errors import ToolkitError
-
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a header says of one tensor; ``start`` is the offset of its first byte in the shard."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    shard: str
-    start: int = 0
-
-    @property
-    def numel(self) -> int:
-        n = 1
-        for d in self.shape:
-            n *= d
-        return n
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-
-def _header(path: Path) -> dict[str, TensorInfo]:
-    """The header of one shard, checked against the size of the file."""
-    damaged = "the download or copy was cut short: fetch this file again"
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(size - 8, 100_000_000):
-                raise ToolkitError(f"{path}: truncated or corrupt ({size} bytes, header of {length})", damaged)
-            header = json.loads(file.read(length))
-        entries = {k: v for k, v in header.items() if k != "__metadata__"}
-        for name, entry in entries.items():
-            if entry["dtype"] not in DTYPES:
-                raise ToolkitError(
-                    f"{path}: {name} has dtype '{entry['dtype']}', which is not read here",
-                    f"start from a checkpoint in 16 or 32 bits; known dtypes: {', '.join(DTYPES)}",
-                )
-        infos = {
-            k: TensorInfo(DTYPES[v["dtype"]], tuple(v["shape"]), path.name, 8 + length + v["data_offsets"][0])
-            for k, v in entries.items()
-        }
-        for name, info in infos.items():
-            first, last = entries[name]["data_offsets"]
-            if first < 0 or last - first != info.nbytes:
-                raise ToolkitError(
-                    f"{path}: corrupt: {name} has {last - first} bytes, its shape and dtype {info.nbytes}", damaged
-                )
-        end = max((v["data_offsets"][1] for v in entries.values()), default=0)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ToolkitError(f"{path}: corrupt safetensors header ({error!r})", damaged) from None
-    if 8 + length + end != size:
-        raise ToolkitError(f"{path}: truncated or corrupt: {size} bytes, expected {8 + length + end}", damaged)
-    return infos
-
-
-def _shards(folder: Path) -> list[str]:
-    """File names of the shards: ``model.safetensors`` comes before the index, as in transformers. Other files beside
-    them (Mistral's ``consolidated.safetensors``) are other copies of the weights, and not read."""
-    if (folder / SINGLE_FILE).exists():
-        return [SINGLE_FILE]
-    index = folder / INDEX_FILE
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ToolkitError(f"{index}: corrupt index ({error!r})", "fetch this file again") from None
-        for name in names:
-            if not (folder / name).exists():
-                raise ToolkitError(
-                    f"{folder / name}: missing shard, named by {INDEX_FILE}", "fetch the missing file into the folder"
-                )
-        return names
-    found = sorted(p.name for p in folder.glob("*.safetensors"))
-    if found:
-        return found
-    pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-    if pickles:
-        raise ToolkitError(
-            f"{folder}: no safetensors, only pickle files ({', '.join(pickles[:3])}), which can run code when loaded",
-            "convert them first, e.g. with AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) "
-            "on a machine where you trust them",
-        )
-    raise ToolkitError(f"{folder}: no safetensors files in it", "name a folder that holds a Hugging Face checkpoint")
+from calibration.model.float8 import dequantized
+from calibration.model.headers import TensorInfo, read_header, shards_of
 
 
 class TensorSource(Protocol):
@@ -156,12 +45,11 @@ class CheckpointReader:
             raise ToolkitError(f"{folder}: no such folder", "name a folder with config.json and *.safetensors")
         self.folder = folder
         self.config: dict[str, Any] = read_config(folder)
-        self._stored: dict[str, str] = {}  # name of the model class -> name in the file
         self.infos: dict[str, TensorInfo] = {}
-        for shard in _shards(folder):
-            for name, info in _header(folder / shard).items():
+        self._in_file: dict[str, str] = {}  # names that differ, see `rename`
+        for shard in shards_of(folder):
+            for name, info in read_header(folder / shard).items():
                 self.infos[name] = info
-                self._stored[name] = name
         self._open: dict[str, Any] = {}
 
     @classmethod
@@ -169,8 +57,7 @@ class CheckpointReader:
         """One safetensors file without a config."""
         reader = cls.__new__(cls)
         reader.folder, reader.config, reader._open = path.parent, {}, {}
-        reader.infos = _header(path)
-        reader._stored = {name: name for name in reader.infos}
+        reader.infos, reader._in_file = read_header(path), {}
         return reader
 
     def add_base_prefix(self, prefix: str, outside: tuple[str, ...] = ("lm_head.",)) -> None:
@@ -179,20 +66,51 @@ class CheckpointReader:
             return
         names = {n: n if n.startswith(outside) else prefix + n for n in self.infos}
         self.infos = {names[n]: info for n, info in self.infos.items()}
-        self._stored = {names[n]: stored for n, stored in self._stored.items()}
+
+    def rename(self, new_name: Callable[[str], str]) -> None:
+        """Call every tensor by the name that ``new_name`` makes of its own.
+
+        Raises:
+            ToolkitError: two tensors would have one name.
+        """
+        names = {n: new_name(n) for n in self.infos}
+        taken: dict[str, str] = {}
+        for old, new in names.items():
+            if new in taken:
+                raise ToolkitError(
+                    f"{self.folder}: {taken[new]} and {old} are both '{new}' in the model class",
+                    "remove the one that does not belong to this model",
+                )
+            taken[new] = old
+        self.infos = {names[n]: info for n, info in self.infos.items()}
+        self._in_file = {new: self.stored_name(old) for new, old in taken.items()}
+
+    def stored_name(self, name: str) -> str:
+        """What the file calls a tensor, or would call another tensor of the same module."""
+        if name in self._in_file:
+            return self._in_file[name]
+        module, _, leaf = name.rpartition(".")
+        beside = self._in_file.get(f"{module}.weight")
+        return name if beside is None else f"{beside.removesuffix('weight')}{leaf}"
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor in its stored dtype, read and not mapped: pages of a mapped shard count as resident memory."""
+        """One tensor, read and not mapped: pages of a mapped shard count as resident memory. In its stored dtype, but
+        for float8 codes, which come multiplied by their scales."""
         info = self.infos[name]
-        return self._read(name, info.nbytes).view(info.dtype).view(info.shape)
+        if info.codes is None or info.scale is None:
+            return self._read(name, info, info.nbytes).view(info.dtype).view(info.shape)
+        codes = self._read(name, info, info.numel).view(info.codes).view(info.shape)
+        scale = self._read(name, info.scale, info.scale.nbytes).view(info.scale.dtype).view(info.scale.shape)
+        return dequantized(name, codes, scale).to(info.dtype)
 
     def first_bytes(self, name: str, count: int) -> bytes:
-        """The first ``count`` bytes of a tensor, or all where it has fewer."""
-        return self._read(name, min(count, self.infos[name].nbytes)).numpy().tobytes()
-
-    def _read(self, name: str, n_bytes: int) -> torch.Tensor:
-        """uint8 ``[n_bytes]`` from the start of a tensor."""
+        """The first ``count`` bytes of a tensor as stored, or all where it has fewer."""
         info = self.infos[name]
+        stored = info.nbytes if info.codes is None else info.numel
+        return self._read(name, info, min(count, stored)).numpy().tobytes()
+
+    def _read(self, name: str, info: TensorInfo, n_bytes: int) -> torch.Tensor:
+        """uint8 ``[n_bytes]`` from the start of a tensor."""
         data = torch.empty(n_bytes, dtype=torch.uint8)
         try:
             if info.shard not in self._open:
@@ -236,12 +154,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ToolkitError(f"{path}: no such file", "name a folder that holds a Hugging Face checkpoint") from None
+        raise _no_config(folder) from None
     except ValueError as error:
         raise ToolkitError(f"{path}: not readable as JSON ({error})", "fetch this file again") from None
     if not isinstance(data, dict):
         raise ToolkitError(f"{path}: holds a {type(data).__name__}, not an object", "fetch this file again")
     return data
+
+
+def _no_config(folder: Path) -> ToolkitError:
+    """What a folder without ``config.json`` holds instead of a model, as far as it shows."""
+    fix = "name a folder that holds a Hugging Face checkpoint"
+    adapter = folder / "adapter_config.json"
+    if adapter.exists():
+        try:
+            base = str(json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path"))
+        except (ValueError, AttributeError):
+            base = "its base model"
+        return ToolkitError(
+            f"{folder}: an adapter of {base}, not a model",
+            f"merge it first: PeftModel.from_pretrained(base, '{folder.name}').merge_and_unload().save_pretrained(...)",
+        )
+    if any(folder.glob("tokenizer*")) and not any(folder.glob("*.safetensors")):
+        return ToolkitError(f"{folder}: a tokenizer without a model (no config.json, no *.safetensors)", fix)
+    return ToolkitError(f"{folder / 'config.json'}: no such file", fix)
 
 
 @contextmanager

@@ -124,7 +124,7 @@ class GgufReader(CheckpointReader):
         self.folder = folder
         self.config = read_config(folder)
         self._tensors: dict[str, Any] = {}
-        self._stored, self._open = {}, {}
+        self._in_file, self._open = {}, {}
         self.infos = {}
         tensors = open_file(folder / LINK).tensors
         matrices = [_FLOATS.get(t.tensor_type.name) for t in tensors if len(t.shape) == 2]
@@ -139,14 +139,13 @@ class GgufReader(CheckpointReader):
             shape = tuple(int(n) for n in reversed(tensor.shape))
             self.infos[name] = TensorInfo(dtype, shape, LINK)
             self._tensors[name] = tensor
-            self._stored[name] = name
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor dequantized, in the dtype of its entry in ``infos``."""
         import gguf
 
-        stored = self._tensors[self._stored[name]]
-        values = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type)).clone()
+        stored = self._tensors[self._in_file.get(name, name)]
+        values = torch.tensor(gguf.quants.dequantize(stored.data, stored.tensor_type))
         values = values.view(self.infos[name].shape) - norm_shift(name, self.config)
         order = paired_rows(name, self.config)
         if order is not None:
@@ -155,7 +154,7 @@ class GgufReader(CheckpointReader):
 
     def first_bytes(self, name: str, count: int) -> bytes:
         """The first bytes as they are stored."""
-        data = self._tensors[self._stored[name]].data
+        data = self._tensors[self._in_file.get(name, name)].data
         return bytes(data.reshape(-1).view("uint8")[:count].tobytes())
 
 

@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 
-from calibration.architectures import ArchitectureSpec, check_family, resolve
+from calibration.architectures import ArchitectureSpec, check_family, known_type, resolve
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, read_config
+from calibration.model.classes import empty_model, renaming, text_config
+from calibration.model.float8 import FLOATS, check_dtypes, with_scales
+from calibration.model.float8 import METHODS as FLOAT8_METHODS
 from calibration.model.gguf import SUFFIX, folder_of, open_reader
 
 DEMO = "demo"
@@ -63,12 +66,21 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[Checkpoin
         ToolkitError: broken folder, unknown architecture, code of the checkpoint's own without permission.
     """
     data = read_config(folder)
-    if "auto_map" in data and not trust_remote_code and data.get("model_type") not in _known_types():
+    if "auto_map" in data and not trust_remote_code and not known_type(str(data.get("model_type"))):
         raise ToolkitError(
             f"{folder}: model_type '{data.get('model_type')}' needs Python code that comes with the checkpoint",
             "read that code, then pass --trust-remote-code",
         )
+    if (folder / "adapter_config.json").exists():
+        raise ToolkitError(
+            f"{folder}: a model with an adapter beside it (adapter_config.json), which would be lost",
+            "merge the adapter into the model first, or move its files away to work on the base model alone",
+        )
     reader = open_reader(folder)
+    quantized = data.get("quantization_config")
+    if quantized is None or quantized.get("quant_method") in FLOAT8_METHODS:
+        reader.infos = with_scales(reader.infos, _named_dtype(data))
+        reader.config = {key: value for key, value in data.items() if key != "quantization_config"}
     check_family(str(data.get("model_type")), reader.infos)
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -78,15 +90,24 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[Checkpoin
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ToolkitError(f"{folder}/config.json: {reason}", "compare it with the model's original config") from None
+    if "quantization_config" not in reader.config and hasattr(config, "quantization_config"):
+        del config.quantization_config
     spec = resolve(config)
+    if "quantization_config" not in reader.config:
+        check_dtypes(reader.infos, spec.blocks)
+    if spec.derived:
+        model = empty_model(config, torch.float32, torch.device("meta"), spec.attention)
+        rename, known = renaming(model), model.state_dict().keys()
+        reader.rename(lambda name: name if name in known else rename(name))
     reader.add_base_prefix(spec.base_prefix, (*(stored for stored, _ in spec.root_renames), "lm_head."))
     return reader, config, spec
 
 
-def _known_types() -> tuple[str, ...]:
-    from calibration.architectures import FAMILIES
-
-    return tuple(FAMILIES)
+def _named_dtype(data: dict[str, Any]) -> torch.dtype:
+    """The dtype that ``config.json`` gives; bfloat16 where it gives none."""
+    named = str(data.get("dtype") or data.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    found = getattr(torch, named, torch.bfloat16)
+    return found if found in FLOATS else torch.bfloat16
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -162,7 +183,7 @@ def forward_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
 def context_length(config: Any) -> int:
     """The longest window that a model takes; 2048 where its config names none (ALiBi)."""
     for name in ("max_position_embeddings", "n_positions", "seq_length"):
-        value = getattr(config, name, None)
+        value = getattr(text_config(config), name, None)
         if value:
             return int(value)
     return 2048

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from calibration.model.experts import Expert
-from calibration.walk.statistics import BySequence, Statistic
+from calibration.walk.statistics import BySequence, Statistic, TwoStreams
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and the keyword arguments of one call of a module."""
@@ -54,8 +54,7 @@ def place(block: nn.Module, watches: Iterable[Watch]) -> list[RemovableHandle]:
     def positions(path: str, x: torch.Tensor) -> torch.Tensor:
         if x.ndim == 3:
             return torch.arange(x.shape[1], device=x.device)
-        parent = block.get_submodule(path.rpartition(".")[0])
-        rows = parent.rows if isinstance(parent, Expert) else None
+        rows = _rows(block, path)
         return (torch.arange(len(x), device=x.device) if rows is None else rows) % length
 
     def before(watch: Watch):  # type: ignore[no-untyped-def]
@@ -120,13 +119,101 @@ def record_calls(block: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, l
             handle.remove()
 
 
+Inputs = dict[str, tuple[torch.Tensor, torch.Tensor | None]]
+"""Module path -> its input ``[tokens, in]``, and in an `Expert` the rows of the batch that these are, int64
+``[tokens]``."""
+
+
+def _rows(block: nn.Module, path: str) -> torch.Tensor | None:
+    parent = block.get_submodule(path.rpartition(".")[0])
+    return parent.rows if isinstance(parent, Expert) else None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call of a submodule: its path, the tensors that were given to it and the tensor it returned (the first one
+    of a tuple; None where it returned something else)."""
+
+    path: str
+    entered: tuple[torch.Tensor, ...]
+    left: torch.Tensor | None
+
+
 @contextmanager
-def accumulate(block: nn.Module, statistics: Mapping[str, Iterable[Statistic]]) -> Iterator[None]:
+def trace(block: nn.Module) -> Iterator[list[Seen]]:
+    """While open, every call of every submodule, in the order in which the calls began."""
+    calls: list[Seen] = []
+    places: list[int] = []
+
+    def before(path: str):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            places.append(len(calls))
+            calls.append(Seen(path, tuple(a for a in (*args, *kwargs.values()) if torch.is_tensor(a)), None))
+
+        return hook
+
+    def after(module: nn.Module, args: Any, result: Any) -> None:
+        place, first = places.pop(), result[0] if isinstance(result, tuple) and result else result
+        calls[place] = replace(calls[place], left=first if torch.is_tensor(first) else None)
+
+    handles: list[RemovableHandle] = []
+    for path, module in block.named_modules():
+        if path:
+            handles.append(module.register_forward_pre_hook(before(path), with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def record_inputs(block: nn.Module, paths: Iterable[str]) -> Iterator[Inputs]:
+    """While open, the last input of every submodule at these paths that was called."""
+    inputs: Inputs = {}
+
+    def hook_for(path: str):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            inputs[path] = args[0].flatten(0, -2), _rows(block, path)
+
+        return hook
+
+    handles = [block.get_submodule(path).register_forward_pre_hook(hook_for(path)) for path in paths]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _paired(x: torch.Tensor, rows: torch.Tensor | None, other: Inputs, path: str) -> torch.Tensor:
+    """The float model's input for every token of ``x``; where its router sent the token elsewhere, ``x`` itself."""
+    if rows is None:
+        return other[path][0]
+    found = x.clone()
+    if path in other:
+        values, known = other[path]
+        assert known is not None
+        here, there = torch.where(rows[:, None] == known[None, :])
+        found[here] = values[there]
+    return found
+
+
+@contextmanager
+def accumulate(
+    block: nn.Module,
+    statistics: Mapping[str, Iterable[Statistic]],
+    weigh: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    other: Inputs | None = None,
+) -> Iterator[None]:
     """While open, every forward pass of ``block`` folds the inputs of the named submodules into their statistics.
 
     Args:
         statistics: module path below ``block`` -> accumulators of its input. Linears that share an input need one
             entry, under the name of any of them.
+        weigh: ``x [tokens, in]`` of one forward pass -> what each token counts, ``[tokens]``; None: all alike.
+        other: for statistics of two streams, what the same submodules see in the float model, for one batch.
     """
 
     length = 0
@@ -135,19 +222,23 @@ def accumulate(block: nn.Module, statistics: Mapping[str, Iterable[Statistic]]) 
         nonlocal length
         length = args[0].shape[1]
 
-    def hook_for(accumulators: tuple[Statistic, ...]):  # type: ignore[no-untyped-def]
+    def hook_for(path: str, accumulators: tuple[Statistic, ...]):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0].flatten(0, -2)
+            weight = weigh(x) if weigh is not None and x.shape[0] else None
             for accumulator in accumulators if x.shape[0] else ():
                 if isinstance(accumulator, BySequence) and x.shape[0] % length == 0:
                     accumulator.update_sequences(x.unflatten(0, (-1, length)))
+                elif isinstance(accumulator, TwoStreams):
+                    assert other is not None, "this gathering has one stream"
+                    accumulator.update_pair(x, _paired(x, _rows(block, path), other, path), weight)
                 else:
-                    accumulator.update(x)
+                    accumulator.update(x, weight)
 
         return hook
 
     handles = [block.register_forward_pre_hook(entering)] + [
-        block.get_submodule(path).register_forward_pre_hook(hook_for(tuple(accumulators)))
+        block.get_submodule(path).register_forward_pre_hook(hook_for(path, tuple(accumulators)))
         for path, accumulators in statistics.items()
     ]
     try:

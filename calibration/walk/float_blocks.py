@@ -10,13 +10,13 @@ import torch
 
 from calibration.memory import return_freed
 from calibration.model.checkpoint import TensorSource
-from calibration.model.skeleton import Skeleton, load_parameters, release
+from calibration.model.skeleton import Skeleton, load_parameters, places, release
 from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
 from calibration.walk.capture import transform_input
 from calibration.walk.context import Context
 from calibration.walk.outside import Outside
-from calibration.walk.passes import AddsBiases, Pass, Phase, TransformsInputs, repairs
+from calibration.walk.passes import Pass, Phase, keeps_originals
 from calibration.walk.segment import Segment
 from calibration.walk.states import HiddenStates
 
@@ -53,11 +53,10 @@ class FloatBlocks:
         for index in range(self.skeleton.spec.n_blocks):
             block, quantized = self.skeleton.block(index), self.schemes(index)
             for step in self.passes:
-                if isinstance(step, TransformsInputs):
-                    spec = self.skeleton.spec.block(index)
-                    for linear, transform in step.input_transforms(spec, quantized).items():
-                        path = self.skeleton.spec.module_name(linear)
-                        transform_input(block.get_submodule(path), transform)
+                spec = self.skeleton.spec.block(index)
+                for linear, transform in step.input_transforms(spec, quantized).items():
+                    path = self.skeleton.spec.module_name(linear)
+                    transform_input(block.get_submodule(path), transform)
 
     @torch.no_grad()
     def observe(self, tokens: TokenBatches, progress: Progress) -> Iterator[tuple[Segment, HiddenStates]]:
@@ -84,19 +83,24 @@ class FloatBlocks:
         for name in stem:
             parent, _, leaf = name.rpartition(".")
             module = self.skeleton.model.get_submodule(parent)
+            if leaf in module._buffers:
+                continue
             module._parameters[leaf] = torch.nn.Parameter(stem[name].to("meta"), requires_grad=False)
         progress.advance("embed")
         return states
 
     def outside_parameters(self) -> dict[str, torch.Tensor]:
-        """Every parameter that is in no block, in the dtype of the forward pass, by its name in the model."""
-        parameters = dict(self.skeleton.model.named_parameters(remove_duplicate=False))
+        """Parameters and stored buffers that are in no block, in the dtype of the forward pass, by module path."""
+        known = places(self.skeleton.model)
         names = {self.skeleton.spec.root_module_name(name): name for name in self.outside.names}
-        found = {t: self.cast(self.outside.tensor(name)) for t, name in names.items() if t in parameters}
+        found = {t: self.cast(self.outside.tensor(name)) for t, name in names.items() if t in known}
         self.reader.close()
         return found
 
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Into the dtype of the forward pass; indices stay integers."""
+        if not tensor.is_floating_point():
+            return tensor.to(self.skeleton.device)
         return tensor.to(self.skeleton.device, self.skeleton.dtype)
 
     def stored(self, index: int, without: Container[str] = ()) -> dict[str, torch.Tensor]:
@@ -116,10 +120,9 @@ class FloatBlocks:
         """One block with float masters; ``with_module`` also fills the module for forward passes."""
         spec, stored = self.skeleton.spec, self.stored(index)
         for step in self.passes:
-            if isinstance(step, AddsBiases):
-                for linear in step.new_biases(self.skeleton.spec, index, stored):
-                    w = stored[f"{linear}.weight"]
-                    stored[f"{linear}.bias"] = w.new_zeros(w.shape[1 if self.skeleton.spec.conv1d else 0])
+            for linear in step.new_biases(self.skeleton.spec, index, stored):
+                w = stored[f"{linear}.weight"]
+                stored[f"{linear}.bias"] = w.new_zeros(w.shape[1 if self.skeleton.spec.conv1d else 0])
         masters = {n: t.to(self.skeleton.device, self.master_dtype) for n, t in stored.items()}
         if with_module:
             self.fill(index, {n: masters[n].to(self.skeleton.dtype) for n in masters})
@@ -132,7 +135,7 @@ class FloatBlocks:
             masters=masters,
             stored_dtypes={n: t.dtype for n, t in stored.items()},
             schemes=dict(self.schemes(index)),
-            keep_originals=repairs(self.passes),
+            keep_originals=keeps_originals(self.passes),
         )
 
     def load_rebased(self, index: int, with_module: bool = True) -> Segment:

@@ -35,7 +35,8 @@ class Segment:
             scales); committed and exported with the linear.
         gates: tensors of activation thresholds, by the names they have in a file of their own; committed beside the
             block, not with its weights.
-        ranges: linear -> clipping bounds ``[out, groups]`` that rounding must use.
+        grids: linear -> the grid on which rounding must put its weight as it now is (of a type this package does not
+            know). A weight that changes loses its grid.
         errors: linear -> ``{"weight": ..., "output": ...}`` relative errors, filled by the rounding pass.
         notes: linear -> numbers worth recording, ``{"awq.alpha": 0.45}``.
         edits: counts changes that are not exact; statistics gathered before such a change are stale.
@@ -54,7 +55,7 @@ class Segment:
     quantized: dict[str, Replacement] = field(default_factory=dict)
     parts: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     gates: dict[str, torch.Tensor] = field(default_factory=dict)
-    ranges: dict[str, torch.Tensor] = field(default_factory=dict)
+    grids: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: dict[str, dict[str, float | str]] = field(default_factory=dict)
     edits: int = 0
@@ -85,17 +86,12 @@ class Segment:
 
     def gain(self, norm: str) -> torch.Tensor:
         """What a norm multiplies by, ``[channels]``."""
-        return self._gain(self.masters[f"{norm}.weight"], self._offset).clone()
+        return self._gain(self.masters[f"{norm}.weight"], self.architecture.offset(norm)).clone()
 
     def remove_gain(self, norm: str) -> None:
         """Let a norm multiply by one; the caller moves its gain elsewhere."""
         name = f"{norm}.weight"
-        self.replace(name, torch.full_like(self.masters[name], 1.0 - self._offset))
-
-    @property
-    def _offset(self) -> float:
-        """Norms that store g - 1 add this."""
-        return 1.0 if self.architecture.norm == "rms_plus_one" else 0.0
+        self.replace(name, torch.full_like(self.masters[name], 1.0 - self.architecture.offset(norm)))
 
     def original(self, linear: str) -> torch.Tensor:
         """The weight ``[out, in]`` before it was rounded (a view)."""
@@ -126,6 +122,7 @@ class Segment:
 
     def _touch(self, name: str, exact: bool) -> None:
         self._stale.add(name)
+        self.grids.pop(name.removesuffix(".weight"), None)
         self.edits += not exact
 
     def note(self, linear: str, **values: float | str) -> None:
@@ -168,7 +165,7 @@ class Segment:
     def _divide_norm(self, norm: str, s: torch.Tensor) -> torch.Tensor:
         name = f"{norm}.weight"
         stored = self.masters[name]
-        offset = self._offset
+        offset = self.architecture.offset(norm)
         gain = self._gain(stored, offset).clone()
         rounded = (gain / s - offset).to(self.stored_dtypes[name]).to(stored.dtype)
         kept = (gain == 0) | (self._gain(rounded, offset) == 0)  # a dead channel carries nothing: leave it alone
@@ -198,7 +195,8 @@ class Segment:
     def sync(self) -> None:
         """Bring edited parameters into the module, in the dtype of the forward pass."""
         for name in self._stale:
-            target = self.module.get_parameter(self.architecture.module_name(name)).data
+            path, _, leaf = self.architecture.module_name(name).rpartition(".")
+            target = getattr(self.module.get_submodule(path), leaf).data
             if target.data_ptr() != self.masters[name].data_ptr():
                 target.copy_(self.masters[name])
         self._stale.clear()

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from calibration.errors import Problem, ToolkitError
-from calibration.model.checkpoint import TensorInfo
+from calibration.model.headers import TensorInfo
 from ptq.formats import checks
 from ptq.linears import ModelLayout
 from ptq.numerics.bitstream import pack, unpack
@@ -55,6 +55,7 @@ class Awq:
             *checks.group_problems(layout),
             *checks.float_problems(layout, self.name),
             *checks.axis_problems(layout, self.name),
+            *checks.zero_problems(layout, self.name),
             *checks.divisor_problems(layout, 8, 1, self.name),
             *checks.order_problems(layout, self.name),
             *checks.part_problems(layout, self.name),

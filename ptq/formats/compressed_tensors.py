@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 
 from calibration.errors import Problem, ToolkitError
-from calibration.model.checkpoint import TensorInfo
+from calibration.model.headers import TensorInfo
 from ptq.formats import checks, packed_floats, plain_codes
 from ptq.formats.config_groups import describe, kind_of, scheme_of
 from ptq.formats.vllm import vllm_answer
@@ -61,6 +61,7 @@ class CompressedTensors:
             *checks.group_problems(layout),
             *packed_floats.problems(layout, self.name),
             *checks.axis_problems(layout, self.name),
+            *checks.zero_problems(layout, self.name),
             *checks.order_problems(layout, self.name),
             *checks.part_problems(layout, self.name, held=INPUT_GRID),
             *plain_codes.problems(layout, self.name),

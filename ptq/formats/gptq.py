@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from calibration.errors import Problem, ToolkitError
-from calibration.model.checkpoint import TensorInfo
+from calibration.model.headers import TensorInfo
 from ptq.formats import checks
 from ptq.linears import ModelLayout, PlannedLinear
 from ptq.numerics.bitstream import pack, unpack
@@ -57,6 +57,7 @@ class Gptq:
             *checks.group_problems(layout),
             *checks.float_problems(layout, self.name),
             *checks.axis_problems(layout, self.name),
+            *checks.zero_problems(layout, self.name),
             *checks.divisor_problems(layout, 32, 32, self.name),
             *checks.part_problems(layout, self.name),
             *checks.activation_problems(layout, self.name),

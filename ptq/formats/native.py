@@ -16,6 +16,7 @@ suffix           dtype      shape                       content
 ``super_min``    float16    ``[out, in/256]``           the same for minima, whose integers (uint8) are then ``zero``
 ``zero``         int32      ``[ceil(lines*G*b/32)]``    one dense stream, line after line; b = 8: uint8
                                                         ``[lines, G]``; absent for symmetric grids
+                 float16    ``[lines, G]``              for ``asym_float``
 ``group_index``  int32      ``[in]``                    only where groups follow an activation order
 ``salient_codes`` int32    ``[out, ceil(k*4/32)]``     one-bit weights: codes of the k salient columns; ``codes``
                                                         are then those of the others, ``zero`` has 4 bits
@@ -35,7 +36,7 @@ from typing import Any, ClassVar
 import torch
 
 from calibration.errors import Problem, ToolkitError
-from calibration.model.checkpoint import TensorInfo
+from calibration.model.headers import TensorInfo
 from ptq.formats.checks import group_problems, stored_scale
 from ptq.formats.narrow_scales import decode_scale, encode_scale
 from ptq.linears import ModelLayout
@@ -85,7 +86,9 @@ class Native:
             tensors["scale"] = stored_scale(q.scale, torch.bfloat16 if exact else torch.float16)
         if q.global_scale is not None:
             tensors["global_scale"] = q.global_scale.clone()  # linears of one input share it
-        if q.zero is not None and q.super_scale is None:
+        if q.zero is not None and q.scheme.weights.float_zeros:
+            tensors["zero"] = stored_scale(q.zero, torch.float16)
+        elif q.zero is not None and q.super_scale is None:
             # one stream for the whole tensor: rows of few groups would leave most of their last word empty
             tensors["zero"] = q.zero.clone() if bits == 8 else pack(q.zero.reshape(1, -1), bits)[0]
         if q.group_index is not None:
@@ -105,7 +108,9 @@ class Native:
         if scheme.weights.superblocks:
             over = (tensors["super_scale"].float(), None if zero is None else tensors["super_min"].float())
             return QuantizedTensor(codes, scale, zero, scheme, None, _parts(tensors), None, *over)
-        if bits < 8:
+        if scheme.weights.float_zeros:
+            zero = None if zero is None else zero.float()
+        elif bits < 8:
             zero = None if zero is None else unpack(zero[None], bits, scale.numel()).view_as(scale)
         index = tensors.get("group_index")
         return QuantizedTensor(codes, scale, zero, scheme, index, _parts(tensors), tensors.get("global_scale"))

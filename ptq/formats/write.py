@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, disk_errors, write_atomically
 from calibration.model.shards import ShardWriter
@@ -44,7 +45,8 @@ def write_checkpoint(
     fmt: Format,
     out: Path,
     advance: Callable[[str], None],
-    model: Path,
+    stored_name: Callable[[str], str] = str,
+    model: Path | None = None,
     metadata: Path | None = None,
 ) -> tuple[Format, int]:
     """Write shards, index and config.json into the existing folder ``out``, or the one file of GGUF.
@@ -53,6 +55,7 @@ def write_checkpoint(
         source: gives blocks of (quantized linears, float tensors).
         outside: (name, tensor) of everything outside the blocks; the full name of a linear or embedding without
             ``.weight`` where it is quantized.
+        stored_name: what the source's files call a tensor; the output's files call it the same.
         model: folder with the tokenizer, which GGUF files hold.
         metadata: a GGUF file to take the tokenizer from instead.
 
@@ -61,6 +64,7 @@ def write_checkpoint(
     """
     variant = fmt.for_grid(all(n.scheme.weights.symmetric for n in layout.quantized if n.scheme is not None))
     if fmt.name == "gguf":
+        assert model is not None, "a GGUF file holds a tokenizer"
         return fmt, write_file(source(), outside, layout, out, model, metadata, advance)
     dtype = getattr(torch, layout.dtype)
     for stale in [*out.glob("*.safetensors"), *out.glob("*.safetensors.part")]:
@@ -69,15 +73,15 @@ def write_checkpoint(
     for name, value in outside:
         if isinstance(value, QuantizedTensor):
             for suffix, tensor in variant.encode(value, dtype).items():
-                writer.add(f"{name}.{suffix}", tensor)
+                writer.add(stored_name(f"{name}.{suffix}"), tensor)
         else:
-            writer.add(name, value)
+            writer.add(stored_name(name), value)
     for quantized, others in source():
         for name, tensor in others.items():
-            writer.add(name, tensor)
+            writer.add(stored_name(name), tensor)
         for name, q in quantized.items():
             for suffix, tensor in variant.encode(q, dtype).items():
-                writer.add(f"{name}.{suffix}", tensor)
+                writer.add(stored_name(f"{name}.{suffix}"), tensor)
             advance(name)
     writer.finish()
     settings = variant.config(layout)
@@ -95,7 +99,12 @@ def _json(data: dict[str, Any]) -> bytes:
 
 
 def verify_checkpoint(
-    source: Source, fmt: Format, layout: ModelLayout, out: Path, advance: Callable[[str], None]
+    source: Source,
+    fmt: Format,
+    layout: ModelLayout,
+    out: Path,
+    advance: Callable[[str], None],
+    stored_name: Callable[[str], str] = str,
 ) -> int:
     """Read every quantized linear back from the shards with the independent reader; returns how many.
 
@@ -108,7 +117,8 @@ def verify_checkpoint(
     with CheckpointReader(out) as reader:
         for quantized, _ in source():
             for name, q in quantized.items():
-                found = {s: f"{name}.{s}" for s in fmt.suffixes if f"{name}.{s}" in reader.infos}
+                named = {s: stored_name(f"{name}.{s}") for s in fmt.suffixes}
+                found = {s: full for s, full in named.items() if full in reader.infos}
                 if not found:
                     raise ToolkitError(
                         f"{name}: missing from the written files", "this is a bug of ptq: please report it"
@@ -130,9 +140,9 @@ def copy_small_files(source: Path, out: Path) -> None:
 
 
 def outside_blocks(
-    reader: CheckpointReader, blocks: str, taken: Container[str] = ()
+    reader: CheckpointReader, spec: ArchitectureSpec, taken: Container[str] = ()
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors outside the blocks but for those ``taken``, in the order of their names."""
     for name in sorted(reader.infos):
-        if not name.startswith(blocks + ".") and name not in taken:
+        if spec.block_of(name) is None and name not in taken:
             yield name, reader.tensor(name)

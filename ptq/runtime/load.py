@@ -15,7 +15,8 @@ from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader
 from calibration.model.opening import locate, open_model
-from calibration.model.skeleton import build_model, load_parameters, set_submodule
+from calibration.model.skeleton import build_model, check_placed, load_parameters, places, set_submodule
+from calibration.shown import Shown
 from ptq.formats.adapter import read_adapter
 from ptq.formats.registry import Format, format_of
 from ptq.quantized import QuantizedTensor
@@ -28,8 +29,8 @@ LinearFactory = Callable[[str, QuantizedTensor, torch.Tensor | None], torch.nn.M
 """(path in the model class, weight, bias) -> the layer that runs it; None leaves it to `QuantLinear`."""
 
 
-@dataclass(frozen=True)
-class Loaded:
+@dataclass(frozen=True, repr=False)
+class Loaded(Shown):
     """A model ready to run.
 
     Attributes:
@@ -41,6 +42,8 @@ class Loaded:
         activations: how linears with quantized inputs run: ``"simulated"``, or the kernel that multiplies codes ->
             number of linears.
         caches: texts of the grids of the KV cache, e.g. ``kv4``.
+        masks: what prunes activations in every forward pass: ``teal 0.5, masks on all positions but the first``.
+        decoding: the linears that skip weights while decoding, e.g. ``native x 42 decoding sparsely``.
     """
 
     model: Any
@@ -50,14 +53,30 @@ class Loaded:
     reasons: dict[tuple[str, str], int]
     activations: dict[str, int] = field(default_factory=dict)
     caches: tuple[str, ...] = ()
+    masks: str = ""
+    decoding: str = ""
+
+    def facts(self) -> Mapping[str, object]:
+        weights = sum(p.numel() for p in self.model.parameters())
+        slower = {f"not {kernel} ({n} linears)": reason for (kernel, reason), n in self.reasons.items()}
+        return {
+            "model": type(self.model).__name__,
+            "from": self.folder.name,
+            "format": self.format or "float",
+            "linears": self.path,
+            "parameters in float": f"{weights:,}",
+            **slower,
+        }
 
     @property
     def path(self) -> str:
         """How linears are computed: ``float``, ``int4 x 42``, or ``reference x 42; inputs simulated x 42; kv4
-        simulated``."""
-        kernels = ", ".join(f"{name} x {n}" for name, n in sorted(self.kernels.items())) or "float"
+        simulated``; and what prunes activations."""
+        kernels = ", ".join(f"{name} x {n}" for name, n in sorted(self.kernels.items()))
         inputs = ", ".join(f"inputs {how} x {n}" for how, n in sorted(self.activations.items()))
-        return "; ".join(filter(None, [kernels, inputs, *(f"{cache} simulated" for cache in self.caches)]))
+        linears = [kernels, self.decoding] if kernels or self.decoding else ["float"]
+        caches = (f"{cache} simulated" for cache in self.caches)
+        return "; ".join(filter(None, [*linears, inputs, *caches, self.masks]))
 
 
 def read_linear(
@@ -84,6 +103,13 @@ def checkpoint_dtype(reader: CheckpointReader, spec: ArchitectureSpec) -> torch.
     return found if isinstance(found, torch.dtype) else next(norms, torch.float32)
 
 
+def stored_dtype(folder: Path, trust_remote_code: bool = False) -> torch.dtype:
+    """`checkpoint_dtype` of a folder."""
+    reader, _, spec = open_model(folder, trust_remote_code)
+    with reader:
+        return checkpoint_dtype(reader, spec)
+
+
 def load_model(
     model: str | Path,
     *,
@@ -94,6 +120,8 @@ def load_model(
     build: LinearFactory | None = None,
 ) -> Loaded:
     """Load a checkpoint folder, ``demo`` or a hub id. Quantized linears keep their codes; nothing is dequantized.
+
+    Dense: thresholds in the folder are for `ptq.sparse.loading.load_model`, which is the public one.
 
     Args:
         dtype: of activations and of what is not quantized; None takes the checkpoint's.
@@ -112,12 +140,15 @@ def load_model(
         network = build_model(config, spec, dtype, device)
         stored = {spec.root_module_name(name) for name in (*schemes, *reader.infos)}
         placed = _place(network, reader, spec, schemes, dtype, device, _tied(network, stored), kernel, build)
-        parameters = dict(network.named_parameters(remove_duplicate=False))  # a tied head has its name too
+        if fmt is None:
+            check_placed(reader.infos, network, spec)
+        known = places(network)  # a tied head has its name too
         plain = {}
         for name in reader.infos:
             target = spec.root_module_name(name)
-            if name not in placed.taken and target in parameters:
-                plain[target] = reader.tensor(name).to(device, dtype)
+            if name not in placed.taken and target in known:
+                tensor = reader.tensor(name)
+                plain[target] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
         load_parameters(network, plain)
     # as in from_pretrained: head and embedding that are both stored and differ are not tied, whatever the config says
     absent = {n for n, p in network.named_parameters(remove_duplicate=False) if p.is_meta}

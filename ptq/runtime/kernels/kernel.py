@@ -28,6 +28,7 @@ class KernelQuery:
         inputs: the grid of the activations, None where they are not quantized.
         binary: one bit per weight, four in salient columns.
         superblocks: integer scales and minima under float16 ones (K-quants).
+        float_zeros: zero points are no integers.
     """
 
     bits: int
@@ -43,6 +44,7 @@ class KernelQuery:
     inputs: ActivationQuant | None = None
     binary: bool = False
     superblocks: bool = False
+    float_zeros: bool = False
 
     @property
     def channelwise(self) -> bool:
@@ -74,6 +76,7 @@ class KernelQuery:
             inputs=scheme.inputs,
             binary=weights.salient_percent is not None,
             superblocks=weights.superblocks,
+            float_zeros=weights.float_zeros,
         )
 
 
@@ -95,6 +98,7 @@ class Kernel:
         any_dtype: one packing serves activations of every dtype.
         integer: it quantizes the activations itself and multiplies codes with codes. The others are handed activations
             that are quantized and dequantized already.
+        float_zeros: zero points may be floats.
         on_request: types of devices on which it is not the fastest, so that it runs only where it is asked for.
     """
 
@@ -106,3 +110,10 @@ class Kernel:
     any_dtype: bool = False
     integer: bool = False
     on_request: tuple[str, ...] = ()
+    float_zeros: bool = False
+
+    def refusal(self, query: KernelQuery) -> str | None:
+        """The reason why this kernel cannot run a query, or None where it can."""
+        if query.float_zeros and not self.float_zeros:
+            return "zero points are floats"
+        return self.supports(query)
