@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from calibration.errors import ToolkitError, nearest
 from ptq.activations import PRESETS, ActivationQuant, CacheQuant, take_activations, with_activations
+from ptq.float_formats import E2M1, E4M3FN, FloatFormat, float_formats
 from ptq.scheme_names import plain_name
 
 IntegerQuantizer = Literal["asym_minmax", "asym_zero_in", "sym_full", "sym_restricted", "sym_gptq"]
@@ -64,46 +65,6 @@ class Grouping:
 
     def __str__(self) -> str:
         return ("g" if self.axis == "in" else "ic") + (self.kind if self.size is None else str(self.size))
-
-
-@dataclass(frozen=True)
-class FloatFormat:
-    """ExMy: one sign, E exponent and M mantissa bits, all codes finite (no infinities, no NaN), unless ``has_nan``: the
-    code of the largest magnitude is then NaN, as in the hardware's E4M3 (``float8_e4m3fn``).
-
-    A code with exponent field p > 0 and mantissa m stands for 2^(p - bias) (1 + m / 2^M), with p = 0 for
-    2^(1 - bias) m / 2^M. The scale of a group makes any bias out of this one.
-    """
-
-    exponent_bits: int
-    mantissa_bits: int
-    has_nan: bool = False
-
-    @property
-    def bits(self) -> int:
-        return 1 + self.exponent_bits + self.mantissa_bits
-
-    @property
-    def bias(self) -> int:
-        """2^(E-1) - 1 as in IEEE and OCP formats, but at least 1, so that E1My are the multiples of 2^-M below 2."""
-        return max(1, 2 ** (self.exponent_bits - 1) - 1)
-
-    @property
-    def largest(self) -> float:
-        """(2 - 2^-M) 2^(2^E - 1 - bias), or the value below where that code is NaN"""
-        return (2 - (1 + self.has_nan) * 2.0**-self.mantissa_bits) * 2.0 ** (2**self.exponent_bits - 1 - self.bias)
-
-    def __str__(self) -> str:
-        return f"e{self.exponent_bits}m{self.mantissa_bits}" + "fn" * self.has_nan
-
-
-E2M1 = FloatFormat(2, 1)
-E4M3FN = FloatFormat(4, 3, has_nan=True)
-
-
-def float_formats(bits: int) -> tuple[FloatFormat, ...]:
-    """Every ExMy of so many bits with 1 <= E <= 5 (more exponent bits than that overflow)."""
-    return tuple(FloatFormat(e, bits - 1 - e) for e in range(min(5, bits - 1), 0, -1))
 
 
 @dataclass(frozen=True)
