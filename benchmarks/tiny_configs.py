@@ -73,6 +73,8 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
     if "kv_lora_rank" in sizes:
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     sizes |= SPECIAL.get(model_type, {}) | changes
+    if isinstance(rope, dict) and "mrope_section" in rope:
+        sizes["rope_parameters"] = {**rope, "mrope_section": [2, 3, 3]}
     if "vocab_size_per_layer_input" in sizes:
         sizes["vocab_size_per_layer_input"] = sizes["vocab_size"]
     if text is plain or type(text) is type(plain):

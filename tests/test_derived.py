@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
+from safetensors.torch import load_file
 from tiny_models import FAMILIES
-from tiny_runs import IDS, assert_close, logits, quantize
+from tiny_runs import IDS, assert_close, logits, quantize, tiny_checkpoint
 from transformers import AutoConfig
 
 from benchmarks.tiny_configs import tiny_config
@@ -122,3 +123,15 @@ def test_a_wrong_entry_of_the_table_is_an_error(model_type, entry, method, said,
 def _with_up(config):
     block = derive(config).block(0)
     return replace(block, balance=(*block.balance, Balance("mlp.up_proj", ("mlp.down_proj",), "linear")))
+
+
+@pytest.mark.parametrize("method", ["awq+gptq", "rotate+rtn"])
+def test_a_type_taken_from_the_table_gives_the_same_files(method, tmp_path, monkeypatch):
+    """The same model with and without its entry by hand, to the bit."""
+    source = tiny_checkpoint("qwen3", tmp_path / "float")
+    options = {"method": method, "scheme": "w4a16-g32", "format": "native"}
+    quantize(source, tmp_path / "table", **options)
+    monkeypatch.delitem(TABLE, "qwen3")
+    quantize(source, tmp_path / "derived", **options)
+    written, found = (load_file(tmp_path / name / "model.safetensors") for name in ("table", "derived"))
+    assert written.keys() == found.keys() and all(torch.equal(written[n], found[n]) for n in written)

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "sparsity": {"sparsity", "calibration"},
     "cli": {"cli", "ptq", "sparsity", "calibration"},
 }
-NUMERICS_MAY_IMPORT = ("ptq.numerics", "ptq.scheme", "ptq.activations", "torch", "math")
+NUMERICS_MAY_IMPORT = ("ptq.numerics", "ptq.scheme", "ptq.float_formats", "ptq.activations", "torch", "math")
 
 
 def module_name(path: Path) -> str:

@@ -14,6 +14,7 @@ from calibration.record import read_record
 from ptq.methods.rtn import round_to_nearest
 from ptq.numerics import signround
 from ptq.numerics.gptq import gptq_round
+from ptq.numerics.grids import grid_of
 from ptq.numerics.integers import round_scale
 from ptq.numerics.signround import Learned
 from ptq.scheme import parse_scheme
@@ -31,7 +32,7 @@ def weight(rows: int = 32, columns: int = 64) -> torch.Tensor:
 
 def learned(text: str, w: torch.Tensor, clip: torch.Tensor | None = None) -> Learned:
     scheme = parse_scheme(text)
-    q = round_to_nearest(w, scheme, clip)
+    q = round_to_nearest(w, scheme, grid_of(w, scheme.weights, clip))
     return Learned.start(w, q.codes, q.scale, q.zero, scheme.weights)
 
 
@@ -170,6 +171,13 @@ def test_refused_settings(place, setting):
     assert REFUSED[setting] in refused(*run)
 
 
-def test_floats_are_refused(place):
-    message = refused("quantize", place / "llama", "--method", "signround", "--scheme", "mxfp4", "--dry-run")
-    assert "signround learns integer grids" in message
+def test_what_it_cannot_start_from_is_refused(place):
+    for scheme in ("mxfp4", "w4a16-g32-asym_float"):
+        message = refused("quantize", place / "llama", "--method", "signround", "--scheme", scheme, "--dry-run")
+        assert "signround learns integer grids" in message
+    assert "write signround+lorc" in refused(*words(place, "lorc+signround", "--dry-run"))
+    recipe = place / "reordered.toml"
+    recipe.write_text('[[pass]]\nname = "gptq"\nstatic_groups = false\n[[pass]]\nname = "signround"\n')
+    run = words(place, "gptq")
+    run[2:4] = ["--recipe", recipe]
+    assert "cannot learn their ranges" in refused(*run)

@@ -34,7 +34,7 @@ def test_other_layouts_of_auto_round_are_refused(tmp_path):
     folder = tmp_path / "quantized"
     quantize(tiny_checkpoint("llama", tmp_path / "model"), folder, method="rtn", format="gptq")
     edit_config(folder, quantization_config={"quant_method": "auto-round", "packing_format": "auto_round:fp8"})
-    assert "'auto-round' in layout 'auto_round:fp8' is not read here" in refused("eval", folder)
+    assert "auto_round:fp8" in refused("eval", folder)
 
 
 @pytest.mark.parametrize("format", ["native", "gptq", "compressed-tensors", "gguf"])

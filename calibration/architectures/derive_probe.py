@@ -131,7 +131,7 @@ class Probe:
     def _record_tuples(self, calls: list[tuple[int, Call]], ids: torch.Tensor) -> None:
         for block in self.blocks:
             inner = block.forward
-            block.forward = lambda *args, inner=inner, **kwargs: (inner(*args, **kwargs),)
+            block.forward = lambda *args, inner=inner, **kwargs: (inner(*args, **kwargs), None)
         self.model.base_model(ids, use_cache=False)
 
     def load(self, index: int) -> nn.Module:
@@ -184,7 +184,9 @@ def _exchange(probe: Probe, block: nn.Module, experts: Experts) -> None:
     probe._fill(ours[0].get_submodule(experts.gate))
     probe._fill(ours[0].get_submodule(experts.up))
     probe._fill(ours[0].get_submodule(experts.down))
-    gate, up, down = (ours[0].get_submodule(n).get_parameter("weight") for n in (experts.gate, experts.up, experts.down))
+    gate, up, down = (
+        ours[0].get_submodule(n).get_parameter("weight") for n in (experts.gate, experts.up, experts.down)
+    )
     for expert in list(ours)[1:]:
         for n, weight in ((experts.gate, gate), (experts.up, up), (experts.down, down)):
             expert.get_submodule(n)._parameters["weight"] = weight

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import combinations
 from typing import Any
 
@@ -40,12 +41,27 @@ def turn(
     return there, back
 
 
-def behind_norm(norm: nn.Module, offset: float, back: Turn) -> Turn:
-    """The output of a norm on the turned stream -> on the stream itself, which takes away its gain and bias between."""
+@contextmanager
+def turned_norms(norms: Sequence[tuple[nn.Module, float]], back: Turn) -> Iterator[list[Turn]]:
+    """While open, norms ``(module, what it adds to its stored gain)`` multiply by one and add nothing; the functions
+    make of what they give on the turned stream what they gave on the stream itself, gain and bias included."""
+    kept = [(module, dict(module._parameters)) for module, _ in norms]
+    functions = [_behind(module, offset, back) for module, offset in norms]
+    for module, offset in norms:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                plain = torch.full_like(parameter, 1.0 - offset if name == "weight" else 0.0)
+                module._parameters[name] = nn.Parameter(plain, requires_grad=False)
+    try:
+        yield functions
+    finally:
+        for module, parameters in kept:
+            module._parameters.update(parameters)
+
+
+def _behind(norm: nn.Module, offset: float, back: Turn) -> Turn:
     gain, bias = norm.get_parameter("weight") + offset, norm._parameters.get("bias")
-    shift = torch.zeros_like(gain) if bias is None else bias
-    divisor = torch.where(gain == 0, 1.0, gain)
-    return lambda y: back((y - shift) / divisor) * gain + shift
+    return lambda y: back(y) * gain + (0.0 if bias is None else bias)
 
 
 def residual_writers(
@@ -72,12 +88,13 @@ def residual_writers(
     if not stream:
         return tuple(_downs(seen, last)), "no norm that a scale can go into reads the stream"
     there, back = turn(seen.probe.hidden, seen.probe.generator, any(facts[n].subtracts_mean for n in stream))
-    leaving = {n: behind_norm(seen.block.get_submodule(n), facts[n].offset, back) for n in stream}
     expected, entering = there(seen.output), there(seen.hidden)
-    for dropped in range(min(len(candidates), 3)):
-        for kept in combinations(candidates, len(candidates) - dropped):
-            if close(expected, seen.changed(entering, {}, {**leaving, **dict.fromkeys(kept, there)})):
-                return tuple(_downs(seen, kept)), None
+    with turned_norms([(seen.block.get_submodule(n), facts[n].offset) for n in stream], back) as functions:
+        leaving = dict(zip(stream, functions, strict=True))
+        for dropped in range(min(len(candidates), 3)):
+            for kept in combinations(candidates, len(candidates) - dropped):
+                if close(expected, seen.changed(entering, {}, {**leaving, **dict.fromkeys(kept, there)})):
+                    return tuple(_downs(seen, kept)), None
     if any(_read_next(seen, path) for path in last):
         return tuple(_downs(seen, last)), POST_NORMS
     return tuple(_downs(seen, candidates)), "its linears and norms were not proved to be all that reads and writes it"
@@ -130,8 +147,9 @@ def around(probe: Probe, offset: float, keep_mean: bool) -> Residual | str:
     norm = next((c.path for c in calls if c.left is not None and _is_final_norm(probe, c, calls, head_path)), None)
     if norm is None:
         return "no norm with a gain stands right before the head"
-    module = probe.model.get_submodule(norm)
-    if not close(logits, _logits(probe, there(stream), {norm: behind_norm(module, offset, back)})[0]):
+    with turned_norms([(probe.model.get_submodule(norm), offset)], back) as functions:
+        found = _logits(probe, there(stream), {norm: functions[0]})[0]
+    if not close(logits, found):
         return "something that does not commute with a rotation stands between the stream and the head"
     return Residual(tuple(tables), norm, head_path)
 
@@ -168,7 +186,7 @@ def _logits(probe: Probe, stream: torch.Tensor, leaving: Mapping[str, Turn]) -> 
 def _run(probe: Probe, block: Callable[[torch.Tensor], torch.Tensor], leaving: Mapping[str, Turn]) -> Any:
     def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = block(hidden)
-        return (result,) if probe.tuple_output else result
+        return (result, None) if probe.tuple_output else result
 
     for module in probe.blocks:
         module.forward = forward

@@ -144,7 +144,7 @@ class GgufReader(CheckpointReader):
         import gguf
 
         stored = self._tensors[self.stored_name(name)]
-        values = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type)).clone()
+        values = torch.tensor(gguf.quants.dequantize(stored.data, stored.tensor_type))
         values = values.view(self.infos[name].shape) - norm_shift(name, self.config)
         order = paired_rows(name, self.config)
         if order is not None:

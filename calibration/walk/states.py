@@ -48,7 +48,7 @@ class HiddenStates:
             if not calls:
                 entering.append(hidden)
             calls.append((args, kwargs))
-            return (hidden,) if skeleton.spec.tuple_output else hidden
+            return (hidden, None) if skeleton.spec.tuple_output else hidden
 
         for block in blocks:
             block.forward = recorder

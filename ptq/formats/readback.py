@@ -143,9 +143,9 @@ def compare(name: str, q: QuantizedTensor, format_name: str, tensors: Mapping[st
     if q.global_scale is not None:
         kept = tensors.get("global_scale", tensors.get("weight_global_scale", torch.zeros(0)))
         _first_difference("global scale", name, kept.numpy(), q.global_scale.cpu().numpy())
-    for field, expected in (("super_scale", q.super_scale), ("super_min", q.super_min)):
-        if expected is not None:
-            _first_difference(field, name, _float(tensors[field]), expected.cpu().numpy())
+    for field, over in (("super_scale", q.super_scale), ("super_min", q.super_min)):
+        if over is not None:
+            _first_difference(field, name, _float(tensors[field]), over.cpu().numpy())
     if q.zero is not None:
         stored = np.zeros(0, dtype=np.uint8) if zero is None else zero
         _first_difference("zero point", name, stored, q.zero.cpu().numpy())

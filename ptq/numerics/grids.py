@@ -105,11 +105,8 @@ def codes_of(level: torch.Tensor, zero: torch.Tensor | None, quant: TensorQuant)
     """uint8 codes of levels."""
     if quant.float_format is not None:
         return floats.codes(level, quant.float_format)
-    if quant.superblocks:
-        assert zero is not None
-        return (level + zero).round_().to(torch.uint8)
     code = level + (2 ** (quant.bits - 1) if zero is None else zero)
-    return (code.round_() if quant.float_zeros else code).to(torch.uint8)
+    return (code.round_() if quant.float_zeros or quant.superblocks else code).to(torch.uint8)
 
 
 def zero_of(grid: Grid, quant: TensorQuant) -> torch.Tensor | None:

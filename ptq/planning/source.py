@@ -159,9 +159,9 @@ def open_source(model: str | Path, options: TextOptions) -> Source:
     device = resolve_device(options.device)
     stored = checkpoint_dtype(reader, spec)
     seq_len, notes = cut_to_context(options.seq_len, config)
-    origin = "demo" if str(model) == DEMO else "folder" if Path(model).is_dir() else "hub"
+    origin = "demo" if str(model) == DEMO else "folder" if Path(model).exists() else "hub"
     return Source(
-        name=folder.name if origin == "folder" else str(model),
+        name=Path(model).resolve().name if origin == "folder" else str(model),
         origin=origin,
         reader=reader,
         config=config,
