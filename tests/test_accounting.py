@@ -147,7 +147,7 @@ def test_a_checkpoint_as_deepseek_publishes_them(tmp_path):
     written = load_file(tmp_path / "out/model.safetensors")
     assert f"model.layers.{last}.self_attn.kv_b_proj.weight" in written
     assert not any("scale_inv" in name or t.dtype == torch.float8_e4m3fn for name, t in written.items())
-    ptq.export_model(tmp_path / "out", format="native", out=tmp_path / "native")
+    ptq.export(tmp_path / "out", format="native", out=tmp_path / "native")
     with torch.no_grad():
         assert_close(logits(load_model(tmp_path / "native").model), ours)
 

@@ -142,7 +142,9 @@ def drifted(states: HiddenStates) -> HiddenStates:
 
 def two_streams(segment, states, float_states) -> Context:
     segment.keep_originals = True
-    return Context(segment, states, KINDS, False, False, lambda _: None, float_states=float_states)
+    return Context(
+        segment, states, KINDS, False, False, lambda _: None, token_weights="none", float_states=float_states
+    )
 
 
 @torch.no_grad()
