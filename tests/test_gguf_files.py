@@ -150,6 +150,8 @@ def test_the_tokenizer_of_another_file(tmp_path):
         ("llama", {"scheme": "w8a16-g32-asym"}, "has no type in 'gguf'"),
         ("opt", {}, "is not written to 'gguf'"),
         ("llama", {"scheme": "w8a8"}, "has quantized inputs"),
+        ("llama", {"scheme": "w4a16-g32-asym_float"}, "has no type in 'gguf'"),
+        ("llama", {"method": "awq+scap", "target": 0.5}, "makes activation thresholds"),
         ("llama", {"embeddings": "q6_k"}, "not a multiple of the 256"),
         ("llama-tied-bias", {"head": "q4_0", "embeddings": "q8_0", "format": "native"}, "is tied to the embedding"),
         ("gemma3", {}, "another pattern of windows"),
@@ -168,6 +170,9 @@ def test_k_quants_have_no_place_elsewhere_and_few_passes_know_them(tmp_path):
     for settings, message in (
         ({"method": "rtn", "format": "compressed-tensors"}, "is a K-quant"),
         ({"method": "adaquant", "format": "native"}, "does not know K-quants"),
+        ({"method": "gptaq", "format": "native"}, "does not know K-quants"),
+        ({"method": "hqq+rtn", "format": "native"}, "does not know K-quants"),
+        ({"method": "signround", "format": "native"}, "learns integer grids"),
     ):
         with pytest.raises(PlanError, match=message):
             quantize(Path(DEMO_FOLDER), tmp_path / "out", scheme="q4_k", **settings)

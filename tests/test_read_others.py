@@ -10,6 +10,7 @@ from command import refused, run_ptq
 from tiny_runs import assert_close, edit_config, logits, plain_model, quantize, tiny_checkpoint
 
 from ptq.runtime.load import load_model
+from sparsity.files import load_sparsity
 
 
 @pytest.mark.parametrize(
@@ -51,4 +52,17 @@ def test_back_to_floats(format, tmp_path):
     assert_close(logits(plain_model(tmp_path / "float")), expected)
     assert "a float checkpoint already" in refused(
         "export", tmp_path / "float", "--format", "float", "--out", tmp_path / "x"
+    )
+
+
+def test_thresholds_go_with_the_floats_and_have_no_place_in_gguf(tmp_path):
+    model = tiny_checkpoint("llama", tmp_path / "model")
+    quantize(model, tmp_path / "sparse", method="rtn+scap", target=0.5, scheme="w4a16-g32-sym", format="native")
+    words = ["export", tmp_path / "sparse", "--format"]
+    assert run_ptq(*words, "float", "--out", tmp_path / "float").code == 0
+    before, after = load_sparsity(tmp_path / "sparse"), load_sparsity(tmp_path / "float")
+    assert before is not None and after is not None and before.base != after.base
+    assert [s.name for s in before.sites] == [s.name for s in after.sites] and before.reached == after.reached
+    assert "has activation thresholds, for which 'gguf' has no place" in refused(
+        *words, "gguf", "--out", tmp_path / "m.gguf"
     )

@@ -106,7 +106,16 @@ class Gptq(Pass):
                 codes, scale, zero = result.rows(*rows, scheme.weights)
                 index, first = self._index(result.group_index, w, scheme.weights), rows[1]
                 over = result.super_rows(*rows)
-                q = QuantizedTensor(codes, scale.float(), zero, scheme, index, global_scale=global_scale, **over)
+                q = QuantizedTensor(
+                    codes,
+                    scale.float(),
+                    zero,
+                    scheme,
+                    index,
+                    global_scale=global_scale,
+                    super_scale=over.get("super_scale"),
+                    super_min=over.get("super_min"),
+                )
                 put(segment, name, q, gram.matrix)
                 context.advance(name)
 
@@ -136,8 +145,8 @@ class Gptq(Pass):
 
     def _index(self, found: torch.Tensor | None, w: torch.Tensor, quant: TensorQuant) -> torch.Tensor | None:
         """The group of every column ``[in]`` int32, where files of this run tell it."""
-        plain = quant.grouping.axis == "out" or quant.grouping.size is None or quant.superblocks
-        if found is not None or not self.reorders or plain:
+        width = None if quant.grouping.axis == "out" or quant.superblocks else quant.grouping.size
+        if found is not None or not self.reorders or width is None:
             return None if found is None else found.clone()
         columns = torch.arange(w.shape[1], dtype=torch.int32, device=w.device)
-        return columns // quant.grouping.size  # on a chosen grid
+        return columns // width  # on a chosen grid

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
-class NativeConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class NativeConfig(QuantizationConfigMixin):
     """``quantization_config`` of a native checkpoint, as it is in config.json."""
 
     def __init__(self, **settings: Any) -> None:
-        self.quant_method = "ptq"
+        self.quant_method: Any = "ptq"  # no member of transformers' enum
         self.settings = settings
 
     @classmethod
@@ -29,7 +29,7 @@ class NativeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return {"quant_method": self.quant_method, **self.settings}
 
 
-class NativeQuantizer(HfQuantizer):  # type: ignore[misc]
+class NativeQuantizer(HfQuantizer):
     """Leaves quantized modules empty while transformers loads, and then puts ours in their place.
 
     Attributes:
@@ -47,7 +47,7 @@ class NativeQuantizer(HfQuantizer):  # type: ignore[misc]
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and len(set(device_map.values())) > 1:
             raise ValueError("a native checkpoint of ptq is loaded on one device: leave device_map out")
-        if any(".experts." in name for name in self.quantization_config.settings["layers"]):
+        if any(".experts." in name for name in cast(NativeConfig, self.quantization_config).settings["layers"]):
             raise ValueError("transformers keeps experts in one module: use ptq.load_model for this checkpoint")
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -62,7 +62,7 @@ class NativeQuantizer(HfQuantizer):  # type: ignore[misc]
 
         self._folder = Path(kwargs["checkpoint_files"][0]).parent
         _, _, spec = open_model(self._folder)
-        names = list(self.quantization_config.settings["layers"])
+        names = list(cast(NativeConfig, self.quantization_config).settings["layers"])
         paths = [spec.root_module_name(name + ".").removesuffix(".") for name in names]
         table = next((path for path in paths if model.get_submodule(path) is model.get_input_embeddings()), None)
         self._tied = table is not None and bool(model.all_tied_weights_keys)
