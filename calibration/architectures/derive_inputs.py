@@ -11,7 +11,7 @@ from torch import nn
 
 from calibration.architectures.derive_probe import Probe
 from calibration.model.classes import setting
-from calibration.model.experts import set_submodule
+from calibration.model.skeleton import set_submodule
 from calibration.walk.capture import Seen, Watch, trace, watching
 
 TOLERANCE = 3e-5  # of the largest output value, in float32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,8 @@ def norm_pair(seen: Observed, group: Readers) -> tuple[Balance, NormFacts] | str
     assert group.norm is not None
     block, generator = seen.block, seen.probe.generator
     norm = block.get_submodule(group.norm)
-    s = scales(norm.weight.numel(), generator)  # type: ignore[operator]
+    assert isinstance(norm.weight, torch.Tensor)
+    s = scales(norm.weight.numel(), generator)
     readers = dict.fromkeys(group.paths, lambda x: x * s)
     names = ", ".join(group.linears) or group.paths[0]
     if not seen.unchanged(readers, {group.norm: lambda y: y / s}):
@@ -145,7 +146,7 @@ def _kind_of_pair(
         def turned(x: torch.Tensor, turn: torch.Tensor = turn) -> torch.Tensor:
             return (x.unflatten(-1, (-1, len(turn))) @ turn).flatten(-2)
 
-        def made(y: torch.Tensor, turned=turned) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        def made(y: torch.Tensor, turned: Callable[[torch.Tensor], torch.Tensor] = turned) -> torch.Tensor:
             first, last = rows or (0, y.shape[-1])
             return torch.cat([y[..., :first], turned(y[..., first:last]), y[..., last:]], dim=-1)
 

@@ -93,7 +93,9 @@ class Probe:
         if not isinstance(module, nn.Linear) and names:
             self.model._init_weights(module)
         for name in names:
-            tensor = module._parameters[name].data  # type: ignore[union-attr]
+            parameter = module._parameters[name]
+            assert parameter is not None
+            tensor = parameter.data
             noise = torch.randn(tensor.shape, generator=self.generator)
             if tensor.ndim < 2:
                 tensor.add_(SPREAD * noise) if not isinstance(module, nn.Linear) else tensor.copy_(SPREAD * noise)
@@ -184,9 +186,7 @@ def _exchange(probe: Probe, block: nn.Module, experts: Experts) -> None:
     probe._fill(ours[0].get_submodule(experts.gate))
     probe._fill(ours[0].get_submodule(experts.up))
     probe._fill(ours[0].get_submodule(experts.down))
-    gate, up, down = (
-        ours[0].get_submodule(n).get_parameter("weight") for n in (experts.gate, experts.up, experts.down)
-    )
+    gate, up, down = (ours[0].get_parameter(f"{n}.weight") for n in (experts.gate, experts.up, experts.down))
     for expert in list(ours)[1:]:
         for n, weight in ((experts.gate, gate), (experts.up, up), (experts.down, down)):
             expert.get_submodule(n)._parameters["weight"] = weight

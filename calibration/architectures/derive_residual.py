@@ -59,8 +59,14 @@ def turned_norms(norms: Sequence[tuple[nn.Module, float]], back: Turn) -> Iterat
             module._parameters.update(parameters)
 
 
+def after(path: str, function: Turn) -> Watch:
+    """A function of what leaves a submodule, in its place."""
+    return Watch(path, lambda x, positions: function(x), output=True)
+
+
 def _behind(norm: nn.Module, offset: float, back: Turn) -> Turn:
-    gain, bias = norm.get_parameter("weight") + offset, norm._parameters.get("bias")
+    assert isinstance(norm.weight, torch.Tensor)
+    gain, bias = norm.weight + offset, norm._parameters.get("bias")
     return lambda y: back(y) * gain + (0.0 if bias is None else bias)
 
 
@@ -167,11 +173,11 @@ def _entering(probe: Probe, leaving: Mapping[str, Turn]) -> torch.Tensor:
     found: list[torch.Tensor] = []
     hidden = torch.zeros(1, TOKENS, probe.hidden)
 
-    def keep(x: torch.Tensor) -> torch.Tensor:
+    def block(x: torch.Tensor) -> torch.Tensor:
         found.append(x.clone())
         return hidden
 
-    _run(probe, keep, leaving)
+    _run(probe, block, leaving)
     return found[0]
 
 
@@ -190,7 +196,7 @@ def _run(probe: Probe, block: Callable[[torch.Tensor], torch.Tensor], leaving: M
 
     for module in probe.blocks:
         module.forward = forward
-    watches = [Watch(path, lambda x, _, f=f: f(x), output=True) for path, f in leaving.items()]  # type: ignore[misc]
+    watches = [after(path, function) for path, function in leaving.items()]
     ids = torch.arange(TOKENS).remainder(ROWS).view(1, TOKENS)
     try:
         with watching(probe.model, watches):

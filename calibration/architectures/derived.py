@@ -31,7 +31,11 @@ from calibration.architectures.spec import (
     Residual,
     SharedInput,
 )
+from calibration.model.skeleton import release
 
+CLASS_ERRORS = (
+    RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError, ImportError, AssertionError,
+)  # fmt: skip
 SCORES = re.compile(r"(^|[._])(q|k|qk|query|key)(_[ab])?(_proj)?(_with_mqa)?$|qkv|query_key_value|c_attn|Wqkv")
 
 
@@ -56,20 +60,19 @@ def derive(config: Any) -> ArchitectureSpec:
     Raises:
         ToolkitError: the class has no list of decoder blocks, or cannot be run.
     """
-    probe = Probe(config)
-    kinds: dict[int, _Kind] = {}
-    for index in dict.fromkeys(probe.kinds):
-        try:
+    where = "its class"
+    try:
+        probe = Probe(config)
+        kinds: dict[int, _Kind] = {}
+        for index in dict.fromkeys(probe.kinds):
+            where = f"block {index}"
             kinds[index] = _derive_kind(observe(probe, index))
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
-            raise underivable(
-                config, f"block {index} does not run alone ({' '.join(str(error).split())[:200]})"
-            ) from None
-        for module in probe.blocks[index].modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-    return _spec(probe, kinds)
+            release(probe.blocks[index])
+        where = "what lies around the blocks"
+        return _spec(probe, kinds)
+    except CLASS_ERRORS as error:  # of a class that we know nothing about, called in a way it does not know
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise underivable(config, f"{where} does not run on eight random tokens ({reason})") from None
 
 
 def _spec(probe: Probe, kinds: Mapping[int, _Kind]) -> ArchitectureSpec:

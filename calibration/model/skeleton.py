@@ -11,7 +11,7 @@ from torch import nn
 from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.classes import empty_model
-from calibration.model.experts import ExpertList, set_submodule
+from calibration.model.experts import ExpertList
 from calibration.model.headers import TensorInfo
 
 
@@ -26,6 +26,12 @@ def build_model(config: Any, spec: ArchitectureSpec, dtype: torch.dtype, device:
                 replacement = ExpertList(experts).to(dtype)
             set_submodule(blocks[index], experts.module, replacement)
     return model
+
+
+def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put ``module`` at ``path`` below ``root``."""
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)
 
 
 def load_parameters(root: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -80,7 +86,8 @@ def check_placed(infos: Mapping[str, TensorInfo], model: nn.Module, spec: Archit
 
 def _computed(name: str, info: TensorInfo) -> bool:
     leaf = name.rpartition(".")[2]
-    return leaf in ("inv_freq", "masked_bias", "original_inv_freq") or (leaf == "bias" and len(info.shape) == 4)
+    mask = len(info.shape) == 4 and info.shape[:2] == (1, 1)
+    return mask or leaf in ("inv_freq", "masked_bias", "original_inv_freq")
 
 
 def _misfit(name: str, stored: Sequence[int], expected: Sequence[int]) -> ToolkitError:

@@ -6,7 +6,7 @@ a norm that subtracts the mean. One block of each kind is loaded and run a few t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,12 +15,12 @@ import torch
 from calibration.architectures import Balance, Residual
 from calibration.architectures.derive_inputs import TOLERANCE
 from calibration.architectures.derive_pairs import scales
-from calibration.architectures.derive_residual import turn, turned_norms
+from calibration.architectures.derive_residual import after, turn, turned_norms
 from calibration.errors import ToolkitError
 from calibration.model.skeleton import release
 from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
-from calibration.walk.capture import Watch, trace, watching
+from calibration.walk.capture import trace, watching
 from calibration.walk.float_blocks import FloatBlocks
 from calibration.walk.passes import Pass, Phase
 from calibration.walk.segment import Segment
@@ -134,8 +134,8 @@ class _Proof:
         modules = [segment.module.get_submodule(path) for path in paths]
         offsets = [architecture.offset(name) for name in norms]
         with turned_norms(list(zip(modules, offsets, strict=True)), back) as functions:
-            watches = [_after(path, function) for path, function in zip(paths, functions, strict=True)]
-            watches += [_after(architecture.module_name(name), there) for name in spec.writes]
+            watches = [after(path, function) for path, function in zip(paths, functions, strict=True)]
+            watches += [after(architecture.module_name(name), there) for name in spec.writes]
             with watching(segment.module, watches):
                 found = self._output(segment, there(self.hidden))
         if not _close(there(expected), found):
@@ -149,10 +149,6 @@ class _Proof:
             f"correct {what} in calibration/architectures/, or check that model_type in config.json is the right one; "
             "--method rtn needs neither",
         )
-
-
-def _after(path: str, function: Callable[[torch.Tensor], torch.Tensor]) -> Watch:
-    return Watch(path, lambda x, positions: function(x), output=True)
 
 
 def _close(expected: torch.Tensor, found: torch.Tensor) -> bool:
