@@ -53,7 +53,8 @@ class Crest:
         self.squares = torch.zeros(in_features, device=device)
         self.tokens = 0
 
-    def update(self, x: torch.Tensor) -> None:
+    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
+        """Every token counts alike: spikes are what is looked for."""
         self.maximum = torch.maximum(self.maximum, x.abs().amax(dim=0).float())
         self.squares += x.float().square().sum(dim=0)
         self.tokens += x.shape[0]

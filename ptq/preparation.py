@@ -27,6 +27,7 @@ from calibration.model.skeleton import build_model, load_parameters, set_submodu
 from calibration.progress import Progress, Silent
 from calibration.shown import Shown
 from calibration.text.crops import TokenBatches
+from ptq.formats.native import WEIGHTS_KEY
 from ptq.formats.registry import Format, format_of
 from ptq.formats.write import copy_small_files
 from ptq.planning.source import TextOptions, open_source
@@ -261,5 +262,5 @@ def _write(
             tensor = tensor + (delta.T if spec.conv1d else delta)
         writer.add(name, tensor.to(dtype).contiguous())
     writer.finish()
-    config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
+    config = {key: value for key, value in reader.config.items() if key not in ("quantization_config", WEIGHTS_KEY)}
     write_atomically(out / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())

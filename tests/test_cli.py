@@ -77,7 +77,8 @@ def test_a_run_leaves_a_checkpoint_and_reports(runs):
     assert page.lstrip().lower().startswith("<!doctype html") and "<svg" in page
     assert not re.search(r"(src|href)=.https?:", page), "opens without network"
     for name in ("report.md", "README.md", "report.html"):
-        assert f"{record.evaluations[1].perplexity:.4g}" in (folder / name).read_text(), name
+        shown = [float(number) for number in re.findall(r"\d+\.\d+", (folder / name).read_text())]
+        assert any(number == pytest.approx(record.evaluations[1].perplexity, rel=5e-4) for number in shown), name
     timings = read_timings(folder)
     assert timings.seconds > 0 and timings.peak_rss_bytes >= timings.base_rss_bytes > 0
     assert read_record(runs["gptq"]).recipe["method"] == "gptq" and read_record(runs["rtn"]).calibration == {}
@@ -150,7 +151,8 @@ def test_inspect(place, runs):
 def test_every_format_and_export_between_all_pairs(place, runs, kind):
     """The same codes in every format, by ``quantize`` and by ``export`` from every other."""
     folders = {}
-    for name in FORMATS:
+    folder_formats = [name for name in FORMATS if name != "gguf"]  # one file: tests/test_gguf_files.py
+    for name in folder_formats:
         out = place / f"{kind}-{name}"
         scheme = ("--scheme", f"w4a16-g32-{kind}")
         words = ["--method", "rtn", *FAST, *scheme, "--format", name, "--out", out]
@@ -161,7 +163,7 @@ def test_every_format_and_export_between_all_pairs(place, runs, kind):
     expected = codes(folders["native"])
     for source, folder in folders.items():
         assert_same_codes(codes(folder), expected)
-        for name in FORMATS:
+        for name in folder_formats:
             if name != source:
                 out = place / "converted"
                 text = done("export", folder, "--format", name, "--out", out, "--overwrite")

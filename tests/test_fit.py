@@ -184,7 +184,7 @@ def test_refusals_that_say_what_works(place):
     assert "--out" in refused(*words(place, "--bpw", "3")[:-1])
     assert "needs exactly one of --size" in refused(*words(place))
     assert "--method" in refused(*words(place, "--bpw", "3", "--method", "gpt"))
-    assert "--format" in refused(*words(place, "--bpw", "3", "--format", "gguf"))
+    assert "--format" in refused(*words(place, "--bpw", "3", "--format", "ggml"))
     assert "not a weight scheme" in refused(*words(place, "--bpw", "3", "--schemes", "w2"))
 
 

@@ -11,7 +11,9 @@ from command import done, products, refused, run_ptq, text_file, tiny
 from safetensors.torch import load_file
 from sparse_runs import TOKENS, make_sparse
 from tiny_models import FAMILIES
+from transformers import AutoConfig
 
+from calibration.architectures import resolve
 from calibration.text.crops import TokenBatches
 from calibration.walk import walk
 from ptq.runtime.load import load_model
@@ -212,14 +214,20 @@ def test_thresholds_for_another_base_are_refused(llama, text, tmp_path):
     assert "has activation thresholds" in refused("quantize", tmp_path / "out", *words)
 
 
+def has_own_gate(family: str) -> bool:
+    """Whether the feed-forward network has a gate, and one that is no part of a fused linear."""
+    kind, settings = FAMILIES[family]
+    spec = resolve(AutoConfig.for_model(kind, **settings))
+    return any(f.gate not in (None, f.up) for f in spec.block(0).feed_forward)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family):
     """Every linear's input can be pruned, gates where there are some; little pruning is a small change."""
     for step in (Scap(target=0.3, linears="all"), Teal(target=0.3, allocation="uniform"), Cats(0.3), Chess(0.3)):
+        if step.name in ("cats", "chess") and not has_own_gate(family):
+            continue
         sparse = make_sparse(step, family)
-        gates = [f.gate for f in sparse.spec.block(0).feed_forward if f.gate not in (None, f.up)]
-        if step.name in ("cats", "chess") and not gates:
-            continue  # there is no gate of its own to prune
         dense, pruned = sparse.logits(sites=()), sparse.logits()
         assert torch.equal(pruned[:, 0], dense[:, 0])  # position 0 attends to itself alone
         change = float((pruned - dense).norm() / dense.norm())

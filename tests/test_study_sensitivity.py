@@ -9,6 +9,7 @@ import torch
 from command import done, refused, text_file, tiny
 
 from calibration.progress import Silent
+from calibration.walk.token_weights import weights_by_norm
 from ptq.numerics.grids import fake_quantize
 from ptq.planning.job import Options, prepare
 from ptq.runtime.load import load_model
@@ -59,7 +60,8 @@ def test_every_linear_against_rounding_it_by_hand(place, found):
                 hook.remove()
                 w, x = module.weight.data, inputs[0].flatten(0, -2)
                 rounded = fake_quantize(w, scheme.weights)
-                objective = float(((rounded - w) @ x.T).square().sum()) / len(x)
+                errors = ((rounded - w) @ x.T).square().sum(dim=0)
+                objective = float(errors @ weights_by_norm(x)) / len(x)
                 module.weight.data = rounded
                 kl = float((log_p.exp() * (log_p - log_probabilities())).sum(-1).mean())
                 module.weight.data = w

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import ptq
 from calibration.record import RunRecord
+from ptq.formats.native import WEIGHTS_KEY
 from ptq.formats.readback import read_codes
 from ptq.scheme import parse_scheme
 
@@ -61,6 +62,7 @@ def dense(folder: Path, to: Path, scheme_text: str = "w4a16-g32-sym", transposed
     scheme, tensors, quantized = parse_scheme(scheme_text), load_file(folder / "model.safetensors"), {}
     config = json.loads((folder / "config.json").read_text())
     method = config.pop("quantization_config")["quant_method"]
+    config.pop(WEIGHTS_KEY, None)
     label = "native" if method == "ptq" else method
     for key in [key for key in tensors if key.endswith(PACKED[label])]:
         name = key.removesuffix(PACKED[label])

@@ -18,7 +18,7 @@ from calibration.architectures.derive_pairs import scales
 from calibration.architectures.derive_residual import after, turn, turned_norms
 from calibration.errors import ToolkitError
 from calibration.model.skeleton import release
-from calibration.progress import Progress
+from calibration.progress import Progress, Silent
 from calibration.text.crops import TokenBatches
 from calibration.walk.capture import trace, watching
 from calibration.walk.float_blocks import FloatBlocks
@@ -51,7 +51,7 @@ def prove(blocks: FloatBlocks, progress: Progress) -> int:
     blocks = replace(blocks, passes=biases, schemes=lambda index: {}, master_dtype=torch.float32)
     spec = blocks.skeleton.spec
     first = {id(spec.block(index)): index for index in reversed(range(spec.n_blocks))}
-    states = blocks.enter(TokenBatches(torch.arange(TOKENS)[None], {}), progress)
+    states = blocks.enter(TokenBatches(torch.arange(TOKENS)[None], {}), Silent())
     progress.stage("prove", len(first))
     pairs = 0
     for index in sorted(first.values()):

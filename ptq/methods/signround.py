@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import ClassVar
 
 import torch
@@ -66,7 +67,7 @@ class SignRound(Pass):
             if step.reorders:
                 reason = "groups that follow an activation order cannot learn their ranges"
                 yield Problem(f"{step.name}+signround", reason, f"use static_groups = true for {step.name}")
-        before = view.passes[: view.passes.index(self)]
+        before = takewhile(lambda step: step is not self, view.passes)
         if any(LORA[0] in step.parts for step in before):
             reason = "codes that change afterwards make the low-rank part wrong"
             yield Problem("lorc+signround", reason, "write signround+lorc")
