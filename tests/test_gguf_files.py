@@ -154,6 +154,7 @@ def test_the_tokenizer_of_another_file(tmp_path):
         ("llama", {"method": "awq+scap", "target": 0.5}, "makes activation thresholds"),
         ("llama", {"embeddings": "q6_k"}, "not a multiple of the 256"),
         ("llama-tied-bias", {"head": "q4_0", "embeddings": "q8_0", "format": "native"}, "is tied to the embedding"),
+        ("bloom", {"scheme": "w4a16-g32", "embeddings": "q8_0", "format": "native"}, "has no such tensor"),
         ("gemma3", {}, "another pattern of windows"),
         ("llama-tied-bias", {}, "no biases in the feed-forward part"),
     ],

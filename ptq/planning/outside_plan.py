@@ -32,7 +32,7 @@ def outside_names(spec: ArchitectureSpec) -> tuple[str, str]:
     """Token embedding and head, full names without ``.weight``."""
     if isinstance(spec.residual, Residual):
         return spec.residual.embeddings[0], spec.residual.head
-    return f"{spec.base_prefix}embed_tokens", "lm_head"
+    return f"{spec.blocks.rpartition('.')[0]}.embed_tokens", "lm_head"
 
 
 def quantized_outside(
@@ -59,9 +59,12 @@ def quantized_outside(
         problems.append(Problem(f"--head {head}", reason, "give both the same scheme, or leave --head out"))
     for name, text in texts.items():
         info = infos.get(f"{name}.weight")
+        asked = (embeddings, head)[name == output and not tied] is not None
+        if text != FLOAT and asked and info is None:
+            fix = "leave --embeddings and --head out"
+            problems.append(Problem(f"{name} {text}", "the checkpoint has no such tensor", fix))
         if text == FLOAT or info is None:
             continue
-        asked = (embeddings, head)[name == output and not tied] is not None
         linear = PlannedLinear(name, -1, (info.shape[0], info.shape[1]), parse_scheme(text))
         found = list(outside_problems(linear, format_name))
         if asked or not found:
