@@ -117,8 +117,11 @@ def examine(model_type: str, folder: Path) -> dict[str, Any]:
     found |= {"quantized": record.result["quantized_linears"], "format": record.result["format"]}
     found["ours"] = distance(ours, plain)
     if found["format"] == "compressed-tensors":
-        theirs = auto_class(model.config).from_pretrained(folder / "out", dtype=torch.float32)
-        found["theirs"] = distance(logits(theirs), ours)
+        try:
+            theirs = auto_class(model.config).from_pretrained(folder / "out", dtype=torch.float32)
+            found["theirs"] = distance(logits(theirs), ours)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            found["unread"] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     return found
 
 
@@ -177,6 +180,7 @@ def page(records: list[dict[str, Any]]) -> str:
     for r in (r for r in records if "ours" in r):
         rotated = f"{r['rotated']:.0e}" if "rotated" in r else f"no: {r['stream']}"
         reader = f"transformers {r['theirs']:.0e}" if "theirs" in r else f"{r['format']}, here only"
+        reader += f" (transformers: {r['unread']})".replace("|", "/") if "unread" in r else ""
         kept = ", ".join(f"`{name}`" for name in r["kept"])
         lines.append(
             f"| {r['type']} | {r['how']} | {r['pairs']} | {r['balanced']:.0e} | {rotated} | {r['quantized']} | "
