@@ -79,7 +79,7 @@ def estimate(
     widths = sum(sum(linear.shape) for linear in layout.linears if linear.block == 0)
     graph = 2 * batch_tokens * widths * itemsize if references else 0  # one batch, what its backward pass needs
     peak = block * copies + statistics + states + graph + 6 * ROW_BYTES
-    stem = sum(i.nbytes for n, i in reader.infos.items() if spec.block_of(n) is None)
+    stem = sum(i.nbytes for n, i in reader.infos.items() if not n.startswith(spec.blocks + "."))
     return Sizes(
         float_bytes=reader.total_bytes,
         output_bytes=output,
