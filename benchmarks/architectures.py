@@ -166,7 +166,8 @@ def page(records: list[dict[str, Any]]) -> str:
         "Made by `benchmarks/architectures.py`, nothing edited by hand: tiny random models (float32) of the config "
         "classes of transformers.",
         "",
-        f"Of {len(records)} types examined so far (the command takes up where it stopped), {len(good)} run AWQ and GPTQ end to end with the right logits in the reader; "
+        f"Of {len(records)} types examined so far (the command takes up where it stopped), {len(good)} run AWQ and "
+        "GPTQ end to end with the right logits in the reader; "
         f"on {len(exact)} random scales on every proved pair leave the logits as they are (1e-5); the residual stream "
         f"of {len(turned)} can be rotated (1e-5), that of {len(refused)} is refused with the reason.",
         "",
