@@ -126,7 +126,7 @@ def observe(probe: Probe, index: int) -> Observed:
             continue
         group = groups.get(key(call.entered[0]))
         kind = _kind(module, call, experts.module if experts else None, counts)
-        if kind is None or call.path in read:
+        if kind is None or (kind == "linear" and call.path in read):
             continue
         if group is None:
             group = groups[key(call.entered[0])] = Readers(width=call.entered[0].shape[-1])

@@ -177,12 +177,22 @@ class Probe:
         return output.clone()
 
 
+class _SharedExperts(ExpertList):
+    """Experts that share their weights, and differ by a factor each: else it would not show whom the router chose."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        factors = 1 + torch.arange(len(self) + 1) / len(self)  # the last index means "no expert"
+        return super().forward(hidden_states, top_k_index, top_k_weights * factors[top_k_index])
+
+
 def _exchange(probe: Probe, block: nn.Module, experts: Experts) -> None:
     """`ExpertList` in place of the class's experts, after a look at whether the two agree."""
     parent, _, name = experts.module.rpartition(".")
     theirs = block.get_submodule(experts.module)
     with torch.device("meta"):
-        ours = ExpertList(experts)
+        ours = _SharedExperts(experts)
     probe._fill(ours[0].get_submodule(experts.gate))
     probe._fill(ours[0].get_submodule(experts.up))
     probe._fill(ours[0].get_submodule(experts.down))
@@ -197,7 +207,7 @@ def _exchange(probe: Probe, block: nn.Module, experts: Experts) -> None:
     chosen = torch.arange(TOKENS).remainder(experts.count).view(-1, 1)
     with torch.no_grad():
         share = torch.rand(TOKENS, 1, generator=probe.generator)
-        expected, found = theirs(x, chosen, share), ours(x, chosen, share)
+        expected, found = theirs(x, chosen, share), ExpertList.forward(ours, x, chosen, share)
     if not torch.allclose(expected, found, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
         probe.experts = {}
         raise underivable(probe.config, f"the experts of {type(theirs).__name__} are not down(act(gate(x)) * up(x))")

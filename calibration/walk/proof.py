@@ -50,7 +50,7 @@ def prove(blocks: FloatBlocks, progress: Progress) -> int:
     biases = tuple(step for step in blocks.passes if type(step).new_biases is not Pass.new_biases)
     blocks = replace(blocks, passes=biases, schemes=lambda index: {}, master_dtype=torch.float32)
     spec = blocks.skeleton.spec
-    first = {id(spec.block(index)): index for index in reversed(range(spec.n_blocks))}
+    first = {spec.block(index): index for index in reversed(range(spec.n_blocks))}
     states = blocks.enter(TokenBatches(torch.arange(TOKENS)[None], {}), Silent())
     progress.stage("prove", len(first))
     pairs = 0

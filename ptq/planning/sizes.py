@@ -82,8 +82,7 @@ def estimate(
     graph = 2 * batch_tokens * widths * itemsize if references else 0  # one batch, what its backward pass needs
     graph += batch_tokens * widths * itemsize if pairs else 0  # one batch, what the float block's linears see
     peak = block * copies + statistics + states + graph + 6 * ROW_BYTES
-    beyond = f"{spec.blocks}."  # blocks behind the last one are copied, a tensor at a time
-    stem = sum(i.nbytes for n, i in reader.infos.items() if spec.block_of(n) is None and not n.startswith(beyond))
+    stem = sum(i.nbytes for n, i in reader.infos.items() if not n.startswith(spec.blocks + "."))
     return Sizes(
         float_bytes=reader.total_bytes,
         output_bytes=output,
