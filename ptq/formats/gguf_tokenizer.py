@@ -130,7 +130,7 @@ def _pieces(path: Path) -> Iterator[tuple[str, float, int]]:
             text, score = piece.get(1, b""), piece.get(2, b"\0\0\0\0")
             assert isinstance(text, bytes) and isinstance(score, bytes)
             kind = piece.get(3, NORMAL)
-            yield text.decode("utf-8"), struct.unpack("<f", score)[0], int(kind)  # type: ignore[arg-type]
+            yield text.decode("utf-8"), struct.unpack("<f", score)[0], int(kind)
 
 
 def _special_tokens(folder: Path, tokens: list[str], data: dict[str, Any] | None) -> dict[str, Any]:

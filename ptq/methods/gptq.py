@@ -104,9 +104,11 @@ class Gptq(Pass):
             for name, w in zip(members, weights, strict=True):
                 rows = first, first + w.shape[0]
                 codes, scale, zero = result.rows(*rows, scheme.weights)
-                first, over = rows[1], result.super_rows(*rows)
+                first = rows[1]
                 index = self._index(result.group_index, w, scheme.weights)
-                q = QuantizedTensor(codes, scale.float(), zero, scheme, index, global_scale=global_scale, **over)
+                q = QuantizedTensor(
+                    codes, scale.float(), zero, scheme, index, {}, global_scale, *result.super_rows(*rows)
+                )
                 put(segment, name, q, gram.matrix)
                 context.advance(name)
 

@@ -11,11 +11,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
-class NativeConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class NativeConfig(QuantizationConfigMixin):
     """``quantization_config`` of a native checkpoint, as it is in config.json."""
 
     def __init__(self, **settings: Any) -> None:
-        self.quant_method = "ptq"
+        self.quant_method = "ptq"  # type: ignore[assignment]  # theirs are a closed list
         self.settings = settings
 
     @classmethod
@@ -29,7 +29,7 @@ class NativeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return {"quant_method": self.quant_method, **self.settings}
 
 
-class NativeQuantizer(HfQuantizer):  # type: ignore[misc]
+class NativeQuantizer(HfQuantizer):
     """Leaves quantized modules empty while transformers loads, and then puts ours in their place.
 
     Attributes:
@@ -37,6 +37,7 @@ class NativeQuantizer(HfQuantizer):  # type: ignore[misc]
     """
 
     requires_calibration = True
+    quantization_config: NativeConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what `ptq.load_model` does and transformers cannot.
