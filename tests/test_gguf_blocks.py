@@ -95,6 +95,6 @@ def test_gptq_rounds_on_the_grid_of_k_quants(name):
         assert after < (1.0 if damage == 1.0 else 0.99) * before
     result = gptq_round(w, gram, scheme.weights, order="group", static_groups=True)
     codes, scale, zero = result.rows(0, 32, scheme.weights)
-    q = QuantizedTensor(codes, scale, zero, scheme, **result.super_rows(0, 32))
+    q = QuantizedTensor(codes, scale, zero, scheme, None, {}, None, *result.super_rows(0, 32))
     assert loss(q) < 0.8 * loss(round_to_nearest(w, scheme, importance=gram.diagonal()))
     assert torch.equal(gguf_file.from_blocks(gguf_file.blocks_of(q), scheme, (32, 256)).dequantize(), q.dequantize())

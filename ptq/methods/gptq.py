@@ -104,17 +104,10 @@ class Gptq(Pass):
             for name, w in zip(members, weights, strict=True):
                 rows = first, first + w.shape[0]
                 codes, scale, zero = result.rows(*rows, scheme.weights)
-                index, first = self._index(result.group_index, w, scheme.weights), rows[1]
-                over = result.super_rows(*rows)
+                first = rows[1]
+                index = self._index(result.group_index, w, scheme.weights)
                 q = QuantizedTensor(
-                    codes,
-                    scale.float(),
-                    zero,
-                    scheme,
-                    index,
-                    global_scale=global_scale,
-                    super_scale=over.get("super_scale"),
-                    super_min=over.get("super_min"),
+                    codes, scale.float(), zero, scheme, index, {}, global_scale, *result.super_rows(*rows)
                 )
                 put(segment, name, q, gram.matrix)
                 context.advance(name)

@@ -44,10 +44,13 @@ class Rounded:
         own = Grid(self.scale, self.zero).rows(quant, self.codes.shape[0], slice(first, stop))
         return self.codes[first:stop].clone(), own.scale.clone(), zero_of(own, quant)
 
-    def super_rows(self, first: int, stop: int) -> dict[str, torch.Tensor]:
+    def super_rows(self, first: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """``super_scale`` and ``super_min`` of some rows of W, copied, where the grid has them."""
-        named = {"super_scale": self.super_scale, "super_min": self.super_min}
-        return {name: t[first:stop].float().clone() for name, t in named.items() if t is not None}
+        scale, minimum = self.super_scale, self.super_min
+        return (
+            None if scale is None else scale[first:stop].float().clone(),
+            None if minimum is None else minimum[first:stop].float().clone(),
+        )
 
 
 def inverse_factor(h: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers.quantizers.base import HfQuantizer
@@ -37,6 +37,7 @@ class NativeQuantizer(HfQuantizer):
     """
 
     requires_calibration = True
+    quantization_config: NativeConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what `ptq.load_model` does and transformers cannot.
@@ -47,7 +48,7 @@ class NativeQuantizer(HfQuantizer):
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and len(set(device_map.values())) > 1:
             raise ValueError("a native checkpoint of ptq is loaded on one device: leave device_map out")
-        if any(".experts." in name for name in cast(NativeConfig, self.quantization_config).settings["layers"]):
+        if any(".experts." in name for name in self.quantization_config.settings["layers"]):
             raise ValueError("transformers keeps experts in one module: use ptq.load_model for this checkpoint")
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -62,7 +63,7 @@ class NativeQuantizer(HfQuantizer):
 
         self._folder = Path(kwargs["checkpoint_files"][0]).parent
         _, _, spec = open_model(self._folder)
-        names = list(cast(NativeConfig, self.quantization_config).settings["layers"])
+        names = list(self.quantization_config.settings["layers"])
         paths = [spec.root_module_name(name + ".").removesuffix(".") for name in names]
         table = next((path for path in paths if model.get_submodule(path) is model.get_input_embeddings()), None)
         self._tied = table is not None and bool(model.all_tied_weights_keys)
