@@ -13,6 +13,7 @@ import torch
 from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import disk_errors
+from calibration.model.contents import checkpoint_files
 from calibration.model.opening import context_length, fingerprint, forward_dtype, locate, open_model
 from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
@@ -23,7 +24,7 @@ from ptq.evaluation import logits_of
 from ptq.planning.job import BATCH_TOKENS
 from ptq.runtime.dequantized import float_weights
 from ptq.runtime.load import checkpoint_dtype, load_model
-from ptq.session import BLOCKS, Session
+from ptq.session import Session
 from sparsity.budget import ROUNDS, Profile, choose
 from sparsity.coverage import with_bytes_skipped
 from sparsity.files import SETTINGS_FILE, TENSORS_FILE, Sparsity, site_tensors
@@ -103,9 +104,11 @@ def run_sparsify(
             choice = choose(gates, spec, options.max_increase, Increase(folder, spec, held_out, options, progress))
             gates = site_tensors(choice.sites)
         with disk_errors(session.partial):
-            shutil.copytree(
-                folder, session.partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*NOT_COPIED, BLOCKS)
-            )
+            for path in checkpoint_files(folder):
+                if path.name not in NOT_COPIED:
+                    target = session.partial / path.relative_to(folder)
+                    target.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(path, target)
         sparsity = write(session.partial, [step], gates, tokens.source, choice)
         session.finish()
     return sparsity

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import struct
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -18,117 +16,22 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from calibration.errors import ToolkitError
+from calibration.model.header import DTYPES, INDEX_FILE, SINGLE_FILE, TensorInfo, read_header, shards
+from calibration.model.reading import read_json
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a header says of one tensor; ``start`` is the offset of its first byte in the shard."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    shard: str
-    start: int = 0
-
-    @property
-    def numel(self) -> int:
-        n = 1
-        for d in self.shape:
-            n *= d
-        return n
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-
-def _header(path: Path) -> dict[str, TensorInfo]:
-    """The header of one shard, checked against the size of the file."""
-    damaged = "the download or copy was cut short: fetch this file again"
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(size - 8, 100_000_000):
-                raise ToolkitError(f"{path}: truncated or corrupt ({size} bytes, header of {length})", damaged)
-            header = json.loads(file.read(length))
-        entries = {k: v for k, v in header.items() if k != "__metadata__"}
-        for name, entry in entries.items():
-            if entry["dtype"] not in DTYPES:
-                raise ToolkitError(
-                    f"{path}: {name} has dtype '{entry['dtype']}', which is not read here",
-                    f"start from a checkpoint in 16 or 32 bits; known dtypes: {', '.join(DTYPES)}",
-                )
-        infos = {
-            k: TensorInfo(DTYPES[v["dtype"]], tuple(v["shape"]), path.name, 8 + length + v["data_offsets"][0])
-            for k, v in entries.items()
-        }
-        for name, info in infos.items():
-            first, last = entries[name]["data_offsets"]
-            if first < 0 or last - first != info.nbytes:
-                raise ToolkitError(
-                    f"{path}: corrupt: {name} has {last - first} bytes, its shape and dtype {info.nbytes}", damaged
-                )
-        end = max((v["data_offsets"][1] for v in entries.values()), default=0)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ToolkitError(f"{path}: corrupt safetensors header ({error!r})", damaged) from None
-    if 8 + length + end != size:
-        raise ToolkitError(f"{path}: truncated or corrupt: {size} bytes, expected {8 + length + end}", damaged)
-    return infos
-
-
-def _shards(folder: Path) -> list[str]:
-    """File names of the shards: ``model.safetensors`` comes before the index, as in transformers. Other files beside
-    them (Mistral's ``consolidated.safetensors``) are other copies of the weights, and not read."""
-    if (folder / SINGLE_FILE).exists():
-        return [SINGLE_FILE]
-    index = folder / INDEX_FILE
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ToolkitError(f"{index}: corrupt index ({error!r})", "fetch this file again") from None
-        for name in names:
-            if not (folder / name).exists():
-                raise ToolkitError(
-                    f"{folder / name}: missing shard, named by {INDEX_FILE}", "fetch the missing file into the folder"
-                )
-        return names
-    found = sorted(p.name for p in folder.glob("*.safetensors"))
-    if found:
-        return found
-    pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-    if pickles:
-        raise ToolkitError(
-            f"{folder}: no safetensors, only pickle files ({', '.join(pickles[:3])}), which can run code when loaded",
-            "convert them first, e.g. with AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) "
-            "on a machine where you trust them",
-        )
-    raise ToolkitError(f"{folder}: no safetensors files in it", "name a folder that holds a Hugging Face checkpoint")
+__all__ = [
+    "DTYPES",
+    "INDEX_FILE",
+    "SINGLE_FILE",
+    "CheckpointReader",
+    "TensorInfo",
+    "TensorSource",
+    "disk_errors",
+    "read_config",
+    "save_tensors",
+    "sync_folder",
+    "write_atomically",
+]
 
 
 class TensorSource(Protocol):
@@ -158,8 +61,13 @@ class CheckpointReader:
         self.config: dict[str, Any] = read_config(folder)
         self._stored: dict[str, str] = {}  # name of the model class -> name in the file
         self.infos: dict[str, TensorInfo] = {}
-        for shard in _shards(folder):
-            for name, info in _header(folder / shard).items():
+        for shard in shards(folder):
+            for name, info in read_header(folder / shard).items():
+                if name in self.infos:
+                    other = self.infos[name].shard
+                    raise ToolkitError(
+                        f"{folder}: {name} is in {other} and in {shard}", "remove the shard that is not of it"
+                    )
                 self.infos[name] = info
                 self._stored[name] = name
         self._open: dict[str, Any] = {}
@@ -169,7 +77,7 @@ class CheckpointReader:
         """One safetensors file without a config."""
         reader = cls.__new__(cls)
         reader.folder, reader.config, reader._open = path.parent, {}, {}
-        reader.infos = _header(path)
+        reader.infos = read_header(path)
         reader._stored = {name: name for name in reader.infos}
         return reader
 
@@ -232,16 +140,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ToolkitError: missing, or not JSON.
     """
-    path = folder / "config.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ToolkitError(f"{path}: no such file", "name a folder that holds a Hugging Face checkpoint") from None
-    except ValueError as error:
-        raise ToolkitError(f"{path}: not readable as JSON ({error})", "fetch this file again") from None
-    if not isinstance(data, dict):
-        raise ToolkitError(f"{path}: holds a {type(data).__name__}, not an object", "fetch this file again")
-    return data
+    return read_json(folder / "config.json", "name a folder that holds a Hugging Face checkpoint")
 
 
 @contextmanager
@@ -269,14 +168,33 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write a file under a temporary name, fsync, rename. Every file of ours that is no checkpoint is written here.
+
+    Links are followed, so that the file they name is replaced and not the link. What is there and no regular file (a
+    pipe, ``/dev/stdout``) is written to: renaming over it would turn it into a file.
+
+    Raises:
+        ToolkitError: ``path`` is a folder, or the disk does not take it; nothing is left behind.
+    """
     with disk_errors(path):
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        path = path.resolve() if path.is_symlink() else path
+        mode = path.stat().st_mode if path.exists() else stat.S_IFREG
+        if stat.S_ISDIR(mode):
+            raise ToolkitError(f"{path}: is a folder", "name a file in it")
+        if not stat.S_ISREG(mode):
+            with path.open("wb", buffering=0) as device:
+                device.write(data)
+            return
+        temporary = path.with_name(f"{path.name}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
         sync_folder(path.parent)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from calibration.architectures import ArchitectureSpec
-from calibration.errors import ToolkitError
+from calibration.errors import ToolkitError, foreign
 from calibration.model.checkpoint import TensorInfo
 from calibration.model.experts import ExpertList
 
@@ -22,7 +22,9 @@ def build_model(config: Any, spec: ArchitectureSpec, dtype: torch.dtype, device:
     """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    kind = getattr(config, "model_type", "unknown")
+    what = f"config.json: the class of model_type '{kind}' cannot be built from it"
+    with foreign(what, "compare it with the model's original config"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=spec.attention)
     model.eval()
     for module in model.modules():

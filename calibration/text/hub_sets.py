@@ -126,7 +126,6 @@ def load_hub_split(hub: HubSet, part: HubSplit, hub_root: Path | None) -> tuple[
 def load_dataset(location: str, label: str, arguments: dict[str, Any]) -> Any:
     """``datasets.load_dataset`` with its many exceptions turned into one error."""
     import datasets
-    from datasets.exceptions import DatasetsError
 
     fix = "give a local text with --dataset FILE.txt, FILE.jsonl or FILE.parquet, or connect once to cache it"
     try:
@@ -135,7 +134,7 @@ def load_dataset(location: str, label: str, arguments: dict[str, Any]) -> Any:
         raise ToolkitError(f"data set {label}: not cached, and the hub cannot be reached ({error})", fix) from None
     except ImportError as error:
         raise ToolkitError(f"data set {label}: {error}", f"pip install {error.name or 'zstandard'}") from None
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
         reason = str(error).split("\n")[0]
         if "zstd" in reason:  # the Pile's file; `datasets` reads it only where this package is
             fix = "pip install zstandard"

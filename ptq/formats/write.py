@@ -12,13 +12,13 @@ import torch
 
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, disk_errors, write_atomically
+from calibration.model.contents import small_files
 from calibration.model.shards import ShardWriter
 from ptq.formats.readback import compare
 from ptq.formats.registry import Format
 from ptq.linears import ModelLayout
 from ptq.quantized import QuantizedTensor
 
-SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 NOT_COPIED = {  # written anew, or belonging to another run
     "config.json",
     "quantize_config.json",
@@ -109,10 +109,10 @@ def verify_checkpoint(source: Source, fmt: Format, out: Path, advance: Callable[
 def copy_small_files(source: Path, out: Path) -> None:
     """Tokenizer, generation config and whatever else lies beside the weights. (Python files are copied, never run.)"""
     with disk_errors(out):
-        for pattern in SMALL_FILES:
-            for path in sorted(source.glob(pattern)):
-                if path.name not in NOT_COPIED and not path.name.endswith(".index.json"):
-                    shutil.copyfile(path, out / path.name)
+        for path in small_files(source):
+            if path.name not in NOT_COPIED:
+                (out / path.name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, out / path.relative_to(source))
 
 
 def outside_blocks(reader: CheckpointReader, blocks: str) -> Iterator[tuple[str, torch.Tensor]]:

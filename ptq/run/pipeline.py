@@ -16,14 +16,12 @@ from typing import Any
 import torch
 
 from calibration.errors import ToolkitError
-from calibration.model.opening import (
-    check_finite,
-    fingerprint,
-)
+from calibration.model.contents import check_weights, small_digest
 from calibration.model.skeleton import Skeleton
 from calibration.progress import Progress, Silent
 from calibration.record import RunRecord
 from calibration.text.crops import TokenBatches
+from calibration.versions import versions
 from calibration.walk.float_blocks import FloatBlocks
 from calibration.walk.passes import Gates
 from calibration.walk.walk import Walk
@@ -35,7 +33,7 @@ from ptq.planning.job import Job, Options, calibration_windows, prepare
 from ptq.planning.plan import Plan
 from ptq.run.reporting import Stopwatch, write_reports
 from ptq.scheme import parse_scheme
-from ptq.session import Session
+from ptq.session import BLOCKS, Session
 
 
 def run(
@@ -68,8 +66,15 @@ def run(
         check_text(reader.folder, options.evaluate, job.seq_len, words, options.trust_remote_code)
     if plan.needs_data:
         tokens = tokens or calibration_windows(job, progress)
+    skeleton = Skeleton(plan.model_config(job.config), plan.spec, job.dtype, job.device)
+    skeleton.check_complete(reader.infos, plan.new_biases)
+    with watch("check weights"):
+        progress.stage("check weights", len(reader.infos))
+        weights = check_weights(reader, progress.advance)
     identity = {
-        "model": fingerprint(reader),
+        "weights": weights,
+        "files": small_digest(reader.folder),
+        "versions": versions(),
         "recipe": plan.recipe.to_json(),
         "format": plan.format.name,
         "calibration": tokens.source if tokens else {},
@@ -78,15 +83,8 @@ def run(
         "unseen_experts": options.unseen_experts,
         "evaluate": options.evaluate,
     }
-    if resume:
-        session.begin(identity, resume=True)
-    skeleton = Skeleton(plan.model_config(job.config), plan.spec, job.dtype, job.device)
-    skeleton.check_complete(reader.infos, plan.new_biases)
-    with watch("check weights"):
-        progress.stage("check weights", len(reader.infos))
-        check_finite(reader, progress.advance)
-    if not resume:
-        session.begin(identity, resume=False)
+    session.begin(identity, resume)
+    session.keep(frozenset({BLOCKS}))
     walk = Walk(
         FloatBlocks(reader, skeleton, plan.recipe.passes, plan.schemes, job.batch_size),
         encode=encode_segment,

@@ -17,7 +17,7 @@ from calibration.model.checkpoint import CheckpointReader
 from calibration.model.opening import locate, open_model
 from calibration.model.skeleton import build_model, load_parameters, set_submodule
 from ptq.formats.adapter import read_adapter
-from ptq.formats.registry import Format, format_of
+from ptq.formats.reading import quantized_linears, read_linear
 from ptq.quantized import QuantizedTensor
 from ptq.runtime.attention import cache_layers, quantize_cache
 from ptq.runtime.linear import QuantLinear
@@ -58,14 +58,6 @@ class Loaded:
         return "; ".join(filter(None, [kernels, inputs, *(f"{cache} simulated" for cache in self.caches)]))
 
 
-def read_linear(
-    reader: CheckpointReader, fmt: Format, name: str, scheme: Any, shape: tuple[int, int]
-) -> QuantizedTensor:
-    """One quantized linear of a checkpoint, by its full name."""
-    stored = {s: f"{name}.{s}" for s in sorted(fmt.suffixes) if f"{name}.{s}" in reader.infos}
-    return fmt.decode({s: reader.tensor(full) for s, full in stored.items()}, scheme, shape)
-
-
 def checkpoint_dtype(reader: CheckpointReader, spec: ArchitectureSpec) -> torch.dtype:
     """The dtype a checkpoint was made in: that of its first float linear, else (all are quantized) the config's.
 
@@ -103,9 +95,8 @@ def load_model(
     """
     folder, device = locate(model), torch.device(device)
     reader, config, spec = open_model(folder, trust_remote_code)
-    fmt = format_of(reader.config)
     with reader:
-        schemes = fmt.schemes(reader.config, reader.infos, reader.tensor) if fmt else {}
+        fmt, schemes = quantized_linears(reader) or (None, {})
         dtype = dtype or checkpoint_dtype(reader, spec)
         network = build_model(config, spec, dtype, device)
         kernels: Counter[str] = Counter()

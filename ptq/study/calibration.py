@@ -19,7 +19,8 @@ import torch
 from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import write_atomically
-from calibration.model.opening import context_length, fingerprint, load_tokenizer
+from calibration.model.contents import check_weights, small_digest
+from calibration.model.opening import context_length, load_tokenizer
 from calibration.progress import Progress, Silent
 from calibration.record import Evaluation, Protocol
 from calibration.scoring.perplexity import encode_for, score
@@ -28,6 +29,7 @@ from calibration.text.corpora import load_corpus
 from calibration.text.crops import TokenBatches
 from calibration.text.encoding import EncodedText, too_short
 from calibration.text.samples import default_dataset
+from calibration.versions import versions
 from calibration.walk.capture import accumulate
 from calibration.walk.statistics import AbsMax
 from ptq.devices import evaluation_dtype
@@ -131,7 +133,9 @@ def study_calibration(
         progress.message(note)
     windows = [calibration_windows(job, progress) for job in jobs]
     identity = {
-        "model": fingerprint(first.reader),
+        "weights": check_weights(first.reader),
+        "files": small_digest(first.reader.folder),
+        "versions": versions(),
         "recipe": first.plan.recipe.to_json(),
         "study": dataclasses.asdict(options),
         "text": text.fingerprint,
