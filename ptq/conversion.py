@@ -12,12 +12,12 @@ from calibration.model.checkpoint import CheckpointReader
 from calibration.model.opening import fingerprint, locate, open_model
 from calibration.progress import Progress, Silent
 from ptq.formats.adapter import FOLDER, adapter_problems, base_of, read_adapter, without_low_rank, write_adapter
-from ptq.formats.registry import FORMATS, Format, format_of
+from ptq.formats.reading import quantized_linears, read_linear
+from ptq.formats.registry import FORMATS, Format
 from ptq.formats.write import copy_small_files, outside_blocks, verify_checkpoint, write_checkpoint
 from ptq.linears import ModelLayout, PlannedLinear
 from ptq.planning.plan import other_linears
 from ptq.quantized import QuantizedTensor
-from ptq.runtime.load import read_linear
 from ptq.session import Session
 
 
@@ -49,8 +49,8 @@ def export_model(
     session = Session(Path(out))
     session.check(overwrite, resume=False, source=folder, resumable=False)
     reader, config, spec = open_model(folder, trust_remote_code)
-    source_format = format_of(reader.config)
-    if source_format is None:
+    found = quantized_linears(reader)
+    if found is None:
         raise ToolkitError(
             f"{folder}: a float checkpoint", "run `ptq quantize` on it; export changes the format of quantized ones"
         )
@@ -59,7 +59,7 @@ def export_model(
             f"{folder}: has a low-rank adapter beside it, which would be lost",
             "export from the native checkpoint that it came from",
         )
-    schemes = source_format.schemes(reader.config, reader.infos, reader.tensor)
+    source_format, schemes = found
     linears = []
     reordered, parts = False, dict[str, None]()
     for index in range(spec.n_blocks):

@@ -11,8 +11,9 @@ from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, TensorInfo, TensorSource
 from ptq.formats.adapter import read_adapter
+from ptq.formats.reading import quantized_linears, read_linear
 from ptq.formats.registry import format_of
-from ptq.runtime.load import checkpoint_dtype, read_linear
+from ptq.runtime.load import checkpoint_dtype
 
 
 class DequantizedCheckpoint:
@@ -25,8 +26,9 @@ class DequantizedCheckpoint:
     """
 
     def __init__(self, reader: CheckpointReader, spec: ArchitectureSpec) -> None:
-        fmt = format_of(reader.config)
-        assert fmt is not None, "a float checkpoint needs no dequantizing"
+        quantized = quantized_linears(reader)
+        assert quantized is not None, "a float checkpoint needs no dequantizing"
+        fmt, self._schemes = quantized
         turned = [name for name in reader.infos if name.endswith(".hadamard")]
         if turned:
             raise ToolkitError(
@@ -34,7 +36,6 @@ class DequantizedCheckpoint:
                 "quantize with online = false for rotate in a recipe",
             )
         self._reader, self._format = reader, fmt
-        self._schemes = fmt.schemes(reader.config, reader.infos, reader.tensor)
         self._adapter = read_adapter(reader.folder)
         self._dtype = checkpoint_dtype(reader, spec)
         self._transposed = spec.conv1d
