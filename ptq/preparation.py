@@ -29,9 +29,10 @@ from calibration.text.corpora import check_name
 from calibration.text.crops import TokenBatches
 from calibration.text.samples import default_dataset, model_tokens
 from ptq.devices import resolve_device
+from ptq.formats.reading import read_linear
 from ptq.formats.registry import Format, format_of
 from ptq.formats.write import copy_small_files
-from ptq.runtime.load import checkpoint_dtype, read_linear
+from ptq.runtime.load import checkpoint_dtype
 from ptq.session import Session
 
 RECORD_FILE = "preparation.json"
