@@ -21,9 +21,10 @@ import torch
 
 import ptq
 from calibration.model.opening import load_tokenizer
-from calibration.scoring.perplexity import encode_for, score
+from calibration.scoring.perplexity import score
 from calibration.scoring.windows import Scoring
 from calibration.text.corpora import load_corpus
+from calibration.text.encoding import encode_text
 from ptq.evaluation import logits_of
 from ptq.runtime.load import load_model
 
@@ -85,7 +86,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--max-windows", type=int, help="score only the first so many windows")
     args = parser.parse_args()
-    text = encode_for("gptq", load_corpus(args.eval, "score"), load_tokenizer(args.models[0]))
+    text = encode_text(load_corpus(args.eval, "score"), load_tokenizer(args.models[0]))
     scoring = Scoring("gptq", args.seq_len, batch_size=4, max_windows=args.max_windows, dtype="float32")
 
     def perplexity(model: Path) -> float:

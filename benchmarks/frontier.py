@@ -23,7 +23,7 @@ from calibration.model.opening import locate
 from calibration.progress import Silent
 from ptq.fitting.budget import Budget
 from ptq.fitting.job import prepare_fit
-from ptq.planning.job import Options, calibration_windows
+from ptq.planning.job import Options
 from ptq.study.ranks import spearman
 
 UNIFORM = ",".join(f"w{bits}a16-{group}-sym" for bits in (2, 3, 4) for group in ("g128", "g64", "g32"))
@@ -52,7 +52,7 @@ def main() -> None:
             continue
         prices = dict.fromkeys(divergence, 1.0)
         if price == "second-order":
-            prices = second_order(locate(args.model), list(prices), calibration_windows(fit.job, Silent()))
+            prices = second_order(locate(args.model), list(prices)(fit.job, Silent()))
         by_price[price] = reweighted(sensitivities, prices)
         correlation = spearman([prices[n] * sensitivities.probed[n] for n in divergence], list(divergence.values()))
         print(f"rank correlation of {price} with measured divergence: {correlation:.2f}")

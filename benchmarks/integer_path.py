@@ -19,11 +19,12 @@ from transformers import AutoModelForCausalLM
 
 import ptq
 from calibration.model.opening import load_tokenizer, locate
-from calibration.scoring.perplexity import encode_for, score
+from calibration.scoring.perplexity import score
 from calibration.scoring.windows import Scoring
 from calibration.text.corpora import load_corpus
-from calibration.text.samples import default_dataset
+from calibration.text.encoding import encode_text
 from ptq.evaluation import logits_of
+from ptq.planning.source import default_dataset
 from ptq.runtime.load import load_model
 
 SETTINGS = "rtn:w8a8,ranges+rtn:w8a8-astatic,rtn:w8a8kv8,rtn:fp8,rtn:w4a8,gptq:w4a4-rs128,gptq:w4a4-rs128b64"
@@ -42,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = locate(args.model)
     dataset = args.eval or default_dataset(folder)
-    text = encode_for("gptq", load_corpus(dataset, "score"), load_tokenizer(folder))
+    text = encode_text(load_corpus(dataset, "score"), load_tokenizer(folder))
     scoring = Scoring("gptq", args.seq_len, batch_size=4, max_windows=args.max_windows, dtype="float32")
 
     def ours(model: Path, kernel: str | None) -> tuple[str, str]:

@@ -16,9 +16,10 @@ import torch
 
 from calibration.architectures import resolve
 from calibration.model.opening import load_tokenizer
-from calibration.scoring.perplexity import encode_for, score
+from calibration.scoring.perplexity import score
 from calibration.scoring.windows import Scoring
 from calibration.text.corpora import load_corpus
+from calibration.text.encoding import encode_text
 from calibration.text.samples import model_tokens
 from ptq.evaluation import logits_of
 from ptq.numerics.softmax import SoftmaxRule
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--max-windows", type=int, help="score only the first so many windows")
     args = parser.parse_args()
-    text = encode_for("gptq", load_corpus(args.eval, "score"), load_tokenizer(args.model))
+    text = encode_text(load_corpus(args.eval, "score"), load_tokenizer(args.model))
     scoring = Scoring("gptq", args.seq_len, batch_size=4, max_windows=args.max_windows, dtype="float32")
 
     def loaded() -> Any:

@@ -17,8 +17,9 @@ import torch
 from calibration.model.opening import forward_dtype, locate, open_model
 from calibration.progress import Silent
 from calibration.text.crops import TokenBatches
-from calibration.text.samples import default_dataset, model_tokens
+from calibration.text.samples import model_tokens
 from ptq.analysis.observe import Findings, Subject, observe
+from ptq.planning.source import default_dataset
 
 GROWTH = 5.0
 INPUTS = ("attention input", "mlp input", "down input")

@@ -27,9 +27,10 @@ import torch
 
 import ptq
 from calibration.model.opening import load_tokenizer
-from calibration.scoring.perplexity import EncodedText, encode_for, score
+from calibration.scoring.perplexity import EncodedText, score
 from calibration.scoring.windows import Scoring
 from calibration.text.corpora import load_corpus
+from calibration.text.encoding import encode_text
 from ptq.activations import ActivationQuant, RuntimeSmooth
 from ptq.evaluation import logits_of
 from ptq.numerics.activations import fake_quantize_inputs
@@ -140,7 +141,7 @@ def main() -> None:
     parser.add_argument("--error-windows", type=int, default=8, help="of the first table")
     args = parser.parse_args()
     grids = args.grids.split(",")
-    text = encode_for("gptq", load_corpus(args.eval, "score"), load_tokenizer(args.models[0]))
+    text = encode_text(load_corpus(args.eval, "score"), load_tokenizer(args.models[0]))
     scoring = Scoring("gptq", args.seq_len, batch_size=4, max_windows=args.max_windows, dtype="float32")
     windows = text.ids[: args.error_windows * args.seq_len].view(args.error_windows, -1)
     print(f"window {args.seq_len}, float32, weights of 8 bits, inputs of 4", flush=True)

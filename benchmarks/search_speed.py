@@ -12,41 +12,35 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import ClassVar
+from unittest import mock
 
 import torch
 
-from calibration.errors import Problem
 from calibration.progress import Silent
 from calibration.walk.context import Context
-from calibration.walk.passes import Phase, Stream
+from calibration.walk.passes import Pass, Phase, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram, Statistic
 from ptq.fitting.job import prepare_fit
-from ptq.methods import METHODS
 from ptq.planning.job import Options, prepare
 from ptq.run.pipeline import run
+from ptq.sparse.methods import METHODS
 
 
 @dataclass(frozen=True)
-class Gather:
+class Gather(Pass):
     """Statistics and nothing else."""
 
     name: ClassVar[str] = "gather"
+    summary: ClassVar[str] = "gathers statistics"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.CHOOSE,)
     stream: ClassVar[Stream] = "either"
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Gram,)
-    parts: ClassVar[tuple[str, ...]] = ()
-
-    def check(self, view: Any) -> Iterable[Problem]:
-        return ()
-
-    def forwards(self) -> int:
-        return 0
 
     def apply(self, segment: Segment, context: Context) -> None:
         for linear in segment.schemes:
@@ -75,8 +69,8 @@ def main() -> None:
 
     def quantized(method: str, scheme: str) -> float:
         def work() -> None:
-            methods = {**METHODS, "gather": Gather}
-            job = prepare(args.model, method=method, scheme=scheme, format="native", options=options, methods=methods)
+            with mock.patch.dict(METHODS, {"gather": Gather}):
+                job = prepare(args.model, method=method, scheme=scheme, format="native", options=options)
             with TemporaryDirectory() as folder:
                 run(job, Path(folder) / "out")
 

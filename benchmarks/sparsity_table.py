@@ -26,14 +26,14 @@ from table import remembered
 
 from calibration.model.opening import forward_dtype, load_tokenizer, locate, open_model
 from calibration.progress import Silent
-from calibration.scoring.perplexity import encode_for, score
+from calibration.scoring.perplexity import score
 from calibration.scoring.windows import Scoring
 from calibration.text.corpora import load_corpus
 from calibration.text.crops import TokenBatches, calibration_tokens
-from calibration.text.encoding import EncodedText
-from calibration.text.samples import default_dataset
+from calibration.text.encoding import EncodedText, encode_text
 from calibration.walk.passes import Pass
 from ptq.evaluation import logits_of
+from ptq.planning.source import default_dataset
 from ptq.runtime.dequantized import float_weights
 from ptq.runtime.load import checkpoint_dtype, load_model
 from ptq.sparse.masks import linear_sizes
@@ -81,7 +81,7 @@ class Bench:
         self.folder, self.window, self.max_windows = locate(args.model), args.seq_len, args.max_windows
         tokenizer = load_tokenizer(self.folder)
         corpus = load_corpus(args.eval or default_dataset(self.folder), "score")
-        self.text: EncodedText = encode_for("gptq", corpus, tokenizer)
+        self.text: EncodedText = encode_text(corpus, tokenizer)
         reference = load_model(args.reference or self.folder, dtype=torch.float32)
         self.reference = remembered(logits_of(reference, CPU))
         self.batch_size = max(1, 2048 // self.window)

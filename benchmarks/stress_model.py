@@ -18,15 +18,14 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from calibration.architectures import Balance
-from calibration.errors import Problem, ToolkitError
+from calibration.errors import ToolkitError
 from calibration.model.opening import load_tokenizer, locate, open_model
 from calibration.model.shards import ShardWriter
 from calibration.model.skeleton import Skeleton
@@ -35,7 +34,7 @@ from calibration.text.corpora import load_corpus
 from calibration.text.crops import calibration_tokens
 from calibration.walk.context import Context
 from calibration.walk.float_blocks import FloatBlocks
-from calibration.walk.passes import Phase, Stream
+from calibration.walk.passes import Pass, Phase, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Statistic
 from calibration.walk.walk import Walk
@@ -71,7 +70,7 @@ class Crest:
 
 
 @dataclass(frozen=True)
-class PlantOutliers:
+class PlantOutliers(Pass):
     """A pass that balances backwards.
 
     Attributes:
@@ -89,8 +88,8 @@ class PlantOutliers:
     seed: int = 0
 
     name: ClassVar[str] = "plant-outliers"
+    summary: ClassVar[str] = "plants outlier channels"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.BALANCE,)
-    parts: ClassVar[tuple[str, ...]] = ()
 
     @property
     def stream(self) -> Stream:
@@ -99,12 +98,6 @@ class PlantOutliers:
     @property
     def statistics(self) -> tuple[type[Statistic], ...]:
         return (Crest,) if self.spikes else ()
-
-    def check(self, view: Any) -> Iterable[Problem]:
-        return ()
-
-    def forwards(self) -> int:
-        return 0
 
     def apply(self, segment: Segment, context: Context) -> None:
         segment.stored_dtypes = dict.fromkeys(segment.stored_dtypes, torch.float32)

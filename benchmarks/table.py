@@ -22,12 +22,12 @@ import torch
 
 from calibration.model.opening import load_tokenizer, locate
 from calibration.record import Evaluation, read_record, read_timings
-from calibration.scoring.perplexity import LogitsModel, encode_for, score
+from calibration.scoring.perplexity import LogitsModel, score
 from calibration.scoring.windows import Scoring
 from calibration.text.corpora import load_corpus
-from calibration.text.encoding import EncodedText
-from calibration.text.samples import default_dataset
+from calibration.text.encoding import EncodedText, encode_text
 from ptq.evaluation import logits_of
+from ptq.planning.source import default_dataset
 from ptq.runtime.load import load_model
 
 CPU = torch.device("cpu")
@@ -62,13 +62,14 @@ class Bench:
         """From the arguments of `add_arguments`."""
         folder = locate(args.model)
         corpus = load_corpus(args.eval or default_dataset(folder), "score")
-        text = encode_for("gptq", corpus, load_tokenizer(folder))
+        text = encode_text(corpus, load_tokenizer(folder))
         scoring = Scoring("gptq", args.seq_len, batch_size=4, max_windows=args.max_windows, dtype="float32")
         reference = remembered(logits_of(load_model(folder, dtype=torch.float32), CPU))
         base = score(reference, text, scoring)
         print(f"float perplexity {base.perplexity:.4f}, {base.protocol.tokens_scored} tokens", file=sys.stderr)
         calibration = ("--samples", str(args.samples), "--seq-len", str(args.seq_len))
         calibration += ("--dataset", args.dataset) if args.dataset else ()
+        calibration += ("--dtype", args.dtype) if args.dtype else ()
         return Bench(args.model, calibration, text, scoring, reference, base)
 
     def row(self, method: str, scheme: str, *more: str) -> dict[str, Any]:
@@ -120,6 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--max-windows", type=int, help="score only the first so many windows")
+    parser.add_argument("--dtype", help="of the forward passes that calibrate")
     parser.add_argument("--json", type=Path)
 
 

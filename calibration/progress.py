@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -29,3 +30,23 @@ class Silent:
 
     def message(self, text: str) -> None:
         pass
+
+
+class CallbackProgress:
+    """Hands everything to one function: ``(stage, units done, units in all, detail)``. A message comes as the stage
+    ``note`` of 0 units, with its text as the detail."""
+
+    def __init__(self, callback: Callable[[str, int, int, str], None]) -> None:
+        self._callback = callback
+        self._name, self._done, self._total = "", 0, 0
+
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        self._name, self._done, self._total = name, done, total
+        self._callback(name, done, total, "")
+
+    def advance(self, detail: str, units: int = 1) -> None:
+        self._done += units
+        self._callback(self._name, self._done, self._total, detail)
+
+    def message(self, text: str) -> None:
+        self._callback("note", 0, 0, text)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from calibration.errors import ToolkitError
+from calibration.shown import Shown
 
 SCHEMA_VERSION = 1
 REPORT_FILE = "report.json"
@@ -32,6 +34,7 @@ class Protocol:
         window, stride: tokens.
         tokens_scored: targets that entered the mean.
         dtype: of the forward pass. Log-probabilities are always float32.
+        bos: whether BOS stands in place of the first token of every window.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Protocol:
     stride: int
     tokens_scored: int
     dtype: str
+    bos: bool = False
 
     def differences(self, other: Protocol) -> dict[str, tuple[Any, Any]]:
         """The fields in which two protocols differ, with both values."""
@@ -70,12 +74,14 @@ class Divergence:
     reference_perplexity: float
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
     """One model scored under one protocol. ``model`` says which: ``float``, ``quantized`` or a name.
 
     ``nll`` is the total negative log-likelihood in nats; words and bytes are those of the text that was scored, so
-    that word and byte perplexities can be derived.
+    that word and byte perplexities can be derived. ``windows`` were scored (0 in records that do not say). Of a model
+    with activation thresholds, ``pruned`` has the share of values pruned on this text by kind of site (``down_proj
+    input``), and ``weights_skipped`` the share of the blocks' weights that a decoded token need not read.
     """
 
     model: str
@@ -86,6 +92,25 @@ class Evaluation:
     bytes: int
     divergence: Divergence | None = None
     path: str = "float"  # how linears were computed: "float", or the kernels used, e.g. "reference x 42"
+    pruned: dict[str, float] = field(default_factory=dict)
+    weights_skipped: float | None = None
+    windows: int = 0
+
+    def facts(self) -> Mapping[str, object]:
+        p, d = self.protocol, self.divergence
+        found: dict[str, object] = {
+            "perplexity": f"{self.perplexity:.4f}",
+            "text": p.dataset,
+            "protocol": f"{p.name}, window {p.window}, {p.tokens_scored} tokens scored, {p.dtype}",
+            "linears": self.path,
+        }
+        if d is not None:
+            found["reference perplexity"] = f"{d.reference_perplexity:.4f}"
+            found["KL to the reference"] = f"{d.kl_mean:.6f} nats"
+            found["top-1 agreement"] = f"{d.top1_agreement:.2%}"
+        if self.weights_skipped is not None:
+            found["weights skipped"] = f"{self.weights_skipped:.2%} per decoded token"
+        return found
 
 
 @dataclass(frozen=True)
@@ -112,8 +137,8 @@ class LinearRecord:
     notes: dict[str, float | str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class RunRecord:
+@dataclass(frozen=True, repr=False)
+class RunRecord(Shown):
     """The whole run. Every field is plain JSON or one of the dataclasses above.
 
     Attributes:
@@ -137,6 +162,22 @@ class RunRecord:
     evaluations: tuple[Evaluation, ...]
     versions: dict[str, str]
     schema_version: int = SCHEMA_VERSION
+
+    def facts(self) -> Mapping[str, object]:
+        before, result = self.model["bytes"], self.result
+        scores = {f"{e.model} perplexity": f"{e.perplexity:.4f}" for e in self.evaluations}
+        kl = next((f"{e.divergence.kl_mean:.5f} nats" for e in self.evaluations if e.divergence is not None), None)
+        return {
+            "model": self.model["name"],
+            "method": self.recipe["method"],
+            "scheme": ", ".join(dict.fromkeys(entry["scheme"] for entry in self.recipe["schemes"])),
+            "format": result["format"],
+            "linears": f"{result['quantized_linears']} quantized, {result['verified']} read back and compared",
+            "bits per weight": f"{result['bits_per_weight']:.4f}",
+            "size": f"{before / 1e6:.2f} MB -> {result['bytes'] / 1e6:.2f} MB",
+            **scores,
+            **({} if kl is None else {"KL to the float model": kl}),
+        }
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, command_line, entries, quiet_libraries
+from cli.verbosity import detail
 
 
 def analyze(
@@ -58,59 +59,56 @@ def analyze(
       ptq analyze demo --clipped-softmax --gated --out demo-heads
     """
     quiet_libraries()
-    from calibration.errors import ToolkitError
+    import ptq
     from cli.progress import TerminalProgress
-    from ptq.analysis.job import analyze as run
-    from ptq.analysis.softmax_sweep import GATES, SETTINGS, SweepOptions
     from ptq.report.figures import perplexity, short
 
-    more = tuple(softmax or ())
-    if (gated or more) and not clipped_softmax:
-        raise ToolkitError("--gated and --softmax are parts of --clipped-softmax", "add --clipped-softmax")
-    settings = tuple(dict.fromkeys([*SETTINGS, *(GATES if gated else ()), *more]))
     with TerminalProgress() as progress:
-        record = run(
+        record = ptq.analyze(
             model,
             out=out,
-            overwrite=overwrite,
-            progress=progress,
             dataset=dataset,
             samples=samples,
             seq_len=seq_len,
             seed=seed,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            softmax=SweepOptions(settings, head_windows, gated) if clipped_softmax else None,
+            clipped_softmax=clipped_softmax,
+            gated=gated,
+            softmax=tuple(softmax or ()),
+            head_windows=head_windows,
             sensitivity=entries("--sensitivity", sensitivity) if sensitivity else (),
             try_advice=try_advice,
             windows=windows,
             probe_windows=probe_windows,
+            device=device,
+            dtype=dtype,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
             command=command_line(),
         )
     for key, words in (("with_first_token", "all tokens"), ("without_first_token", "without first tokens")):
         found = record.summary[key]
         if found:
-            print(
+            detail(
                 f"{words}: max infinity norm {short(found['max_inf_norm'])} ({found['max_inf_norm_at']}), "
                 f"avg kurtosis {short(found['avg_kurtosis'])}, max kurtosis {short(found['max_kurtosis'])}"
             )
     for role, channels in record.summary["outlier_channels"].items():
-        print(f"outlier channels in {role}: {', '.join(map(str, list(channels)[:12]))}")
+        detail(f"outlier channels in {role}: {', '.join(map(str, list(channels)[:12]))}")
     for advice in record.advice:
-        print(f"{advice.rule}: {advice.finding}")
+        detail(f"{advice.rule}: {advice.finding}")
         for words in advice.helps:
-            print(f"  {'helps' if advice.alarm else 'try'}: {words}")
+            detail(f"  {'helps' if advice.alarm else 'try'}: {words}")
         for words in advice.cannot:
-            print(f"  cannot help: {words}")
+            detail(f"  cannot help: {words}")
     if record.softmax is not None:
         for row in record.softmax.rows:
             norm, kurtosis = (row.with_first_token.get(key) for key in ("max_inf_norm", "avg_kurtosis"))
-            print(
+            detail(
                 f"{row.softmax}: perplexity {row.perplexity:.4f}, zeros {row.zeros:.2%}, max infinity norm "
                 f"{short(norm)}, avg kurtosis {short(kurtosis)}, 8-bit perplexity {perplexity(row.perplexity_8_bit)}"
             )
-        print(record.softmax.finding)
+        detail(record.softmax.finding)
     for said in record.verdicts:
-        print(said)
+        detail(said)
     print(f"written to {out}: report.html, report.md, report.json, channels.safetensors")

@@ -12,6 +12,6 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, report.json files or `ptq eval --json` files.")],
 ) -> None:
     """Put runs of one evaluation protocol side by side; different protocols are refused."""
-    from ptq.report.compare import compare_paths
+    import ptq
 
-    print(compare_paths(runs).to_markdown())
+    print(ptq.compare(runs).to_markdown())

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Device, Model, TrustRemoteCode, quiet_libraries
+from cli.options import Dense, Device, Model, TrustRemoteCode, quiet_libraries
+from cli.verbosity import detail
 
 
 def evaluate(
@@ -24,11 +25,14 @@ def evaluate(
             "and only it is sparse."
         ),
     ] = "gptq",
+    max_windows: Annotated[int | None, typer.Option(help="Score the first so many windows only.")] = None,
     stride: Annotated[int | None, typer.Option(help="For hf-stride; default half a window.")] = None,
     reference: Annotated[
         str | None, typer.Option(help="Model to measure KL divergence and top-1 agreement against.")
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated (pip install 'ptq[eval]').")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-eval tasks, comma-separated (pip install 'ptq\\[eval]').")
+    ] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
     device: Device = "auto",
     dtype: Annotated[
@@ -64,6 +68,7 @@ def evaluate(
             "off-by-one, closed=0.9 (heads output 0 where the first token gets so much), normalise."
         ),
     ] = None,
+    dense: Dense = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score MODEL: perplexity, and with --reference the distance from another model.
@@ -78,21 +83,19 @@ def evaluate(
     import dataclasses
     import json as json_module
 
+    import ptq
     from calibration.model.checkpoint import write_atomically
     from calibration.record import SCHEMA_VERSION
     from cli.progress import TerminalProgress
-    from ptq.evaluation import evaluate as score
-    from ptq.evaluation import evaluate_tasks
-    from ptq.sparse.masks import MaskedRuntime, reached_lines
 
-    sparse = MaskedRuntime()
     with TerminalProgress() as progress:
-        result = score(
+        result = ptq.evaluate(
             model,
             dataset=dataset,
             seq_len=seq_len,
             protocol=protocol,
             stride=stride,
+            max_windows=max_windows,
             reference=reference,
             device=device,
             dtype=dtype,
@@ -102,32 +105,38 @@ def evaluate(
             softmax=softmax,
             calibration=calibration,
             trust_remote_code=trust_remote_code,
-            sparse=sparse,
+            sparse=not dense,
             progress=progress,
         )
     task_run = None
     if tasks:
-        task_run = evaluate_tasks(
+        task_run = ptq.evaluate_tasks(
             model,
             tasks.split(","),
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            sparse=MaskedRuntime(),
+            sparse=not dense,
         )
     p = result.protocol
-    print(
+    detail(
         f"text {p.dataset} (sha256 {p.text_fingerprint}), rows joined by {p.join!r}, special tokens: {p.special_tokens}"
     )
-    print(f"protocol {p.name}, window {p.window}, stride {p.stride}, {p.tokens_scored} tokens scored, {p.dtype}")
-    print(f"linears computed by: {result.path}")
-    for line in reached_lines(sparse, result):
-        print(line)
+    bos = ", BOS in front of every window" if p.bos else ""
+    detail(
+        f"protocol {p.name}, window {p.window}, stride {p.stride}{bos}, {p.tokens_scored} tokens of {result.windows} "
+        f"windows scored, {p.dtype}"
+    )
+    detail(f"linears computed by: {result.path}")
+    if result.weights_skipped is not None:
+        shares = ", ".join(f"{kind} {share:.2%}" for kind, share in result.pruned.items())
+        detail(f"pruned on {p.dataset}: {shares or 'nothing'}")
+        detail(f"weights of the blocks skipped per decoded token: {result.weights_skipped:.2%}")
     if result.divergence is not None:
         d = result.divergence
-        print(f"reference perplexity {d.reference_perplexity:.4f}")
-        print(f"KL mean {d.kl_mean:.6f}, 99th percentile {d.kl_p99:.6f} nats; top-1 agreement {d.top1_agreement:.4%}")
-        print(f"NLL difference {d.delta_nll:+.6f} +- {d.delta_nll_se:.6f} nats per token")
+        detail(f"reference perplexity {d.reference_perplexity:.4f}")
+        detail(f"KL mean {d.kl_mean:.6f}, 99th percentile {d.kl_p99:.6f} nats; top-1 agreement {d.top1_agreement:.4%}")
+        detail(f"NLL difference {d.delta_nll:+.6f} +- {d.delta_nll_se:.6f} nats per token")
     for t in task_run.scores if task_run else ():
         error = f" +- {t.standard_error:.4f}" if t.standard_error is not None else ""
         print(f"{t.task}: {t.metric} {t.value:.4f}{error} ({t.samples} items, {t.shots} shots)")

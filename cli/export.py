@@ -21,17 +21,11 @@ def export(
 ) -> None:
     """Change the format of a quantized checkpoint: the same codes, laid out anew."""
     quiet_libraries()
-    import dataclasses
-
-    from calibration.model.checkpoint import CheckpointReader
-    from calibration.model.opening import locate, weights_fingerprint
+    import ptq
     from cli.progress import TerminalProgress
-    from ptq.conversion import export_model
-    from sparsity.files import load_sparsity, save_sparsity
 
-    sparsity = load_sparsity(locate(model))
     with TerminalProgress() as progress:
-        fmt = export_model(
+        written = ptq.export(
             model,
             format=format,
             out=out,
@@ -40,7 +34,4 @@ def export(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    if sparsity is not None:  # the codes are the same, so the thresholds fit
-        with CheckpointReader(out) as reader:
-            save_sparsity(dataclasses.replace(sparsity, base=weights_fingerprint(reader)), out)
-    print(f"written to {out} as {fmt.name}; every linear read back and compared")
+    print(f"written to {out} as {written.format}; every linear read back and compared")

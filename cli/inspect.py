@@ -10,8 +10,8 @@ def inspect(model: Model, device: Device = "auto", trust_remote_code: TrustRemot
     quiet_libraries()
     from rich.console import Console
 
-    from ptq.inspection import describe
+    import ptq
 
     console = Console()
-    for line in describe(model, device, trust_remote_code):
+    for line in ptq.inspect(model, device=device, trust_remote_code=trust_remote_code).lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

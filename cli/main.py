@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
+import traceback
+from collections.abc import Callable
+from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from calibration.errors import ToolkitError
 from cli import (
@@ -16,41 +20,70 @@ from cli import (
     fit,
     generate,
     inspect,
+    methods,
     predict,
     prepare,
     quantize,
     sparsify,
     study,
 )
+from cli.scheme_hint import Command
+from cli.verbosity import Quiet, Verbose, verbosity, with_verbosity
 
 app = typer.Typer(
     name="ptq",
-    help="Quantize Hugging Face language models after training, and prove what it cost.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command("quantize")(quantize.quantize)
-app.command("fit")(fit.fit)
-app.command("sparsify")(sparsify.sparsify)
-app.command("eval")(evaluate.evaluate)
-app.command("generate")(generate.generate)
-app.command("export")(export.export)
-app.command("inspect")(inspect.inspect)
-app.command("analyze")(analyze.analyze)
-app.command("bench")(bench.bench)
-app.command("compare")(compare.compare)
-app.command("predict")(predict.predict)
-app.command("prepare")(prepare.prepare)
+COMMANDS: dict[str, tuple[Callable[..., None], type[TyperCommand]]] = {
+    "quantize": (quantize.quantize, methods.ListsPasses),
+    "fit": (fit.fit, methods.ListsFitted),
+    "sparsify": (sparsify.sparsify, methods.ListsGates),
+    "eval": (evaluate.evaluate, Command),
+    "generate": (generate.generate, Command),
+    "export": (export.export, Command),
+    "inspect": (inspect.inspect, Command),
+    "methods": (methods.methods, Command),
+    "analyze": (analyze.analyze, Command),
+    "bench": (bench.bench, Command),
+    "compare": (compare.compare, Command),
+    "predict": (predict.predict, Command),
+    "prepare": (prepare.prepare, Command),
+}
+for name, (command, kind) in COMMANDS.items():
+    app.command(name, cls=kind)(with_verbosity(command))
 app.add_typer(study.app, name="study")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import ptq
+
+        print(f"ptq {ptq.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def everywhere(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Quantize Hugging Face language models after training, and prove what it cost."""
+    verbosity.add(quiet, verbose)
 
 
 def main() -> None:
     """Entry point. What a user can fix ends with one message and exit code 2; an interrupt with 130."""
+    verbosity.reset()
     try:
         app()
     except ToolkitError as error:
+        if verbosity.verbose:
+            traceback.print_exception(error)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

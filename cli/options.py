@@ -10,9 +10,12 @@ from typing import Annotated
 
 import typer
 
+from cli.verbosity import verbosity
+
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, or `demo` (built in, no network).", metavar="MODEL")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with MODEL.")]
+Dense = Annotated[bool, typer.Option("--dense", help="Ignore activation thresholds that lie in MODEL.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
 Out = Annotated[Path, typer.Option(help="Output folder; appears whole or not at all.")]
 
@@ -47,13 +50,17 @@ def percentage(option: str, text: str) -> float:
 
 
 def quiet_libraries() -> None:
-    """No progress bars and advice of the libraries below; ours say what matters."""
+    """No progress bars and advice of the libraries below; ours say what matters. Under --verbose all they say."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     import logging
 
     from transformers.utils import logging as transformers_logging
 
+    if verbosity.verbose:
+        logging.basicConfig(level=logging.INFO)
+        transformers_logging.set_verbosity_info()
+        return
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("compressed_tensors").setLevel(logging.ERROR)

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from calibration.record import RunRecord, read_timings
+from calibration.record import Evaluation, RunRecord, read_timings
+from cli.verbosity import verbosity
 
 if TYPE_CHECKING:
     from ptq.planning.job import Job
@@ -23,8 +24,9 @@ def size(n_bytes: int) -> str:
 
 
 def wide_console() -> Console:
-    """Lines are not broken at 80 columns where the output is a file or a pipe."""
-    return Console() if sys.stdout.isatty() else Console(width=1000)
+    """Lines are not broken at 80 columns where the output is a file or a pipe; nothing is printed under --quiet."""
+    quiet = verbosity.quiet
+    return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=1000, quiet=quiet)
 
 
 def print_plan(job: Job) -> None:
@@ -73,6 +75,10 @@ def print_plan(job: Job) -> None:
         console.print(f"  note: {note}", highlight=False, markup=False)
 
 
+def _windows(evaluation: Evaluation) -> str:
+    return f", {evaluation.windows} windows" if evaluation.windows else ""
+
+
 def print_result(record: RunRecord, out: Path) -> None:
     """What was quantized, what was left and why, and the numbers."""
     console, result = wide_console(), record.result
@@ -89,7 +95,7 @@ def print_result(record: RunRecord, out: Path) -> None:
         line = f"{e.model}: perplexity {e.perplexity:.4f}"
         if e.divergence is not None:
             line += f", KL {e.divergence.kl_mean:.5f}, top-1 agreement {e.divergence.top1_agreement:.2%}"
-        console.print(f"{line} ({e.protocol.dataset}, window {e.protocol.window})", highlight=False, markup=False)
+        print(f"{line} ({e.protocol.dataset}, window {e.protocol.window}{_windows(e)})")
     timings = read_timings(out)
     if timings is not None:
         above = max(0, timings.peak_rss_bytes - timings.base_rss_bytes)
@@ -97,4 +103,4 @@ def print_result(record: RunRecord, out: Path) -> None:
             f"{timings.seconds:.1f} s, peak memory {size(timings.peak_rss_bytes)} ({size(above)} above the start)",
             highlight=False,
         )
-    console.print(f"written to {out} (report.html, report.md, report.json)", highlight=False, markup=False)
+    print(f"written to {out} (report.html, report.md, report.json)")

@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ptq.study.forecast import Forecast
     from ptq.study.precision_law import Fit, Prediction
 
 
@@ -40,32 +41,21 @@ def predict(
       ptq predict runs/w2 runs/w3 runs/w4 --tokens 15e12 --bits 2.25,5
     """
     from calibration.errors import ToolkitError
-    from ptq.study.measured import read_measurements
-    from ptq.study.precision_law import fit, outside
-    from ptq.study.precision_law import predict as predict_increase
 
     if json is not None and not json.absolute().parent.is_dir():
         raise ToolkitError(f"--json {json}: no such folder", "name a file in an existing folder")
     widths = _numbers(bits)
-    measured = read_measurements(runs, tokens) if runs else ()
-    if tokens is None:
-        raise ToolkitError("--tokens is missing", "say how many tokens the model was trained on, e.g. --tokens 15e12")
-    if params is None:
-        sizes = {m.parameters for m in measured}
-        if len(sizes) != 1:
-            raise ToolkitError("--params is missing", "say how many parameters the model has, e.g. --params 8e9")
-        params = sizes.pop()
-    fitted = fit(measured) if runs else None
-    predictions = predict_increase(params, tokens, widths, fitted.law if fitted else None)
-    far = outside(params, tokens, widths)
-    print(f"{params:.3g} parameters without embeddings, {tokens:.3g} training tokens\n")
-    for line in _table(predictions):
+    import ptq
+
+    found = ptq.predict(runs or (), params=params, tokens=tokens, bits=widths)
+    print(f"{found.parameters:.3g} parameters without embeddings, {found.tokens:.3g} training tokens\n")
+    for line in _table(found.predictions):
         print(line)
     print()
-    for line in _source(fitted, far):
+    for line in _source(found.fit, found.outside):
         print(line)
     if json is not None:
-        _write(json, params, tokens, predictions, fitted, far)
+        _write(json, found)
 
 
 def _numbers(text: str) -> list[float]:
@@ -116,9 +106,7 @@ def _source(fitted: Fit | None, far: Sequence[str]) -> list[str]:
     return lines
 
 
-def _write(
-    path: Path, params: float, tokens: float, predictions: Sequence[Prediction], fitted: Fit | None, far: Sequence[str]
-) -> None:
+def _write(path: Path, found: Forecast) -> None:
     import dataclasses
     import json
 
@@ -126,11 +114,11 @@ def _write(
     from ptq.study.precision_law import PrecisionLaw
 
     data = {
-        "parameters": params,
-        "tokens": tokens,
-        "law": dataclasses.asdict(fitted.law if fitted else PrecisionLaw()),
-        "fit": dataclasses.asdict(fitted) if fitted else None,
-        "outside": [] if fitted else list(far),
-        "predictions": [dataclasses.asdict(p) for p in predictions],
+        "parameters": found.parameters,
+        "tokens": found.tokens,
+        "law": dataclasses.asdict(found.fit.law if found.fit else PrecisionLaw()),
+        "fit": dataclasses.asdict(found.fit) if found.fit else None,
+        "outside": [] if found.fit else list(found.outside),
+        "predictions": [dataclasses.asdict(p) for p in found.predictions],
     }
     write_atomically(path, (json.dumps(data, indent=1, sort_keys=True) + "\n").encode())

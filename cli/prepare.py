@@ -32,20 +32,24 @@ def prepare(
       ptq quantize M --method ptq1.61 --out Q && ptq prepare Q --out P && ptq quantize P --method ptq1.61 --out R
     """
     quiet_libraries()
+    import ptq
     from cli.progress import TerminalProgress
-    from ptq.preparation import Training, prepare_checkpoint
 
-    training = Training(steps=steps, batch=batch, rank=rank, rate=rate, seed=seed)
     with TerminalProgress() as progress:
-        first, last = prepare_checkpoint(
+        found = ptq.prepare(
             model,
             out=out,
             dataset=dataset,
+            steps=steps,
+            batch=batch,
             seq_len=seq_len,
-            training=training,
+            rank=rank,
+            rate=rate,
+            seed=seed,
             device=device,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    print(f"loss {first:.4f} -> {last:.4f} nats per token; float checkpoint written to {out}")
+    change = f"loss {found.first_loss:.4f} -> {found.last_loss:.4f} nats per token"
+    print(f"{change}; float checkpoint written to {out}")

@@ -8,6 +8,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from cli.verbosity import verbosity
+
 LINE_EVERY = 15.0  # seconds between lines in a log
 
 
@@ -22,14 +24,14 @@ class TerminalProgress:
     """Draws the stages of a run on stderr; see `calibration.progress.Progress`."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, quiet=verbosity.quiet)
         self._bars: Progress | None = None
         self._task: TaskID | None = None
         self._name, self._total, self._done = "", 0, 0
         self._started = self._last_line = 0.0
 
     def __enter__(self) -> TerminalProgress:
-        if self.console.is_terminal:
+        if self.console.is_terminal and not verbosity.quiet:
             self._bars = Progress(
                 TextColumn("{task.description:14}"),
                 BarColumn(),
@@ -40,7 +42,6 @@ class TerminalProgress:
                 TextColumn("{task.fields[memory]:.2f} GB  {task.fields[detail]}"),
                 console=self.console,
             )
-            self._bars.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -51,6 +52,7 @@ class TerminalProgress:
         self._name, self._total, self._done = name, total, done
         self._started = self._last_line = time.monotonic()
         if self._bars is not None:
+            self._bars.start()  # not before: bars take what is printed to stdout along
             self._task = self._bars.add_task(name, total=total, completed=done, memory=resident_gb(), detail="")
         else:
             self.console.print(f"{name} ...", highlight=False, soft_wrap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,21 +16,20 @@ def quantize(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Passes joined by +; without one that rounds, rtn is appended. Before rounding: equalize, rotate, "
-            "smoothquant, exponent-shift, awq, outliertune, repquant, adadim, adadim-published, fp4, rs, ranges. "
-            "Rounding: rtn, gptq, adaquant, ptq1.61; rtn-ada, gptq-ada and rrs are combinations. Behind it: lorc, "
-            "norm-tweak, bias-correct; cats, chess, chess-qo, scap, teal, fatrelu with --target."
+            help="Passes joined by +, in the order of their phases; without one that rounds, rtn is appended. "
+            "Those of the phase gate take --target."
         ),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Share of activations that cats, chess, scap or teal prune: awq+scap, 0.5.")
+        str | None, typer.Option(help="Share of activations that a pass of the phase gate prunes: awq+scap, 0.5.")
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file with passes and schemes, instead of --method.")] = None,
     scheme: Annotated[
         str | None,
         typer.Option(
-            help="w{2,3,4,5,6,8}a16-{g32,g64,g128,gchannel}[-sym|-asym], floats (fp4-e2m1-g128, mxfp4, nvfp4), with "
-            "quantized inputs w8a8, w4a8, w4a4, w4a4kv4, fp8. Default: the method's, mostly w4a16-g128-sym."
+            help="w{2,3,4,5,6,8}a16-{g32,g64,g128,gchannel}[-sym|-asym|-asym_float], floats (fp4-e2m1-g128, mxfp4, "
+            "nvfp4), with quantized inputs w8a8, w4a8, w4a4, w4a4kv4, fp8; also W4A16, FP8, int4 and so on. Default: "
+            "the method's, mostly w4a16-g128-sym."
         ),
     ] = None,
     format: Annotated[
@@ -52,6 +51,7 @@ def quantize(
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of calibration forwards: auto, float32, bfloat16 or float16.")] = "auto",
     eval: Annotated[str | None, typer.Option("--eval", help="Score result and float model on this data set.")] = None,
+    eval_windows: Annotated[int | None, typer.Option(help="With --eval: score the first so many windows only.")] = None,
     unseen_experts: Annotated[
         str, typer.Option(help="Experts without calibration tokens: error, or rtn to round them without data.")
     ] = "error",
@@ -68,60 +68,48 @@ def quantize(
 
       ptq quantize meta-llama/Llama-3.1-8B --method awq+gptq --scheme w3a16-g128 --out llama-w3 --dry-run
     """
-    from calibration.errors import ToolkitError, unknown_value
+    from calibration.errors import ToolkitError
     from cli.plan_view import print_plan, print_result
     from cli.progress import TerminalProgress
 
-    if unseen_experts not in ("error", "rtn"):
-        raise unknown_value("--unseen-experts", unseen_experts, ("error", "rtn"))
     if method is not None and recipe is not None:
         raise ToolkitError("--method and --recipe exclude each other", "leave one out")
     if method is None and recipe is None:
         raise ToolkitError("--method or --recipe is missing", "pass e.g. --method awq")
-    if target is not None and recipe is not None:
-        raise ToolkitError("--target and --recipe exclude each other", "write target = 0.5 into the recipe's pass")
     if out is None and not dry_run:
         raise ToolkitError("--out is missing", "pass --out DIR, or --dry-run to see the plan only")
     quiet_libraries()
-    from ptq.planning.job import Options, prepare
-    from ptq.run.pipeline import run
-    from ptq.session import Session
-    from ptq.sparse.masks import MaskedRuntime
-    from ptq.sparse.methods import all_methods, refuse_sparse
-    from sparsity.methods import METHODS as SPARSIFIERS
+    import ptq
 
-    if out is not None and not dry_run:
-        Session(out).check(overwrite, resume)
-    refuse_sparse(model)
-    if target is not None and method is not None and not set(method.split("+")) & set(SPARSIFIERS):
-        raise ToolkitError(
-            f"--target {target}: no part of '{method}' prunes activations", "use awq+scap, or leave it out"
-        )
-    options = Options(
-        dataset=dataset,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        evaluate=eval,
-        unseen_experts=unseen_experts,
-        trust_remote_code=trust_remote_code,
-        command=command_line(),
-    )
-    job = prepare(
-        model,
-        method=method,
-        scheme=scheme,
-        recipe=recipe,
-        format=format,
-        options=options,
-        methods=all_methods(target),
-        sparse=MaskedRuntime(),
-    )
-    print_plan(job)
+    options: Any = {
+        "method": method,
+        "scheme": scheme,
+        "recipe": recipe,
+        "format": format,
+        "target": target,
+        "dataset": dataset,
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "evaluate": eval,
+        "eval_windows": eval_windows,
+        "unseen_experts": unseen_experts,
+        "trust_remote_code": trust_remote_code,
+    }
     if dry_run or out is None:
+        print_plan(ptq.plan(model, **options))
         return
     with TerminalProgress() as progress:
-        record = run(job, out, overwrite=overwrite, resume=resume, progress=progress)
+        record = ptq.quantize(
+            model,
+            out=out,
+            **options,
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress,
+            planned=print_plan,
+            command=command_line(),
+        )
     print_result(record, out)

@@ -7,11 +7,12 @@ from typing import Annotated
 import typer
 
 from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, percentage, quiet_libraries
+from cli.verbosity import detail
 
 
 def sparsify(
     model: Model,
-    method: Annotated[str, typer.Option(help="cats, chess, chess-qo (also inputs of q and o), scap, teal, fatrelu.")],
+    method: Annotated[str, typer.Option(help="One of:")],
     out: Out,
     target: Annotated[
         str | None,
@@ -47,33 +48,37 @@ def sparsify(
 
       ptq eval demo-chess --reference demo --dataset builtin
     """
-    quiet_libraries()
-    from calibration.errors import ToolkitError, unknown_value
-    from cli.progress import TerminalProgress
-    from ptq.sparse.methods import sparsifiers
-    from ptq.sparsification import SparsifyOptions, run_sparsify
-    from sparsity.methods import METHODS
-
-    if sum(goal is not None for goal in (target, skip_bytes, max_ppl_increase)) > 1:
-        raise ToolkitError("--target, --skip-bytes and --max-ppl-increase exclude each other", "pass one of them")
     increase = None if max_ppl_increase is None else percentage("--max-ppl-increase", max_ppl_increase)
-    methods = sparsifiers(target)
-    if method not in METHODS:
-        raise unknown_value("--method", method, METHODS)
-    if method not in methods:
-        raise ToolkitError(f"--target {target}: '{method}' prunes one kind of site", "pass one share, --target 0.5")
-    options = SparsifyOptions(
-        dataset, samples, seq_len, seed, device, dtype, trust_remote_code, skip_bytes, increase, search_text
-    )
+    quiet_libraries()
+    import ptq
+    from cli.progress import TerminalProgress
+
     with TerminalProgress() as progress:
-        sparsity = run_sparsify(model, methods[method](), out, options, overwrite, progress)
+        sparsity = ptq.sparsify(
+            model,
+            out=out,
+            method=method,
+            target=target,
+            skip_bytes=skip_bytes,
+            max_ppl_increase=increase,
+            search_text=search_text,
+            dataset=dataset,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     found = sparsity.settings.get("search")
     if found is not None:
         shares = ", ".join(f"{share:.2f}" for share in found["targets"])
-        print(f"targets by block: {shares}; perplexity {found['perplexity_increase']:+.2%} on the search text")
+        detail(f"targets by block: {shares}; perplexity {found['perplexity_increase']:+.2%} on the search text")
     if sparsity.shared:
-        print(f"{len(sparsity.shared)} sites of experts with too few calibration tokens took the pool of their layer")
+        detail(f"{len(sparsity.shared)} sites of experts with too few calibration tokens took the pool of their layer")
     most = max(sparsity.reached.values(), default=0.0)
     if most > sparsity.target + 0.1:
-        print(f"up to {most:.1%} of the values of a site are pruned: values that tie, such as zeros, go together")
+        detail(f"up to {most:.1%} of the values of a site are pruned: values that tie, such as zeros, go together")
     print(f"{sparsity.method} {sparsity.target:.4g}: {len(sparsity.sites)} sites, written to {out}")

@@ -7,11 +7,14 @@ from typing import Annotated
 import typer
 
 from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, entries, quiet_libraries
+from cli.scheme_hint import Command
+from cli.verbosity import detail, with_verbosity
 
 app = typer.Typer(help="Questions that many runs of one model answer.", no_args_is_help=True, rich_markup_mode="rich")
 
 
-@app.command("calibration")
+@app.command("calibration", cls=Command)
+@with_verbosity
 def calibration(
     model: Model,
     out: Out,
@@ -41,38 +44,40 @@ def calibration(
       ptq study calibration demo --scheme w3a16-g128 --datasets builtin,generated,random --samples 8,32 --seq-len 512 \\
           --out study
     """
-    from calibration.errors import ToolkitError
     from cli.progress import TerminalProgress
 
     sizes, lengths = _integers("--samples", samples), _integers("--seq-len", seq_len)
-    for name, value in (("--seeds", seeds), ("--window", window), ("--windows", windows)):
-        if value is not None and value < 1:
-            raise ToolkitError(f"{name} {value}: less than 1", f"give {name} a positive number")
+    texts = entries("--datasets", datasets)
     quiet_libraries()
+    import ptq
     from ptq.report.calibration_markdown import render
-    from ptq.study.calibration import CalibrationOptions, study_calibration
 
-    options = CalibrationOptions(
-        datasets=entries("--datasets", datasets),
-        samples=sizes,
-        seq_lens=lengths,
-        seeds=seeds,
-        method=method,
-        scheme=scheme,
-        evaluate=eval,
-        window=window,
-        windows=windows,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
     with TerminalProgress() as progress:
-        study = study_calibration(model, options, out, render, overwrite=overwrite, resume=resume, progress=progress)
-    print(render(study), end="")
-    print(f"\nwritten to {out}")
+        study = ptq.study_calibration(
+            model,
+            out=out,
+            method=method,
+            scheme=scheme,
+            datasets=texts,
+            samples=sizes,
+            seq_lens=lengths,
+            seeds=seeds,
+            evaluate=eval,
+            window=window,
+            windows=windows,
+            device=device,
+            dtype=dtype,
+            overwrite=overwrite,
+            resume=resume,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    detail(render(study))
+    print(f"written to {out}")
 
 
-@app.command("sensitivity")
+@app.command("sensitivity", cls=Command)
+@with_verbosity
 def sensitivity(
     model: Model,
     out: Out,
@@ -88,22 +93,31 @@ def sensitivity(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """What rounding each linear alone costs: the layer objective, the divergence of the model, and their ranks."""
-    from calibration.errors import ToolkitError
     from cli.progress import TerminalProgress
 
     offered = entries("--schemes", schemes)
-    if windows < 1:
-        raise ToolkitError(f"--windows {windows}: less than 1", "give --windows a positive number")
     quiet_libraries()
-    from ptq.planning.job import Options
+    import ptq
     from ptq.report.sensitivity_markdown import render
-    from ptq.study.sensitivity import study_sensitivity
 
-    options = Options(dataset, samples, seq_len, seed, device, dtype, trust_remote_code=trust_remote_code)
     with TerminalProgress() as progress:
-        study = study_sensitivity(model, offered, options, windows, out, render, overwrite=overwrite, progress=progress)
-    print(render(study), end="")
-    print(f"\nwritten to {out}")
+        study = ptq.study_sensitivity(
+            model,
+            out=out,
+            schemes=offered,
+            dataset=dataset,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            windows=windows,
+            device=device,
+            dtype=dtype,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    detail(render(study))
+    print(f"written to {out}")
 
 
 def _integers(option: str, text: str) -> tuple[int, ...]:

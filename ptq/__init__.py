@@ -1,4 +1,4 @@
-"""Post-training quantization of large language models.
+"""Post-training quantization and activation sparsity of large language models.
 
 .. code-block:: python
 
@@ -6,28 +6,64 @@
 
     ptq.quantize("demo", method="awq", out="demo-awq")
     print(ptq.evaluate("demo-awq", reference="demo").perplexity)
+
+Functions take plain values and return one dataclass each; bad input raises `ToolkitError`, which names the thing and
+the fix. ``help(ptq.quantize)`` has the arguments. The command line calls these functions and prints.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from calibration.errors import PlanError, ToolkitError
+    from ptq.api.converting import export, prepare
+    from ptq.api.measuring import compare, evaluate, evaluate_tasks, generate, inspect, load_model
+    from ptq.api.running import fit, plan, quantize, sparsify
+    from ptq.api.studying import analyze, predict, study_calibration, study_sensitivity
 
 __version__ = "0.1.0"
-_API = {
-    "quantize": "ptq.run.pipeline",
-    "evaluate": "ptq.evaluation",
-    "prepare_checkpoint": "ptq.preparation",
-    "export_model": "ptq.conversion",  # `export` is the package of formats
-    "load_model": "ptq.runtime.load",
-    "generate": "ptq.runtime.generate",
+
+_HOMES = {
+    "calibration.errors": ("PlanError", "ToolkitError"),
+    "ptq.api.converting": ("export", "prepare"),
+    "ptq.api.measuring": ("compare", "evaluate", "evaluate_tasks", "generate", "inspect", "load_model"),
+    "ptq.api.running": ("fit", "plan", "quantize", "sparsify"),
+    "ptq.api.studying": ("analyze", "predict", "study_calibration", "study_sensitivity"),
 }
-__all__ = sorted(_API)
+__all__ = [
+    "PlanError",
+    "ToolkitError",
+    "analyze",
+    "compare",
+    "evaluate",
+    "evaluate_tasks",
+    "export",
+    "fit",
+    "generate",
+    "inspect",
+    "load_model",
+    "plan",
+    "predict",
+    "prepare",
+    "quantize",
+    "sparsify",
+    "study_calibration",
+    "study_sensitivity",
+]
 
 
 def __getattr__(name: str) -> Any:
     """The public functions, imported on first use: ``import ptq`` itself loads no torch."""
-    if name in _API:
-        import importlib
+    for module, names in _HOMES.items():
+        if name in names:
+            import importlib
 
-        return getattr(importlib.import_module(_API[name]), name)
+            found = getattr(importlib.import_module(module), name)
+            globals()[name] = found
+            return found
     raise AttributeError(f"module 'ptq' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from calibration.architectures import ArchitectureSpec
 from calibration.errors import PlanError, ToolkitError, unknown_value
 from calibration.model.checkpoint import CheckpointReader
-from calibration.model.opening import fingerprint, locate, open_model
+from calibration.model.opening import fingerprint, locate, open_model, weights_fingerprint
 from calibration.progress import Progress, Silent
+from calibration.shown import Shown
 from ptq.formats.adapter import FOLDER, adapter_problems, base_of, read_adapter, without_low_rank, write_adapter
 from ptq.formats.reading import quantized_linears, read_linear
 from ptq.formats.registry import FORMATS, Format
 from ptq.formats.write import copy_small_files, outside_blocks, verify_checkpoint, write_checkpoint
-from ptq.linears import ModelLayout, PlannedLinear
+from ptq.linears import ModelLayout, float_linears
 from ptq.planning.plan import other_linears
 from ptq.quantized import QuantizedTensor
+from ptq.scheme import QuantScheme
 from ptq.session import Session
+from sparsity.files import load_sparsity, save_sparsity
+
+
+@dataclass(frozen=True, repr=False)
+class Exported(Shown):
+    """A checkpoint in another format.
+
+    Attributes:
+        format: as written (GPTQ settles on version 1 or 2).
+        linears: quantized ones, all read back and compared.
+    """
+
+    out: Path
+    format: str
+    linears: int
+
+    def facts(self) -> Mapping[str, object]:
+        return {"written to": self.out, "format": self.format, "read back and compared": self.linears}
 
 
 def export_model(
@@ -30,14 +53,12 @@ def export_model(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> Format:
-    """Write a quantized checkpoint in another format: the same codes, scales and zero points, laid out anew.
+) -> Exported:
+    """Write a quantized checkpoint in another format: the same codes, scales and zero points, laid out anew. Activation
+    thresholds go with it.
 
     Args:
         adapter: low-rank parts go into ``out/adapter`` as a PEFT LoRA adapter, and the rest is written without them.
-
-    Returns:
-        The format as written (GPTQ settles on version 1 or 2).
 
     Raises:
         ToolkitError: the input is not quantized or not readable, or the output format cannot hold it.
@@ -60,47 +81,13 @@ def export_model(
             "export from the native checkpoint that it came from",
         )
     source_format, schemes = found
-    linears = []
-    reordered, parts = False, dict[str, None]()
-    for index in range(spec.n_blocks):
-        prefix, block = spec.prefix(index), spec.block(index)
-        experts = {name: shared.expert for shared in block.inputs for name in shared.linears}
-        for name in (prefix + n for n in block.linears):
-            bias = f"{name}.bias" in reader.infos
-            scheme, shape = schemes.get(name, (None, (0, 0)))
-            if scheme is None:
-                rows = reader.infos[f"{name}.weight"].shape
-                shape = (rows[1], rows[0]) if spec.conv1d else (rows[0], rows[1])
-            else:
-                q = read_linear(reader, source_format, name, scheme, shape)
-                reordered |= q.group_index is not None
-                parts.update(dict.fromkeys(q.parts))
-                part_bits = 8 * sum(part.nbytes for part in q.parts.values())
-                del q
-            linears.append(
-                PlannedLinear(
-                    name=name,
-                    block=index,
-                    shape=shape,
-                    scheme=scheme,
-                    why="" if scheme else "float in the source",
-                    conv1d=spec.conv1d,
-                    expert=experts[name[len(prefix) :]],
-                    bias=bias,
-                    part_bits=part_bits if scheme else 0,
-                )
-            )
-        reader.close()
-    floats = [i.dtype for n, i in reader.infos.items() if i.dtype in (torch.bfloat16, torch.float16, torch.float32)]
-    plain = {k: v for k, v in reader.config.items() if k != "quantization_config"}
-    dtype = str(plain.get("dtype") or plain.get("torch_dtype") or str(floats[0])).removeprefix("torch.")
-    others = tuple(other_linears(config, spec))
-    layout = ModelLayout(plain, tuple(linears), others, spec.blocks, reordered, dtype, tuple(parts))
+    layout = quantized_layout(reader, config, spec, source_format, schemes)
     problems = adapter_problems(layout) if adapter else []
     whole, layout = layout, base_of(layout) if adapter else layout
     problems += FORMATS[format].check(layout)
     if problems:
         raise PlanError(problems)
+    sparsity = load_sparsity(folder)
     session.begin({"export": fingerprint(reader), "format": format}, resume=False)
     everything = QuantizedBlocks(reader, source_format, whole).blocks
     blocks = without_low_rank(everything) if adapter else everything
@@ -112,10 +99,48 @@ def export_model(
             write_adapter(everything, session.partial / FOLDER, progress.advance)
         copy_small_files(folder, session.partial)
         progress.stage("verify", len(layout.quantized))
-        verify_checkpoint(blocks, fmt, session.partial, progress.advance)
+        verified = verify_checkpoint(blocks, fmt, session.partial, progress.advance)
         reader.close()
+        if sparsity is not None:  # the codes are the same, so the thresholds fit
+            with CheckpointReader(session.partial) as written:
+                save_sparsity(replace(sparsity, base=weights_fingerprint(written)), session.partial)
         session.finish()
-    return fmt
+    return Exported(Path(out), fmt.name, verified)
+
+
+def quantized_layout(
+    reader: CheckpointReader,
+    config: Any,
+    spec: ArchitectureSpec,
+    fmt: Format,
+    schemes: Mapping[str, tuple[QuantScheme, tuple[int, int]]],
+) -> ModelLayout:
+    """The layout that a quantized checkpoint was written from. Every quantized linear is read once.
+
+    Args:
+        fmt, schemes: of `quantized_linears`.
+    """
+    linears = []
+    reordered, parts, last = False, dict[str, None](), 0
+    for linear in float_linears(spec, reader.infos):
+        if linear.block != last:
+            reader.close()
+            last = linear.block
+        scheme, shape = schemes.get(linear.name, (None, linear.shape))
+        if scheme is None:
+            linears.append(replace(linear, why="float in the source"))
+            continue
+        q = read_linear(reader, fmt, linear.name, scheme, shape)
+        reordered |= q.group_index is not None
+        parts.update(dict.fromkeys(q.parts))
+        part_bits = 8 * sum(part.nbytes for part in q.parts.values())
+        linears.append(replace(linear, scheme=scheme, shape=shape, part_bits=part_bits))
+    reader.close()
+    floats = [i.dtype for i in reader.infos.values() if i.dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    plain = {k: v for k, v in reader.config.items() if k != "quantization_config"}
+    dtype = str(plain.get("dtype") or plain.get("torch_dtype") or str(floats[0])).removeprefix("torch.")
+    others = tuple(other_linears(config, spec))
+    return ModelLayout(plain, tuple(linears), others, spec.blocks, reordered, dtype, tuple(parts))
 
 
 class QuantizedBlocks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,25 @@ import torch
 from calibration.architectures import resolve
 from calibration.errors import ToolkitError
 from calibration.model.opening import context_length, load_tokenizer, locate
-from calibration.progress import Progress
+from calibration.progress import Progress, Silent
 from calibration.record import Evaluation
-from calibration.scoring.perplexity import evaluate_text
+from calibration.scoring.perplexity import score
 from calibration.scoring.tasks import TaskRun, lm_eval_tasks
 from calibration.scoring.windows import Scoring
 from calibration.text.corpora import load_corpus
-from calibration.text.crops import TokenBatches, check_tokenizer
-from calibration.text.encoding import token_ids, too_short
-from calibration.text.samples import default_dataset, model_tokens
+from calibration.text.crops import TokenBatches, check_tokenizer, read_ids
+from calibration.text.encoding import EncodedText, encode_text, token_ids, too_short, wanted_bos
+from calibration.text.samples import model_tokens
 from ptq.devices import evaluation_dtype, resolve_device
-from ptq.gating import SparseRuntime
 from ptq.numerics.logarithmic import LogQuant
 from ptq.numerics.softmax import SoftmaxRule
+from ptq.planning.source import cut_to_context, default_dataset
 from ptq.runtime.explicit_attention import exchange_softmax, parse_softmax
 from ptq.runtime.load import Loaded, load_model
 from ptq.runtime.log_search import WINDOW, WINDOWS, search_mlp_values, search_probabilities
 from ptq.runtime.log_values import LogGrid, describe, log_probabilities, parse_log_grid, quantize_mlp_values
+from ptq.sparse.masks import Pruning, attach_masks
+from sparsity.masking import FIRST
 
 TASK_BATCH = 8  # sequences per forward in lm-eval tasks
 EVAL_TOKENS = 2048  # tokens per forward
@@ -50,12 +53,20 @@ def check_text(folder: Path, dataset: str, window: int, vocabulary: int, trust_r
     Raises:
         ToolkitError: see above.
     """
+    if is_ids(dataset):
+        read_ids(Path(dataset), 1, window, vocabulary)
+        return
     corpus = load_corpus(dataset, "score")
     tokenizer = load_tokenizer(folder, trust_remote_code)
     check_tokenizer(tokenizer, vocabulary)
-    found = len(token_ids(tokenizer, corpus.text, corpus.special_tokens))
+    found = len(token_ids(tokenizer, corpus.text, corpus.special_tokens or wanted_bos(tokenizer) is not None))
     if found < window:
         raise too_short(corpus.label, found, window)
+
+
+def is_ids(dataset: str) -> bool:
+    """Whether a data set is a file of token ids."""
+    return Path(dataset).suffix == ".safetensors" and Path(dataset).is_file()
 
 
 def evaluate(
@@ -65,12 +76,13 @@ def evaluate(
     seq_len: int = 2048,
     protocol: str = "gptq",
     stride: int | None = None,
+    max_windows: int | None = None,
     reference: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     kernel: str | None = None,
     trust_remote_code: bool = False,
-    sparse: SparseRuntime | None = None,
+    sparse: bool = True,
     probabilities: str | None = None,
     mlp_values: str | None = None,
     softmax: str | None = None,
@@ -82,8 +94,9 @@ def evaluate(
     Args:
         dataset: a known set or a file; None: wikitext2, or the demo's own text for the demo.
         seq_len: window in tokens, cut to the model's context.
-        sparse: prunes activations of checkpoints with thresholds: at all positions but the first of a window; under
-            the protocol ``decode`` in its second half.
+        max_windows: score that many windows only, from the first on.
+        sparse: prune activations of checkpoints with thresholds: at all positions but the first of a window; under
+            the protocol ``decode`` in its second half. False: score the dense model.
         probabilities, mlp_values: logarithmic grids for attention probabilities and for what enters the last linear of
             an MLP, simulated; see `parse_log_grid`. The reference keeps its own.
         calibration: text on which bases of these grids are searched; None: the training text of the default
@@ -93,66 +106,84 @@ def evaluate(
     Raises:
         ToolkitError: unknown or broken model, data set, protocol, grid; text shorter than a window.
     """
-    grids = {
-        option: parse_log_grid(f"--{option}", text)
-        for option, text in (("probabilities", probabilities), ("mlp-values", mlp_values))
-        if text is not None
-    }
-    if calibration is not None and not any(grid.search for grid in grids.values()):
-        fix = "leave it out, or search a base: --probabilities adalog-4, --mlp-values adalog-4"
-        raise ToolkitError(f"--calibration {calibration}: no grid searches its base on it", fix)
+    progress = progress or Silent()
+    grids = _grids(probabilities, mlp_values, calibration)
     if softmax is not None:
         parse_softmax(softmax, seq_len)
+    if max_windows is not None and max_windows < 1:
+        raise ToolkitError(f"--max-windows {max_windows}: less than 1", "give a positive number, or leave it out")
     where = resolve_device(device)
     width = evaluation_dtype(dtype, where)
     folder = locate(model)
-    corpus = load_corpus(dataset or default_dataset(folder), "score")
+    dataset = dataset or default_dataset(folder)
+    corpus = None if is_ids(dataset) else load_corpus(dataset, "score")
     loaded = load_model(folder, dtype=width, device=where, kernel=kernel, trust_remote_code=trust_remote_code)
-    longest = context_length(loaded.model.config)
-    if seq_len > longest:
-        if progress is not None:
-            progress.message(f"--seq-len {seq_len} is longer than the model's context: cut to {longest}")
-        seq_len = longest
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    check_tokenizer(tokenizer, int(loaded.model.config.vocab_size))
-    other = None
-    if reference is not None:
-        other = load_model(reference, dtype=width, device=where, trust_remote_code=trust_remote_code)
-    path = _attached(loaded, sparse, protocol, seq_len)
-    rule = None if softmax is None else parse_softmax(softmax, seq_len)
-    tokens = None
-    if any(grid.search for grid in grids.values()):
-        source, length = calibration or default_dataset(folder), min(seq_len, WINDOW)
-        tokens = model_tokens(folder, loaded.model.config, source, WINDOWS, length, 0, trust_remote_code)
-    path += _simulated(loaded.model, grids, rule, tokens)
-    if other is not None:
-        _attached(other, sparse, protocol, seq_len)
+    config = loaded.model.config
+    seq_len, notes = cut_to_context(seq_len, config)
+    for note in notes:
+        progress.message(note)
     scoring = Scoring(
         protocol=protocol,
         window=seq_len,
         stride=stride,
         batch_size=max(1, EVAL_TOKENS // max(seq_len, 1)),
+        max_windows=max_windows,
         dtype=str(width).removeprefix("torch."),
     )
-    return evaluate_text(
+    if corpus is None:
+        text = _windows_of_ids(Path(dataset), scoring, int(config.vocab_size))
+    else:
+        tokenizer = load_tokenizer(folder, trust_remote_code)
+        check_tokenizer(tokenizer, int(config.vocab_size))
+        text = encode_text(corpus, tokenizer)
+    other = None
+    if reference is not None:
+        other = load_model(reference, dtype=width, device=where, trust_remote_code=trust_remote_code)
+    dense, pruning = seq_len // 2 if protocol == "decode" else FIRST, None
+    if sparse:
+        loaded, pruning = attach_masks(loaded, dense)
+        other = None if other is None else attach_masks(other, dense)[0]
+    tokens = None
+    if any(grid.search for grid in grids.values()):
+        source, length = calibration or default_dataset(folder), min(seq_len, WINDOW)
+        tokens = model_tokens(folder, config, source, WINDOWS, length, 0, trust_remote_code)
+    rule = None if softmax is None else parse_softmax(softmax, seq_len)
+    result = score(
         logits_of(loaded, where),
-        corpus,
-        tokenizer,
+        text,
         scoring,
         model="float" if loaded.format is None else "quantized",
-        path=path,
+        path=loaded.path + _simulated(loaded.model, grids, rule, tokens),
         reference_fn=None if other is None else logits_of(other, where),
-        progress=None if progress is None else window_ticks(progress),
+        progress=window_ticks(progress),
     )
+    return _with_pruning(result, pruning)
 
 
-def _attached(loaded: Loaded, sparse: SparseRuntime | None, protocol: str, window: int) -> str:
-    """How a model's linears are computed, with the masks that were placed on it."""
-    if sparse is None:
-        return loaded.path
-    dense = window // 2 if protocol == "decode" else 1
-    masks = sparse.attach(loaded.model, resolve(loaded.model.config), loaded.folder, dense)
-    return f"{loaded.path}; {masks}" if masks else loaded.path
+def _grids(probabilities: str | None, mlp_values: str | None, calibration: str | None) -> dict[str, LogGrid]:
+    """Option -> grid; a text to search on is refused where nothing is searched."""
+    asked = (("probabilities", probabilities), ("mlp-values", mlp_values))
+    grids = {option: parse_log_grid(f"--{option}", text) for option, text in asked if text is not None}
+    if calibration is not None and not any(grid.search for grid in grids.values()):
+        fix = "leave it out, or search a base: --probabilities adalog-4, --mlp-values adalog-4"
+        raise ToolkitError(f"--calibration {calibration}: no grid searches its base on it", fix)
+    return grids
+
+
+def _windows_of_ids(path: Path, scoring: Scoring, vocabulary: int) -> EncodedText:
+    """A file of token ids, one window from each of its rows."""
+    if scoring.step != scoring.window:
+        fix = "use --protocol gptq, or give the text itself"
+        raise ToolkitError(
+            f"--protocol {scoring.protocol}: overlaps windows of one text, {path.name} holds windows", fix
+        )
+    return EncodedText.of_windows(read_ids(path, 1, scoring.window, vocabulary)[:, : scoring.window], path.name)
+
+
+def _with_pruning(result: Evaluation, pruning: Pruning | None) -> Evaluation:
+    if pruning is None:
+        return result
+    return replace(result, pruned=pruning.shares(), weights_skipped=pruning.weights_skipped())
 
 
 def _simulated(model: Any, grids: Mapping[str, LogGrid], rule: SoftmaxRule | None, tokens: TokenBatches | None) -> str:
@@ -199,16 +230,20 @@ def evaluate_tasks(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
-    sparse: SparseRuntime | None = None,
+    sparse: bool = True,
 ) -> TaskRun:
     """lm-eval tasks on a float or quantized checkpoint.
+
+    Args:
+        sparse: as for `evaluate`.
 
     Raises:
         ToolkitError: lm-eval is not installed, or a task is unknown.
     """
     where = resolve_device(device)
     loaded = load_model(model, dtype=evaluation_dtype(dtype, where), device=where, trust_remote_code=trust_remote_code)
-    _attached(loaded, sparse, "gptq", 0)
+    if sparse:
+        loaded, _ = attach_masks(loaded)
     tokenizer = load_tokenizer(loaded.folder, trust_remote_code)
     longest = context_length(loaded.model.config)
     return lm_eval_tasks(loaded.model, tokenizer, list(tasks), TASK_BATCH, min(2048, longest))

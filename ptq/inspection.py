@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +16,18 @@ from ptq.formats.checks import summary
 from ptq.formats.registry import Format, format_of
 from ptq.runtime.kernels.dispatch import refusals, select
 from ptq.runtime.kernels.kernel import KernelQuery
+
+
+@dataclass(frozen=True, repr=False)
+class Inspection:
+    """Lines of text about a checkpoint."""
+
+    lines: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+    __repr__ = __str__
 
 
 def describe(model: str | Path, device: str = "auto", trust_remote_code: bool = False) -> Iterator[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from calibration.architectures import ArchitectureSpec
+from calibration.model.checkpoint import TensorInfo
 from ptq.scheme import QuantScheme
 
 
@@ -38,6 +40,28 @@ class PlannedLinear:
     @property
     def numel(self) -> int:
         return self.shape[0] * self.shape[1]
+
+
+def float_linears(spec: ArchitectureSpec, infos: Mapping[str, TensorInfo]) -> Iterator[PlannedLinear]:
+    """Every linear of the decoder blocks, in float, for a plan to give schemes to.
+
+    The shape is that of its float weight in the headers ``infos``; (0, 0) where there is none.
+    """
+    for index in range(spec.n_blocks):
+        prefix, block = spec.prefix(index), spec.block(index)
+        experts = {name: shared.expert for shared in block.inputs for name in shared.linears}
+        for name in block.linears:
+            info = infos.get(f"{prefix}{name}.weight")
+            rows, columns = info.shape if info is not None and len(info.shape) == 2 else (0, 0)
+            yield PlannedLinear(
+                name=prefix + name,
+                block=index,
+                shape=(columns, rows) if spec.conv1d else (rows, columns),
+                scheme=None,
+                conv1d=spec.conv1d,
+                expert=experts[name],
+                bias=f"{prefix}{name}.bias" in infos,
+            )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,16 @@ from torch import nn
 from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, write_atomically
-from calibration.model.opening import context_length, fingerprint, locate, open_model
+from calibration.model.opening import fingerprint
 from calibration.model.shards import ShardWriter
 from calibration.model.skeleton import build_model, load_parameters, set_submodule
 from calibration.progress import Progress, Silent
-from calibration.text.corpora import check_name
+from calibration.shown import Shown
 from calibration.text.crops import TokenBatches
-from calibration.text.samples import default_dataset, model_tokens
-from ptq.devices import resolve_device
 from ptq.formats.reading import read_linear
 from ptq.formats.registry import Format, format_of
 from ptq.formats.write import copy_small_files
+from ptq.planning.source import TextOptions, open_source
 from ptq.runtime.load import checkpoint_dtype
 from ptq.session import Session
 
@@ -101,6 +100,18 @@ def trained_linears(spec: ArchitectureSpec) -> list[str]:
     return names
 
 
+@dataclass(frozen=True, repr=False)
+class Preparation(Shown):
+    """A float checkpoint to quantize again. Losses are nats per token, means over a tenth of the steps."""
+
+    out: Path
+    first_loss: float
+    last_loss: float
+
+    def facts(self) -> Mapping[str, object]:
+        return {"written to": self.out, "loss": f"{self.first_loss:.4f} -> {self.last_loss:.4f} nats per token"}
+
+
 def prepare_checkpoint(
     model: str | Path,
     *,
@@ -112,23 +123,29 @@ def prepare_checkpoint(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> tuple[float, float]:
+) -> Preparation:
     """Train a low-rank correction of a quantized checkpoint on text, and write the sum as a float checkpoint.
 
     Args:
         model: a quantized checkpoint, in any format.
         dataset: text to train on, as for calibration.
 
-    Returns:
-        The mean loss of the first and of the last tenth of the steps, in nats per token.
-
     Raises:
         ToolkitError: the model is not quantized, settings that make no sense, or a text that is too short.
     """
-    training, progress, folder = training or Training(), progress or Silent(), locate(model)
+    training, progress = training or Training(), progress or Silent()
+    if training.steps < 1 or training.batch < 1:
+        raise ToolkitError(
+            f"--steps {training.steps} --batch {training.batch}: nothing to train on", "use at least 1 of each"
+        )
+    samples = training.steps * training.batch
+    options = TextOptions(
+        dataset, samples, seq_len, training.seed, device, "float32", trust_remote_code=trust_remote_code
+    )
+    source = open_source(model, options)
+    folder, reader, config, spec, place = source.folder, source.reader, source.config, source.spec, source.device
     session = Session(Path(out))
     session.check(overwrite, resume=False, source=folder, resumable=False)
-    reader, config, spec = open_model(folder, trust_remote_code)
     fmt = format_of(reader.config)
     if fmt is None:
         raise ToolkitError(
@@ -136,14 +153,12 @@ def prepare_checkpoint(
             f"first run `ptq quantize {model} --method ptq1.61 --out Q`, then `ptq prepare Q`",
         )
     _check(training, spec, fmt, reader)
-    dataset = dataset or default_dataset(folder)
-    check_name(dataset)
-    seq_len = min(seq_len, context_length(config))
-    samples = training.steps * training.batch
-    tokens = model_tokens(folder, config, dataset, samples, seq_len, training.seed, trust_remote_code)
+    source.check_text()
+    source.tell(progress)
+    tokens = source.windows(progress)
     session.begin({"prepare": fingerprint(reader), "training": asdict(training)}, resume=False)
     with session.unless_done(), reader:
-        weights, place = dict(_float_tensors(reader, spec, fmt)), resolve_device(device)
+        weights = dict(_float_tensors(reader, spec, fmt))
         network = build_model(config, spec, torch.float32, place)
         with torch.random.fork_rng():
             torch.manual_seed(training.seed)
@@ -156,14 +171,10 @@ def prepare_checkpoint(
         record = {**asdict(training), "text": tokens.source, "first_loss": first, "last_loss": last}
         write_atomically(session.partial / RECORD_FILE, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
         session.finish()
-    return first, last
+    return Preparation(Path(out), first, last)
 
 
 def _check(training: Training, spec: ArchitectureSpec, fmt: Format, reader: CheckpointReader) -> None:
-    if training.steps < 1 or training.batch < 1:
-        raise ToolkitError(
-            f"--steps {training.steps} --batch {training.batch}: nothing to train on", "use at least 1 of each"
-        )
     if not 0 < training.rate < 1:
         raise ToolkitError(f"--rate {training.rate}: outside (0, 1)", "use 1e-4")
     schemes = fmt.schemes(reader.config, reader.infos, reader.tensor)

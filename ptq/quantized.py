@@ -47,7 +47,8 @@ class QuantizedTensor:
         codes: uint8 ``[out, in]``, unsigned codes in ``[0, 2^bits - 1]``, one byte each whatever the bits.
         scale: float32 ``[lines, G]``, exact in the scheme's ``scale_format``. Lines are the ``out`` rows, or the
             ``in`` columns where the grouping's axis is "out".
-        zero: uint8 ``[lines, G]``, or None for symmetric grids (then 2^(bits-1)).
+        zero: uint8 ``[lines, G]``, or None for symmetric grids (then 2^(bits-1)); float32, exact in float16, where the
+            scheme has float zero points.
         scheme: bits, grid and grouping.
         group_index: int32 ``[in]``, the group of each column; None where it is ``column // group size``
             (it is present only where groups follow an activation order).

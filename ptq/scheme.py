@@ -10,11 +10,12 @@ from typing import Any, Literal, get_args
 
 from calibration.errors import ToolkitError, nearest
 from ptq.activations import PRESETS, ActivationQuant, CacheQuant, take_activations, with_activations
+from ptq.scheme_names import plain_name
 
 IntegerQuantizer = Literal["asym_minmax", "asym_zero_in", "sym_full", "sym_restricted", "sym_gptq"]
 """The five integer grids in common use (A to E of the literature's vocabulary; see `ptq.numerics.integers`)."""
 
-Quantizer = IntegerQuantizer | Literal["float", "binary"]
+Quantizer = IntegerQuantizer | Literal["asym_float", "float", "binary"]
 ScaleFormat = Literal["half", "bf16", "e8m0", "e4m3"]
 """How scales are stored: exact in bf16 and in fp16; in bf16; a power of two (MX formats); E4M3 beside one float32 for
 the whole tensor (NVFP4)."""
@@ -105,7 +106,8 @@ def float_formats(bits: int) -> tuple[FloatFormat, ...]:
 
 @dataclass(frozen=True)
 class TensorQuant:
-    """A grid for one tensor: integer, the values of a small float format (``quantizer`` is then "float"), one bit a
+    """A grid for one tensor: integer, integer with zero points that are not ("asym_float", for HQQ), the values of a
+    small float format (``quantizer`` is then "float"), one bit a
     weight with 4 bits in ``salient_percent`` of the columns ("binary", see `ptq.numerics.binary`)."""
 
     bits: int
@@ -129,6 +131,11 @@ class TensorQuant:
     def symmetric(self) -> bool:
         """Symmetric integer grids have the fixed zero point 2^(bits-1), which no file stores; floats have none."""
         return self.quantizer.startswith("sym") or self.quantizer == "float"
+
+    @property
+    def float_zeros(self) -> bool:
+        """Zero points are float16 numbers, levels code - zero no integers."""
+        return self.quantizer == "asym_float"
 
     @property
     def levels(self) -> int:
@@ -167,14 +174,15 @@ class QuantScheme:
         return f"w{w.bits}a16-{w.grouping}-{suffix}"
 
     def bits_per_weight(self, out_features: int, in_features: int, reordered: bool = False) -> float:
-        """Stored bits over weights: codes, scales, ``bits``-wide zero points, the scale of the whole tensor where there
-        is one, and an int32 group index per input column where groups follow an activation order (``reordered``)."""
+        """Stored bits over weights: codes, scales, zero points (``bits`` wide, or floats of 16 bits), the scale of the
+        whole tensor where there is one, and an int32 group index per input column where groups follow an activation
+        order (``reordered``)."""
         w = self.weights
         if w.salient_percent is not None:  # rows of both kinds of codes fill whole words; a 4-bit grid per row
             salient = w.salient_count(in_features)
             words = -(-(in_features - salient) // 32) + -(-4 * salient // 32)
             return (32 * words + SCALE_BITS["half"] + 4) / in_features
-        per_group = SCALE_BITS[w.scale_format] + (0 if w.symmetric else w.bits)
+        per_group = SCALE_BITS[w.scale_format] + (0 if w.symmetric else 16 if w.float_zeros else w.bits)
         index = 32.0 / out_features if reordered else 0.0
         index += 32.0 / (out_features * in_features) if w.scale_format == "e4m3" else 0.0
         return w.bits + per_group / w.grouping.width(w.grouping.length((out_features, in_features))) + index
@@ -208,11 +216,7 @@ FLOAT_BITS = (4, 5, 6, 7, 8)
 
 _KINDS = ("", "-sym", "-asym")
 _FLOAT_SCHEME = re.compile(r"fp(\d)-e(\d)m(\d)(fn)?(?:-((?:g|ic)\w+))?")
-_SCHEME = re.compile(r"w(\d+)a16(?:-((?:g|ic)\w+?))?(?:-(sym|asym|" + "|".join(QUANTIZERS) + r"))?")
-
-
-SMOOTHQUANT_LEVELS = {"o1": "w8a8-wtensor-atoken", "o2": "w8a8-wtensor-atensor", "o3": "w8a8-wtensor-astatic"}
-"""The efficiency levels of SmoothQuant (Xiao et al. 2022), as schemes."""
+_SCHEME = re.compile(r"w(\d+)a16(?:-((?:g|ic)\w+?))?(?:-(sym|asym|asym_float|" + "|".join(QUANTIZERS) + r"))?")
 
 
 def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantScheme:
@@ -220,8 +224,8 @@ def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantS
 
     Suffixes may come in any order; those of activations are described in `ptq.activations`. The group part defaults to
     ``g128`` (``gchannel`` where inputs are quantized); without ``-sym`` or ``-asym`` the grid is ``default_quantizer``.
-    The full quantizer names are accepted in place of the suffix (recipes use them). ``o1``, ``o2`` and ``o3`` are
-    SmoothQuant's levels.
+    The full quantizer names are accepted in place of the suffix (recipes use them), ``-asym_float`` for zero points
+    that are floats, and names of other tools, see `ptq.scheme_names`. Case does not count.
 
     Raises:
         ToolkitError: the text is no scheme, or the bits or the group size are not on offer.
@@ -229,8 +233,8 @@ def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantS
     choices = f"w{{{','.join(map(str, BITS))}}}a16-{{{','.join(f'g{g}' for g in GROUP_SIZES)},gchannel}}[-sym|-asym]"
     choices += f", {', '.join(FLOAT_PRESETS)}, fp4-e2m1-g128 or w1a16-salient20"
     choices += "; ic instead of g groups along the outputs"
-    choices += f"; with quantized activations {', '.join(PRESETS)}"
-    weights_text, inputs, cache = take_activations(SMOOTHQUANT_LEVELS.get(text.strip().lower(), text))
+    choices += f"; with quantized activations {', '.join(PRESETS)}; or int4, int8, q4_0"
+    weights_text, inputs, cache = take_activations(plain_name(text))
     plain = _grouping_first(weights_text.strip().lower())
     if plain in FLOAT_PRESETS:
         return QuantScheme(FLOAT_PRESETS[plain], inputs, cache)
@@ -251,7 +255,7 @@ def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantS
         raise ToolkitError(f"scheme: '{text}' asks for {bits}-bit weights", f"use one of {choices}")
     grouping = _parse_grouping(text, match[2], choices)
     aliases: dict[str, Quantizer] = {"sym": "sym_gptq", "asym": "asym_zero_in"}
-    aliases |= {name: name for name in get_args(IntegerQuantizer)}
+    aliases |= {name: name for name in (*get_args(IntegerQuantizer), "asym_float")}
     quantizer = default_quantizer if kind is None else aliases[kind]
     return QuantScheme(TensorQuant(bits, grouping, quantizer), inputs, cache)
 

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import disk_errors
 from calibration.model.contents import checkpoint_files
-from calibration.model.opening import context_length, fingerprint, forward_dtype, locate, open_model
+from calibration.model.opening import fingerprint
 from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
-from calibration.text.samples import default_dataset, model_tokens
-from calibration.walk.passes import Pass
-from ptq.devices import evaluation_dtype, parse_dtype, resolve_device
+from ptq.devices import evaluation_dtype
 from ptq.evaluation import logits_of
-from ptq.planning.job import BATCH_TOKENS
+from ptq.planning.source import BATCH_TOKENS, Source, TextOptions, open_source
 from ptq.runtime.dequantized import float_weights
-from ptq.runtime.load import checkpoint_dtype, load_model
+from ptq.runtime.load import load_model
 from ptq.session import Session
+from ptq.sparse.methods import Target
 from sparsity.budget import ROUNDS, Profile, choose
 from sparsity.coverage import with_bytes_skipped
 from sparsity.files import SETTINGS_FILE, TENSORS_FILE, Sparsity, site_tensors
+from sparsity.gate import GatePass
 from sparsity.job import Base, calibrate, check_plan, write
 from sparsity.masking import mask_model
 from sparsity.sites import Site
@@ -36,8 +34,8 @@ NOT_COPIED = ("plan.json", SETTINGS_FILE, TENSORS_FILE)
 
 
 @dataclass(frozen=True)
-class SparsifyOptions:
-    """Calibration text and where forward passes run, as in `ptq.planning.job.Options`; and goals instead of a target.
+class SparsifyOptions(TextOptions):
+    """Calibration text and where forward passes run; and goals instead of a target.
 
     Attributes:
         skip_bytes: share of the bytes of all linears of the blocks to be skipped per token.
@@ -45,71 +43,72 @@ class SparsifyOptions:
             ``search_text``, or where there is none on other windows of the calibration text.
     """
 
-    dataset: str | None
-    samples: int
-    seq_len: int
-    seed: int
-    device: str
-    dtype: str
-    trust_remote_code: bool = False
+    samples: int = 64
     skip_bytes: float | None = None
     max_increase: float | None = None
     search_text: str | None = None
 
+    def check_goals(self, target: Target) -> None:
+        """Refuse more than one goal.
+
+        Raises:
+            ToolkitError: see above.
+        """
+        if sum(goal is not None for goal in (target, self.skip_bytes, self.max_increase)) > 1:
+            fix = "pass one of them"
+            raise ToolkitError("--target, --skip-bytes and --max-ppl-increase exclude each other", fix)
+
+    def on(self, dataset: str | None) -> SparsifyOptions:
+        """The same on another calibration text."""
+        return replace(self, dataset=dataset)
+
 
 def run_sparsify(
-    model: str | Path, step: Pass, out: Path, options: SparsifyOptions, overwrite: bool, progress: Progress
+    model: str | Path, step: GatePass, out: Path, options: SparsifyOptions, overwrite: bool, progress: Progress
 ) -> Sparsity:
     """Thresholds of one method, beside a copy of the checkpoint.
 
     Raises:
         ToolkitError, PlanError: whatever can be refused; ``out`` is then not there.
     """
-    if options.samples < 1 or options.seq_len < 2:
-        raise ToolkitError(
-            f"--samples {options.samples} --seq-len {options.seq_len}: too small", "use at least 1 sample of 2 tokens"
-        )
-    folder = locate(model)
+    source = open_source(model, options)
+    folder, reader, spec = source.folder, source.reader, source.spec
     session = Session(out)
     session.check(overwrite, resume=False, source=folder, resumable=False)
-    reader, config, spec = open_model(folder, options.trust_remote_code)
-    seq_len = min(options.seq_len, context_length(config))
     if options.skip_bytes is not None:
         step = with_bytes_skipped(step, options.skip_bytes, reader.infos, spec)
     walked = step if options.max_increase is None else Profile(step)
-    check_plan(walked, spec, options.samples * seq_len)
-    device = resolve_device(options.device)
-    stored = checkpoint_dtype(reader, spec)
-    dtype = forward_dtype(stored, device) if options.dtype == "auto" else parse_dtype(options.dtype)
-    tokens = _tokens(folder, config, options.dataset, seq_len, options.seed, options)
+    check_plan(walked, spec, source.config, options.samples * source.seq_len)
+    source.check_text()
+    source.tell(progress)
+    tokens = source.windows(progress)
     if options.max_increase is not None:
-        text = options.search_text or options.dataset
-        held_out = _tokens(folder, config, text, seq_len, options.seed + 1, options)
+        held_out = source.windows(progress, seed=options.seed + 1, dataset=options.search_text)
     session.begin({"sparsify": fingerprint(reader), "method": step.name}, resume=False)
     with session.unless_done():
         gates = calibrate(
-            Base(float_weights(reader, spec), config, spec),
+            Base(float_weights(reader, spec), source.config, spec),
             walked,
             tokens,
             session.blocks,
-            dtype=dtype,
-            device=device,
-            batch_size=max(1, min(options.samples, BATCH_TOKENS // seq_len)),
+            dtype=source.dtype,
+            device=source.device,
+            batch_size=source.batch_size,
             progress=progress,
         )
         reader.close()
         choice = None
         if options.max_increase is not None:
             progress.stage("search", ROUNDS)
-            choice = choose(gates, spec, options.max_increase, Increase(folder, spec, held_out, options, progress))
+            choice = choose(gates, spec, options.max_increase, Increase(source, held_out, progress))
             gates = site_tensors(choice.sites)
         with disk_errors(session.partial):
-            for path in checkpoint_files(folder):
+            for path in checkpoint_files(source.folder):
                 if path.name not in NOT_COPIED:
-                    target = session.partial / path.relative_to(folder)
+                    target = session.partial / path.relative_to(source.folder)
                     target.parent.mkdir(exist_ok=True)
                     shutil.copyfile(path, target)
-        sparsity = write(session.partial, [step], gates, tokens.source, choice)
+        sparsity = write(session.partial, [step], gates, tokens.source, source.provenance, choice)
         session.finish()
     return sparsity
 
@@ -117,13 +116,12 @@ def run_sparsify(
 class Increase:
     """Sites -> relative increase of the perplexity on some windows, with masks on all positions but the first."""
 
-    def __init__(
-        self, folder: Path, spec: ArchitectureSpec, tokens: TokenBatches, options: SparsifyOptions, progress: Progress
-    ) -> None:
-        where = resolve_device(options.device)
-        loaded = load_model(folder, dtype=evaluation_dtype(options.dtype, where), device=where)
+    def __init__(self, source: Source, tokens: TokenBatches, progress: Progress) -> None:
+        where, trust = source.device, source.options.trust_remote_code
+        dtype = evaluation_dtype(source.options.dtype, where)
+        loaded = load_model(source.folder, dtype=dtype, device=where, trust_remote_code=trust)
         self._model, self._logits = loaded.model, logits_of(loaded, where)
-        self._spec, self._tokens, self._progress = spec, tokens, progress
+        self._spec, self._tokens, self._progress = source.spec, tokens, progress
         self._batch = max(1, BATCH_TOKENS // tokens.seq_len)
         self._dense = self._mean_nll()
 
@@ -144,10 +142,3 @@ class Increase:
             logits = self._logits(ids)[:, :-1].float().flatten(0, 1)
             total += float(torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum"))
         return total / (len(self._tokens) * (self._tokens.seq_len - 1))
-
-
-def _tokens(
-    folder: Path, config: Any, dataset: str | None, seq_len: int, seed: int, options: SparsifyOptions
-) -> TokenBatches:
-    name = dataset or default_dataset(folder)
-    return model_tokens(folder, config, name, options.samples, seq_len, seed, options.trust_remote_code)

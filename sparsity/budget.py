@@ -15,13 +15,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from calibration.architectures import ArchitectureSpec
+from calibration.architectures import ArchitectureSpec, BlockSpec
 from calibration.errors import Problem
 from calibration.walk.capture import Watch
 from calibration.walk.context import Context
+from calibration.walk.passes import PlanView
 from calibration.walk.segment import Segment
 from sparsity.files import sites_from
-from sparsity.gate import GatePass
+from sparsity.gate import GatePass, with_target
 from sparsity.masking import Masks, block_watches
 from sparsity.pools import calibration_rows
 from sparsity.sites import Site
@@ -45,21 +46,22 @@ class Profile(GatePass):
         batches: calibration batches on which errors are measured.
     """
 
-    step: Any
+    step: GatePass
     batches: int = 4
 
     name: ClassVar[str] = "profile"
+    summary: ClassVar[str] = "measures a method at every target"
 
-    def check(self, view: Any) -> Iterable[Problem]:
+    def check(self, view: PlanView[Any]) -> Iterable[Problem]:
         yield from self.step.check(view)
         if getattr(self.step, "targets", ""):
             yield Problem("shares by name", "are what a perplexity budget decides", "leave --target out")
 
-    def check_architecture(self, spec: ArchitectureSpec, tokens: int) -> Iterable[Problem]:
-        yield from self.step.check_architecture(spec, tokens)
+    def skipped(self, block: BlockSpec) -> tuple[str, ...]:
+        return self.step.skipped(block)
 
     def forwards(self) -> int:
-        return (len(GRID) - 1) * int(self.step.forwards())
+        return (len(GRID) - 1) * self.step.forwards()
 
     def apply(self, segment: Segment, context: Context) -> None:
         entering, dense = self._run(segment, context, ())
@@ -68,7 +70,7 @@ class Profile(GatePass):
         profile: dict[str, torch.Tensor] = {}
         for target in GRID[1:]:
             segment.gates = {}
-            dataclasses.replace(self.step, target=target).apply(segment, context)
+            with_target(self.step, target).apply(segment, context)
             pruned = self._run(segment, context, sites_from(segment.gates))[1]
             errors.append(float(((pruned - dense).norm(dim=1) / norms).mean()))
             profile.update({_key(target, name): tensor for name, tensor in segment.gates.items()})

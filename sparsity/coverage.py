@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any
 
-from calibration.architectures import ArchitectureSpec, BlockSpec
+from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
-from calibration.walk.passes import Pass
-
-
-@runtime_checkable
-class Skips(Protocol):
-    """A method whose target is the share it skips of some linears."""
-
-    def skipped(self, block: BlockSpec) -> tuple[str, ...]:
-        """Linears of a block of whose weights the target's share is skipped."""
+from sparsity.gate import GatePass, with_target
 
 
 def linear_bytes(infos: Mapping[str, Any], spec: ArchitectureSpec) -> dict[str, int]:
@@ -29,7 +20,7 @@ def linear_bytes(infos: Mapping[str, Any], spec: ArchitectureSpec) -> dict[str, 
     return sizes
 
 
-def with_bytes_skipped(step: Pass, share: float, infos: Mapping[str, Any], spec: ArchitectureSpec) -> Pass:
+def with_bytes_skipped(step: GatePass, share: float, infos: Mapping[str, Any], spec: ArchitectureSpec) -> GatePass:
     """The method with the target at which ``share`` of the bytes of all linears of the blocks is skipped per token.
 
     Args:
@@ -38,7 +29,6 @@ def with_bytes_skipped(step: Pass, share: float, infos: Mapping[str, Any], spec:
     Raises:
         ToolkitError: the method cannot skip as much.
     """
-    assert isinstance(step, Skips), step.name
     if not 0.0 <= share < 1.0:
         raise ToolkitError(f"--skip-bytes {share:g}: outside [0, 1)", "use 0.3 to skip 30 % of the bytes")
     sizes = linear_bytes(infos, spec)
@@ -49,4 +39,4 @@ def with_bytes_skipped(step: Pass, share: float, infos: Mapping[str, Any], spec:
             f"--skip-bytes {share:g}: '{step.name}' prunes what {most:.1%} of the bytes of the blocks depend on",
             f"use less than {most:.3f}, or --method teal, which reaches all linears",
         )
-    return cast(Pass, dataclasses.replace(cast(Any, step), target=share / most))
+    return with_target(step, share / most)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, save_tensors, write_atomically
 from calibration.model.opening import weights_fingerprint
+from calibration.shown import Shown
 from sparsity.sites import MODES, Mode, Site
 
 TENSORS_FILE = "sparsity.safetensors"
@@ -29,8 +30,8 @@ REACHED, SHARED = ".reached", ".shared"
 AGAIN = "run `ptq sparsify` on this checkpoint again"
 
 
-@dataclass(frozen=True)
-class Sparsity:
+@dataclass(frozen=True, repr=False)
+class Sparsity(Shown):
     """What makes a checkpoint sparse.
 
     Attributes:
@@ -43,6 +44,7 @@ class Sparsity:
         reached: site name -> share of values pruned on the calibration text; more than was asked for where values
             tie, as the zeros of ReLU do.
         shared: names of sites of experts that saw too few tokens, and took the pool of all experts of their layer.
+        model: ``name`` and ``source`` (``hub``, ``folder``, ``demo``) of what was made sparse, where it is known.
     """
 
     method: str
@@ -53,6 +55,18 @@ class Sparsity:
     calibration: dict[str, Any] = field(default_factory=dict)
     reached: dict[str, float] = field(default_factory=dict)
     shared: tuple[str, ...] = ()
+    model: dict[str, str] = field(default_factory=dict)
+
+    def facts(self) -> Mapping[str, object]:
+        found = self.settings.get("search")
+        mean = sum(self.reached.values()) / len(self.reached) if self.reached else None
+        return {
+            "method": self.method,
+            "target": f"{self.target:.4g}",
+            "sites": len(self.sites),
+            **({} if mean is None else {"reached": f"{mean:.2%} of values, the mean over sites"}),
+            **({} if found is None else {"perplexity": f"{found['perplexity_increase']:+.2%} on the search text"}),
+        }
 
 
 def site_tensors(sites: Iterable[Site]) -> dict[str, torch.Tensor]:
@@ -112,6 +126,7 @@ def save_sparsity(sparsity: Sparsity, folder: Path) -> None:
         "base": sparsity.base,
         "settings": sparsity.settings,
         "calibration": sparsity.calibration,
+        "model": sparsity.model,
         "sites": [
             {
                 "linear": s.linear,
@@ -144,6 +159,7 @@ def load_sparsity(folder: Path) -> Sparsity | None:
         listed = {f"{s['linear']}.{s['mode']}": s["reached"] for s in data["sites"]}
         shared = tuple(f"{s['linear']}.{s['mode']}" for s in data["sites"] if s["shared"])
         settings = {key: data[key] for key in ("method", "target", "base", "settings", "calibration")}
+        settings["model"] = data.get("model", {})
     except (ValueError, KeyError, TypeError) as error:
         raise ToolkitError(f"{path}: damaged ({error!r})", AGAIN) from None
     with CheckpointReader(folder) as reader:
@@ -158,6 +174,15 @@ def load_sparsity(folder: Path) -> Sparsity | None:
         raise ToolkitError(f"{folder}: {SETTINGS_FILE} and {TENSORS_FILE} name different sites", AGAIN)
     reached = {name: share for name, share in listed.items() if share is not None}
     return Sparsity(sites=tuple(sites[name] for name in listed), reached=reached, shared=shared, **settings)
+
+
+def made_of(folder: Path) -> dict[str, str]:
+    """`Sparsity.model` of a sparse checkpoint, without a look at its weights; empty where it is not known."""
+    try:
+        found = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")).get("model", {})
+    except (OSError, ValueError, AttributeError):
+        return {}  # no sparse checkpoint, or a damaged file, which `load_sparsity` refuses
+    return found if isinstance(found, dict) else {}
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:

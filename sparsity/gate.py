@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+import dataclasses
+from abc import abstractmethod
+from typing import Any, ClassVar, cast
 
-import torch
-from torch import nn
-
-from calibration.architectures import ArchitectureSpec
-from calibration.walk.passes import Phase, Stream
-from calibration.walk.statistics import Statistic
+from calibration.architectures import BlockSpec
+from calibration.walk.passes import Pass, Phase, Stream
 
 
-class GatePass:
-    """It comes last, looks at the block as it will be run, and asks the walk for no statistic and no part."""
+class GatePass(Pass):
+    """It comes last and looks at the block as it will be run. Later blocks are calibrated on the dense model, as
+    published for all methods but SCAP."""
 
     phases: ClassVar[tuple[Phase, ...]] = (Phase.GATE,)
     stream: ClassVar[Stream] = "quantized"
-    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
-    parts: ClassVar[tuple[str, ...]] = ()
 
-    def masked(
-        self, block: nn.Module, spec: ArchitectureSpec, index: int, gates: Mapping[str, torch.Tensor]
-    ) -> AbstractContextManager[Any]:
-        """Later blocks are calibrated on the dense model, as published for all methods but SCAP."""
-        return nullcontext()
+    @abstractmethod
+    def skipped(self, block: BlockSpec) -> tuple[str, ...]:
+        """Linears of a block of whose weights the target's share is skipped."""
+
+
+def with_target(step: GatePass, target: float) -> GatePass:
+    """The pass with another target."""
+    return cast(GatePass, dataclasses.replace(cast(Any, step), target=target))

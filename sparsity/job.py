@@ -17,7 +17,7 @@ from calibration.model.skeleton import Skeleton
 from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
 from calibration.walk.float_blocks import FloatBlocks
-from calibration.walk.passes import Gates, Pass
+from calibration.walk.passes import Pass, PlanView
 from calibration.walk.walk import Walk
 from sparsity.budget import Choice
 from sparsity.files import REACHED, SHARED, Sparsity, save_sparsity, sites_from
@@ -38,15 +38,13 @@ class Base:
     spec: ArchitectureSpec
 
 
-def check_plan(step: Pass, spec: ArchitectureSpec, tokens: int) -> None:
-    """Refuse what settings, family and the number of calibration tokens rule out.
+def check_plan(step: Pass, spec: ArchitectureSpec, config: Any, tokens: int) -> None:
+    """Refuse what settings, family and the number of calibration tokens rule out, where weights stay as they are.
 
     Raises:
         PlanError: every problem at once.
     """
-    problems = list(step.check(None))
-    if isinstance(step, Gates):
-        problems += step.check_architecture(spec, tokens)
+    problems = list(step.check(PlanView(None, spec, config, (step,), tokens)))
     if problems:
         raise PlanError(dict.fromkeys(problems))
 
@@ -85,6 +83,7 @@ def write(
     steps: Sequence[Pass],
     gates: Mapping[str, torch.Tensor],
     calibration: Mapping[str, Any],
+    model: Mapping[str, str],
     choice: Choice | None = None,
 ) -> Sparsity:
     """Put thresholds beside the weights in ``folder``, which become their base.
@@ -92,6 +91,7 @@ def write(
     Args:
         steps: the passes that made them.
         calibration: of the text, as in a run record.
+        model: ``name`` and ``source`` of what is made sparse.
         choice: where a search chose the targets of one step.
     """
     with CheckpointReader(folder) as reader:
@@ -112,6 +112,7 @@ def write(
         calibration=dict(calibration),
         reached={n.removesuffix(REACHED): float(t) for n, t in gates.items() if n.endswith(REACHED)},
         shared=tuple(n.removesuffix(SHARED) for n in gates if n.endswith(SHARED)),
+        model=dict(model),
     )
     save_sparsity(sparsity, folder)
     return sparsity

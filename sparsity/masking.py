@@ -44,11 +44,13 @@ class Masks:
         dense: positions at the start of every sequence that stay dense: `FIRST`, or the length of the prompt.
         tallies: site name -> what was pruned since.
         handles: of the hooks that prune.
+        start: positions before the running forward pass, in the key-value cache.
     """
 
     dense: int = FIRST
     tallies: dict[str, Tally] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
+    start: int = 0
 
     def remove(self) -> None:
         """Make the model dense again."""
@@ -61,7 +63,7 @@ class Masks:
         tally = self.tallies.setdefault(site.name, Tally())
 
         def look(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
-            later = (positions >= self.dense).expand(x.shape[:-1])
+            later = (positions + self.start >= self.dense).expand(x.shape[:-1])
             rows = int(later.sum())
             if not rows:
                 return None
@@ -91,11 +93,14 @@ def block_watches(masks: Masks, architecture: ArchitectureSpec, index: int, site
 
 
 def mask_model(model: Any, architecture: ArchitectureSpec, sites: Iterable[Site], dense: int = FIRST) -> Masks:
-    """Prune at ``sites`` in every forward pass of a transformers model from here on.
-
-    Forward passes must start at position 0 (no key-value cache).
-    """
+    """Prune at ``sites`` in every forward pass of a transformers model from here on, with a key-value cache or not."""
     masks, sites = Masks(dense), tuple(sites)
+
+    def begins(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        masks.start = 0 if cache is None else int(cache.get_seq_length())
+
+    masks.handles.append(model.register_forward_pre_hook(begins, with_kwargs=True))
     blocks = model.get_submodule(architecture.blocks)
     for index in range(architecture.n_blocks):
         masks.handles += place(blocks[index], block_watches(masks, architecture, index, sites))

@@ -12,6 +12,7 @@ import torch
 from calibration.architectures import ArchitectureSpec
 from calibration.errors import Problem, ToolkitError
 from calibration.histogram import Histogram
+from calibration.walk.passes import Pass
 from calibration.walk.segment import Segment
 from sparsity.files import REACHED, SHARED, site_tensors
 from sparsity.pools import MIN_TOKENS, Pool
@@ -128,6 +129,6 @@ def gate_problems(name: str, spec: ArchitectureSpec) -> Iterable[Problem]:
         yield Problem(f"family {spec.family}", reason, f"use --method {ANY_LINEAR}")
 
 
-def settings_of(step: Any) -> dict[str, Any]:
+def settings_of(step: Pass) -> dict[str, Any]:
     """Everything that a method's dataclass holds."""
     return dict(vars(step))

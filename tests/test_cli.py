@@ -247,3 +247,5 @@ def test_a_real_process(place, tmp_path):
 def test_help_names_every_method():
     words = {word.strip(".,;:") for word in done("quantize", "--help").replace("│", " ").split()}
     assert not [name for name in [*METHODS, *SPARSIFIERS, *COMBINATIONS] if name not in words]
+    words = {word.strip(".,;:") for word in done("sparsify", "--help").replace("│", " ").split()}
+    assert not [name for name in SPARSIFIERS if name not in words]

@@ -43,7 +43,7 @@ def test_a_plain_file_is_taken_as_it_is(tmp_path: Path) -> None:
     path.write_bytes(text.encode())
     found = load_corpus(str(path), "score")
     assert (found.text, found.special_tokens, found.join, found.label) == (text, False, "file as it is", "notes.md")
-    assert encode_text(found, byte_tokenizer(bos=True)).ids[0] != BOS
+    assert encode_text(found, byte_tokenizer(bos=True)).ids[0] == BOS
 
 
 def test_jsonl_and_parquet_rows_are_joined_by_a_blank_line(tmp_path: Path) -> None:

@@ -1,4 +1,8 @@
-"""Every exact transform on every family: logits unchanged to 1e-5 (float32) and 1e-9 (float64) of the largest."""
+"""Every exact transform on every family: logits unchanged to 1e-5 (float32) and 1e-9 (float64) of the largest.
+
+Checkpoints are stored in the dtype of the arithmetic, and in bfloat16, where a divided gain is rounded to eight bits
+and the columns that read it must be multiplied by what was really divided.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +47,17 @@ def wide_inside(dtype):
 
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
+STORAGE = pytest.mark.parametrize(
+    ("stored", "dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float64),
+    ],
+    ids=["float32", "float64", "bfloat16-in-float32", "bfloat16-in-float64"],
+)
+"""Dtype of the file, and of masters and forward passes."""
 
 
 def open_blocks(folder: Path, dtype: torch.dtype) -> FloatBlocks:
@@ -81,10 +96,10 @@ def walk_dtype(segment: Segment) -> torch.dtype:
     return next(iter(segment.masters.values())).dtype
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@STORAGE
 @pytest.mark.parametrize("family", FAMILIES)
-def test_balancing_leaves_logits_unchanged(family, dtype, tmp_path):
-    folder = save_tiny(family, tmp_path, dtype)
+def test_balancing_leaves_logits_unchanged(family, stored, dtype, tmp_path):
+    folder = save_tiny(family, tmp_path, stored)
     blocks = open_blocks(folder, dtype)
     segments = load_whole(blocks)
     ids = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(3))

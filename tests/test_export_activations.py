@@ -62,7 +62,7 @@ def test_transformers_computes_what_we_do(scheme, model, tmp_path):
 def test_our_reader_gets_the_same_model_as_from_native(scheme, model, tmp_path):
     method, _ = CASES[scheme]
     quantize(model, tmp_path / "ct", method=method, scheme=scheme, format="compressed-tensors")
-    ptq.export_model(tmp_path / "ct", format="native", out=tmp_path / "native")
+    ptq.export(tmp_path / "ct", format="native", out=tmp_path / "native")
     expected, found = (load_model(tmp_path / name, dtype=torch.float32) for name in ("ct", "native"))
     assert torch.equal(logits(expected.model), logits(found.model)) and expected.path == found.path
     if "wtensor" not in scheme:  # one step per tensor is written as one per row

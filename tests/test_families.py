@@ -43,7 +43,7 @@ def test_awq_into_the_default_format(family, tmp_path):
         assert_close(plain_logits(out, family), expected)
         says = record.result["loads_in"]["transformers"]
         assert says.startswith("yes") and ("dequantize=True" in says) == (family in OWN_LINEAR)
-        ptq.export_model(out, format="native", out=tmp_path / "native")
+        ptq.export(out, format="native", out=tmp_path / "native")
         assert_close(logits(load_model(tmp_path / "native").model), expected)
 
 
@@ -57,9 +57,9 @@ def test_gptq_into_the_native_format(family, tmp_path):
     assert all(entry.relative_error is not None and entry.relative_error < 0.1 for entry in record.linears)
     if family in CONV1D:
         with pytest.raises(PlanError, match="is a Conv1D"):
-            ptq.export_model(out, format="compressed-tensors", out=packed)
+            ptq.export(out, format="compressed-tensors", out=packed)
     else:
-        ptq.export_model(out, format="compressed-tensors", out=packed)
+        ptq.export(out, format="compressed-tensors", out=packed)
         assert_close(plain_logits(packed, family), expected)
 
 

@@ -21,7 +21,7 @@ from ptq.fitting.job import prepare_fit
 from ptq.numerics.feedback import column_costs, feedback_error
 from ptq.numerics.gptq import gptq_round
 from ptq.numerics.grids import fake_quantize
-from ptq.planning.job import Options, calibration_windows
+from ptq.planning.job import Options
 from ptq.scheme import parse_scheme
 
 torch.set_num_threads(1)
@@ -86,7 +86,7 @@ def test_the_probe_is_the_divergence_of_a_model_with_one_linear_rounded(tmp_path
     tiny(place / family, family)
     fit = prepared(place, family, format="native", schemes=("w3a16-gchannel-sym", "w8a16-gchannel-sym"), method="rtn")
     found = fit.measure(Silent())
-    ids = calibration_windows(fit.job, Silent()).input_ids[:4]
+    ids = fit.job.windows(Silent()).input_ids[:4]
     names = [name for unit in fit.units for name in unit.names]
     scheme = parse_scheme("w3a16-gchannel-sym")
 

@@ -15,7 +15,7 @@ from calibration.record import read_record
 from ptq.methods.rtn import round_to_nearest
 from ptq.numerics import floats
 from ptq.numerics.float_search import OFFSETS, search_bounds
-from ptq.numerics.grids import own_global_scale
+from ptq.numerics.grids import grid_of, own_global_scale
 from ptq.numerics.objective import rounding_error
 from ptq.runtime.load import load_model
 from ptq.scheme import E2M1, parse_scheme
@@ -41,7 +41,7 @@ def problem(rows: int = 64, columns: int = 128) -> tuple[torch.Tensor, torch.Ten
 def group_errors(w: torch.Tensor, gram: torch.Tensor, text: str, bounds: torch.Tensor | None) -> torch.Tensor:
     """The error of every group on its own, ``[lines, G]``."""
     scheme = parse_scheme(text)
-    d = round_to_nearest(w, scheme, bounds).dequantize() - w
+    d = round_to_nearest(w, scheme, grid_of(w, scheme.weights, bounds)).dequantize() - w
     grouping = scheme.weights.grouping
     if grouping.axis == "out":
         return (d.T.unflatten(1, (-1, grouping.width(len(d)))).square().sum(2).T * gram.diagonal()).T
@@ -76,7 +76,7 @@ def test_chosen_scales_are_those_that_rounding_takes():
     for text in GRIDS:
         quant = parse_scheme(text).weights
         bounds = search_bounds(w, gram, quant)
-        q = round_to_nearest(w, parse_scheme(text), bounds)
+        q = round_to_nearest(w, parse_scheme(text), grid_of(w, quant, bounds))
         top = 4.0 if quant.scale_format == "e8m0" else quant.float_format.largest
         assert torch.allclose(q.step * top, bounds, rtol=1e-6)
 
@@ -90,7 +90,9 @@ def test_published_candidates():
     quant = parse_scheme("fp4-e2m1-gchannel").weights
     bias = float(floats.bias_of(w.abs().amax(), E2M1))
     errors = [
-        float(rounding_error(w, gram, quant, search_bounds(w, gram, quant, offsets=o, shortlist=101)))
+        float(
+            rounding_error(w, gram, quant, grid_of(w, quant, search_bounds(w, gram, quant, offsets=o, shortlist=101)))
+        )
         for o in (tuple(published_offsets(bias)), OFFSETS)
     ]
     assert errors[1] < 1.02 * errors[0]

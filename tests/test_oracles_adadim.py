@@ -13,6 +13,7 @@ from ptq.methods import AdaDim, AdaDimPublished, Gptq, Rtn
 from ptq.methods.adadim import along, both_axes, column_energies
 from ptq.methods.rtn import round_to_nearest
 from ptq.numerics.gptq import gptq_round
+from ptq.numerics.grids import grid_of
 from ptq.numerics.integers import fake_quantize, grid_parameters
 from ptq.numerics.objective import rounding_error
 from ptq.quantized import QuantizedTensor
@@ -143,8 +144,8 @@ def test_clipping_bounds_of_columns():
     clipped = fake_quantize(w, q, bounds)
     assert clipped.abs().amax() < w.abs().amax()
     d = clipped - w
-    assert float(rounding_error(w, h, q, bounds)) == pytest.approx(float(((d @ h) * d).sum()), rel=1e-6)
-    r = gptq_round(w, torch.diag(h.diagonal()), q, order="activation", clip=bounds)
+    assert float(rounding_error(w, h, q, grid_of(w, q, bounds))) == pytest.approx(float(((d @ h) * d).sum()), rel=1e-6)
+    r = gptq_round(w, torch.diag(h.diagonal()), q, order="activation", grid=grid_of(w, q, bounds))
     assert torch.equal(restored(r, q), clipped)
     units = w.T.unflatten(-1, (-1, 16))
     assert torch.equal(r.scale, grid_parameters(units, q, bounds)[0])
@@ -230,14 +231,14 @@ def test_the_better_axis_gives_the_smaller_error(tmp_path, rounding):
 
 
 def test_ineligible_and_clipped_linears(tmp_path):
-    """Groups that do not divide the outputs leave one option; a clipping range goes with its grouping."""
+    """Groups that do not divide the outputs leave one option; a chosen grid goes with its grouping."""
     scheme = parse_scheme("w3a16-g32-sym")
     assert both_axes(scheme, (48, 64)) == (scheme,)
     assert both_axes(along(scheme, "out"), (64, 48)) == (along(scheme, "out"),)
     assert both_axes(scheme, (32, 64)) == (scheme, along(scheme, "out"))
     segment, states = unbalanced(tmp_path)
-    segment.ranges = {n: torch.full((segment.weight(n).shape[0], 2), 9.0) for n in (Q, K)}
+    segment.grids = {n: grid_of(segment.weight(n), segment.schemes[n].weights) for n in (Q, K)}
     segment.schemes[K] = replace(segment.schemes[K], weights=TensorQuant(3, Grouping("group", 64), "sym_gptq"))
-    segment.ranges[K] = segment.ranges[K][:, :1]
+    segment.grids[K] = grid_of(segment.weight(K), segment.schemes[K].weights)
     AdaDim().apply(segment, new_context(segment, states, kinds=(Gram,)))
-    assert Q not in segment.ranges and K in segment.ranges and "adadim.out" not in segment.notes.get(K, {})
+    assert Q not in segment.grids and K in segment.grids and "adadim.out" not in segment.notes.get(K, {})

@@ -211,7 +211,7 @@ def test_oracle_8_searching_changes_nothing(duo, tmp_path, monkeypatch):
     assert len(chosen) == 2 * n and all(torch.equal(a, b) for a, b in zip(chosen[:n], chosen[n:], strict=True))
     assert any((s != 1).any() for s in chosen)
     assert all(torch.equal(m, before[n]) for n, m in segment.masters.items()) and segment.edits == 0
-    assert set(segment.ranges) == set(segment.spec.linears) - set(segment.spec.scores)
+    assert set(segment.grids) == set(segment.spec.linears) - set(segment.spec.scores)
 
 
 @torch.no_grad()
@@ -268,7 +268,7 @@ def test_the_pass_chooses_the_best_alpha_and_keeps_the_function(family, tmp_path
         best |= dict.fromkeys(members, ALPHAS[losses.index(min(losses))])
     Awq().apply(segment, new_context(segment, states))
     assert {n: segment.notes[n]["awq.alpha"] for n in best} == best and any(best.values())
-    assert left not in segment.notes and left not in segment.ranges and segment.edits == 0
+    assert left not in segment.notes and left not in segment.grids and segment.edits == 0
     assert (outputs(segment, states) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 

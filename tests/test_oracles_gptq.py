@@ -16,6 +16,7 @@ from calibration.walk.statistics import Gram
 from ptq.methods.gptq import Gptq
 from ptq.methods.rtn import round_to_nearest
 from ptq.numerics.gptq import Rounded, column_order, gptq_round, inverse_factor
+from ptq.numerics.grids import grid_of
 from ptq.numerics.integers import fake_quantize, grid_parameters, quantize, round_scale
 from ptq.scheme import Grouping, QuantScheme, TensorQuant
 
@@ -101,19 +102,22 @@ def naive(w, h, quant, damping=0.01, order="natural", static=False, clip=None, g
 @pytest.mark.parametrize("kind", ["asym_minmax", "asym_zero_in", "sym_full", "sym_restricted", "sym_gptq"])
 def test_oracle_8_equals_the_naive_method(kind, grouping, order, static):
     """8. Equivalence with the naive method (explicit inverse, Gaussian elimination of one row/column per step) to 1e-8
-    fp64. With and without clipping bounds; inputs are not modified."""
+    fp64. On its own grids and on grids that were chosen (here within clipping bounds), which no update changes; inputs
+    are not modified."""
     quant = TensorQuant(3, grouping, kind)
     for seed in (0, 1):
         w, h = problem(seed)
         copies = w.clone(), h.clone()
         bounds = 0.6 * w.abs().unflatten(1, (-1, quant.grouping.width(IN))).amax(2)
         for clip in (None, bounds):
-            r = gptq_round(w, h, quant, order=order, static_groups=static, block_size=16, clip=clip)
-            q, loss, scales = naive(w, h, quant, order=order, static=static, clip=clip)
+            grid, fixed = None if clip is None else grid_of(w, quant, clip), static or clip is not None
+            r = gptq_round(w, h, quant, order=order, static_groups=static, block_size=16, grid=grid)
+            q, loss, scales = naive(w, h, quant, order=order, static=fixed, clip=clip)
             assert torch.allclose(values(r, quant), q, rtol=0, atol=1e-8)
             assert r.loss == pytest.approx(loss, rel=1e-8)
             assert r.scale.unique().equal(scales.unique()) and r.scale.shape == (OUT, grouping.count(IN))
-            assert (r.group_index is not None) == (order == "activation" and grouping == GROUP and not static)
+            assert (r.group_index is not None) == (order == "activation" and grouping == GROUP and not fixed)
+            assert grid is None or torch.equal(r.scale, grid.scale)
         assert torch.equal(w, copies[0]) and torch.equal(h, copies[1])
 
 
@@ -267,21 +271,26 @@ def test_settings_are_checked(settings):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("order", ORDERS)
-def test_linears_that_share_an_input_are_rounded_as_if_alone(order, tmp_path):
-    """q/k/v are stacked, with a scheme of its own for k and clipping bounds for v alone: each equals its own loop."""
+def test_linears_that_share_an_input_are_rounded_as_if_alone(order, static, tmp_path):
+    """q/k/v are stacked, with a scheme of its own for k and a chosen grid for v alone: each equals its own loop. Where
+    files need a column index, the grid that was chosen has one as well."""
     segment, states = open_block("llama", tmp_path, scheme=scheme(3))
     segment.schemes[K] = scheme(4)
     start = {n: segment.weight(n).clone() for n in (Q, K, V)}
-    segment.ranges[V] = 0.7 * start[V].unflatten(1, (-1, 16)).abs().amax(2)
+    chosen = grid_of(start[V], segment.schemes[V].weights, 0.7 * start[V].unflatten(1, (-1, 16)).abs().amax(2))
+    segment.grids[V] = chosen
     context = new_context(segment, states, kinds=(Gram,))
     gram = context.statistic(Q, Gram).matrix
-    Gptq(order=order, static_groups=False, damping=0.02).apply(segment, context)
+    Gptq(order=order, static_groups=static, damping=0.02).apply(segment, context)
     for n, w in start.items():
         quant = segment.schemes[n].weights
-        alone = gptq_round(w, gram, quant, damping=0.02, order=order, clip=segment.ranges.get(n))
+        grid = chosen if n == V else None
+        alone = gptq_round(w, gram, quant, damping=0.02, order=order, static_groups=static, grid=grid)
         q = segment.quantized[n]
         assert torch.equal(q.codes, alone.codes) and torch.equal(q.scale, alone.scale)
+        assert (q.group_index is not None) == (order == "activation" and not static)
         assert torch.allclose(segment.weight(n).double(), values(alone, quant), rtol=1e-6)
 
 

@@ -15,9 +15,10 @@ from torch.nn.functional import cross_entropy, one_hot
 from toy_models import V, bigram, encoded, random_text
 
 from calibration.errors import ToolkitError
-from calibration.scoring.perplexity import encode_for, evaluate_text, score
-from calibration.scoring.windows import Scoring, batches, cut_windows
+from calibration.scoring.perplexity import score
+from calibration.scoring.windows import PROTOCOLS, Scoring, batches, cut_windows
 from calibration.text.corpora import Corpus
+from calibration.text.encoding import encode_text
 
 
 def uniform(ids: Tensor) -> Tensor:
@@ -117,20 +118,43 @@ def test_special_token_rules() -> None:
     tokenizer = byte_tokenizer(bos=True)
     plain = Corpus("t.txt", "t.txt", ["abc def"], None, special_tokens=False)
     published = dataclasses.replace(plain, joiner="\n\n", special_tokens=True)
-    assert encode_for("gptq", plain, tokenizer).ids[0] != BOS
-    assert encode_for("hf-stride", published, tokenizer).ids[0] == BOS
-    chunks = encode_for("llama.cpp", plain, tokenizer)
-    assert (int(chunks.ids[0]), chunks.bos_id, chunks.special_tokens) == (BOS, BOS, True)
-    assert chunks.words[0] == chunks.bytes[0] == 0 and len(chunks.ids) == 8
-    none = encode_for("llama.cpp", published, byte_tokenizer(bos=False))
-    assert none.bos_id is None and not none.special_tokens
+    for corpus in (plain, published):
+        found = encode_text(corpus, tokenizer)
+        assert (int(found.ids[0]), found.bos_id, found.special_tokens) == (BOS, BOS, True)
+        assert found.words[0] == found.bytes[0] == 0 and len(found.ids) == 8
+        none = encode_text(corpus, byte_tokenizer(bos=False))
+        assert none.bos_id is None and len(none.ids) == 7 and BOS not in none.ids
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_every_window_begins_with_bos_where_the_tokenizer_adds_one(protocol: str, published: bool) -> None:
+    """The same tokens are scored as without BOS, and each window's model input differs in its first token only."""
+    corpus = Corpus("t.txt", "t.txt", ["ab cd " * 40], None, special_tokens=published)
+    inputs: dict[bool, list[Tensor]] = {True: [], False: []}
+    found = {}
+    for bos in (True, False):
+
+        def model(ids: Tensor, seen: list[Tensor] = inputs[bos]) -> Tensor:
+            seen.extend(ids)
+            return bigram(vocabulary=257)(ids)
+
+        found[bos] = score(model, encode_text(corpus, byte_tokenizer(bos=bos)), Scoring(protocol, 48))
+        assert found[bos].protocol.bos == bos and found[bos].windows == len(inputs[bos])
+    text = encode_text(corpus, byte_tokenizer(bos=True)).ids
+    starts = [w.start for w in cut_windows(Scoring(protocol, 48), len(text))]
+    assert len(starts) > 2
+    for start, row in zip(starts, inputs[True], strict=True):
+        assert row[0] == BOS and torch.equal(row[1:], text[start + 1 : start + len(row)])
+    assert not any(BOS in row for row in inputs[False])
+    assert found[True].protocol.differences(found[False].protocol)["bos"] == (True, False)
 
 
 def test_derived_metrics_agree() -> None:
     text = "".join(np.random.default_rng(0).choice(list("ab é\n漢"), 400))
     corpus = Corpus("t.txt", "t.txt", [text], None, special_tokens=False)
     model = bigram(vocabulary=257)
-    result = evaluate_text(model, corpus, byte_tokenizer(), Scoring("gptq", 64))
+    result = score(model, encode_text(corpus, byte_tokenizer()), Scoring("gptq", 64))
     word_perplexity = math.exp(result.nll / result.words)
     bits_per_byte = result.nll / (result.bytes * math.log(2))
     assert bits_per_byte * result.bytes * math.log(2) == pytest.approx(result.nll)
@@ -143,10 +167,9 @@ def test_derived_metrics_agree() -> None:
 
 def test_the_protocol_says_everything() -> None:
     corpus = Corpus("t.txt", "t.txt", ["ab cd " * 40], None, special_tokens=False)
-    evaluation = evaluate_text(
+    evaluation = score(
         bigram(vocabulary=257),
-        corpus,
-        byte_tokenizer(),
+        encode_text(corpus, byte_tokenizer()),
         Scoring("gptq", 64, dtype="bfloat16"),
         model="quantized",
         path="reference x 42",
@@ -161,7 +184,9 @@ def test_the_protocol_says_everything() -> None:
         "stride": 64,
         "tokens_scored": 3 * 63,
         "dtype": "bfloat16",
+        "bos": False,
     }
+    assert evaluation.windows == 3
     assert (evaluation.model, evaluation.path, evaluation.divergence) == ("quantized", "reference x 42", None)
 
 

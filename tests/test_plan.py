@@ -18,8 +18,8 @@ from calibration.errors import PlanError
 from calibration.model.checkpoint import CheckpointReader
 from calibration.record import read_record
 from calibration.walk.context import Context
+from ptq import quantize
 from ptq.planning.job import Options, prepare
-from ptq.run.pipeline import quantize
 
 HIDDEN, FFN, LAYERS, KV, WORDS = 8192, 28672, 80, 1024, 128256  # Llama 3 70B
 LINEARS = {
@@ -172,19 +172,19 @@ def test_what_other_formats_add_to_the_planned_bytes(place, tmp_path, name, kind
     assert written_bytes(tmp_path / "out") - plan.sizes.output_bytes == more
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "true_sequential"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "gptaq", "awq", "true_sequential"])
 def test_planned_forward_passes_are_those_made(place, tmp_path, monkeypatch, method):
     """Counted where the blocks are run: gathering and propagating. The last block has nothing to propagate to."""
     import calibration.walk.states
 
     calls: list[int] = []
-    original = calibration.walk.states.HiddenStates.run
+    original = calibration.walk.states.HiddenStates.output
 
-    def counted(self, block, index, keep, advance):
+    def counted(self, block, index, *args):  # one batch: once per forward pass
         calls.append(index)
-        original(self, block, index, keep, advance)
+        return original(self, block, index, *args)
 
-    monkeypatch.setattr(calibration.walk.states.HiddenStates, "run", counted)
+    monkeypatch.setattr(calibration.walk.states.HiddenStates, "output", counted)
     made: list[int] = []
     leave = Context.__init__
 
@@ -205,6 +205,20 @@ def test_planned_forward_passes_are_those_made(place, tmp_path, monkeypatch, met
     )  # fmt: skip
     assert [calls.count(i) for i in (0, 1)] == [planned, max(planned - (planned > 1), 0)]
     assert len(made) == 2 and read_record(tmp_path / "out").result["forward_passes"] == planned
+
+
+def test_memory_of_two_streams_is_planned(place):
+    """GPTAQ beside GPTQ: another matrix per input, the float model's states before and after the block, the weights
+    before rounding, and what the float block's linears see of one batch."""
+    options = Options(dataset=str(place / "text.txt"), samples=64, seq_len=64)
+    plans = [prepare(place / "llama", method=m, scheme="w4a16-g32", options=options).plan for m in ("gptq", "gptaq")]
+    one, two = (plan.sizes for plan in plans)
+    assert (one.forwards, two.forwards) == (2, 3)
+    widths = {linear.name.rpartition(".")[2]: linear.shape for linear in plans[0].layout.linears if linear.block == 0}
+    inputs = [widths[name][1] for name in ("q_proj", "o_proj", "up_proj", "down_proj")]
+    matrices = 4 * sum(n * n for n in inputs) + 4 * max(inputs) ** 2
+    states = 2 * 64 * 64 * widths["q_proj"][1] * 4
+    assert two.peak_bytes - one.peak_bytes > matrices + states + 4 * sum(a * b for a, b in widths.values())
 
 
 def test_every_problem_of_a_plan_at_once(place, tmp_path):

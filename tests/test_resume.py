@@ -23,7 +23,7 @@ import ptq.session
 from calibration.record import read_timings
 from ptq.session import PLAN_FILE, Session
 
-METHODS = ("rtn", "gptq", "awq", "awq+gptq")
+METHODS = ("rtn", "gptq", "gptaq", "awq", "awq+gptq")
 MODELS = ("llama", "qwen3_moe")
 
 

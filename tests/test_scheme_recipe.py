@@ -8,14 +8,16 @@ import re
 
 import pytest
 
+from calibration.architectures import ArchitectureSpec, BlockSpec
 from calibration.errors import ToolkitError
-from calibration.walk.passes import Phase, Trains, check_order, forwards_per_block, stream_of
+from calibration.walk.passes import Phase, PlanView, check_order, forwards_per_block, stream_of
 from ptq.linears import ModelLayout
 from ptq.methods import METHODS, Awq, Gptq, Rtn
 from ptq.planning.recipe import method_recipe, parse_method, read_recipe
 from ptq.scheme import BITS, GROUP_SIZES, QUANTIZERS, Grouping, QuantScheme, TensorQuant, parse_scheme
 
-EMPTY = ModelLayout({}, (), (), "model.layers", False, "float32")
+NOTHING = ArchitectureSpec("none", "model.layers", 0, "rms", block=lambda index: BlockSpec((), ()))
+EMPTY = PlanView(ModelLayout({}, (), (), "model.layers", False, "float32"), NOTHING, None, (), 10**6)
 
 
 @pytest.fixture
@@ -119,7 +121,7 @@ def test_unknown_methods_name_the_nearest():
     with pytest.raises(ToolkitError) as caught:
         parse_method("awq+gtpq")
     assert "unknown value 'gtpq'" in caught.value.message
-    assert "did you mean 'gptq'?" in caught.value.fix and "rtn, gptq, awq" in caught.value.fix
+    assert "did you mean 'gptq'?" in caught.value.fix and ", ".join(METHODS) in caught.value.fix
 
 
 def test_default_grid_follows_the_format():
@@ -174,7 +176,7 @@ def test_short_recipes_and_command_line(recipe):
         ('metod = "awq"', "unknown key 'metod'", "did you mean 'method'?"),
         ('[[pass]]\nname = "gptq"\ndampning = 0.1', "unknown key 'gptq.dampning'", "did you mean 'damping'?"),
         ('[[pass]]\nname = "gpqt"', "pass.name: unknown value 'gpqt'", "did you mean 'gptq'?"),
-        ("[[pass]]\ngrid = 3", "pass.name: unknown value 'None'", "use one of: rtn, gptq, awq"),
+        ("[[pass]]\ngrid = 3", "pass.name: unknown value 'None'", f"use one of: {', '.join(METHODS)}"),
         ('[[pass]]\nname = "gptq"\norder = "groups"', "gptq.order: unknown value 'groups'", "did you mean 'group'?"),
         ('[[pass]]\nname = "gptq"\ndamping = "low"', "gptq.damping: 'low' is not of type float", "write a float"),
         ('[[pass]]\nname = "gptq"\ndamping = true', "gptq.damping: True is not of type float", "write a float"),
@@ -227,7 +229,8 @@ def test_passes_say_what_they_are(method):
     """The class attributes that recipes, plan and walk rely on; the configuration is a frozen dataclass."""
     step = method()
     assert METHODS[step.name] is method and list(step.phases) == sorted(step.phases)
-    assert step.stream != "none" or (step.statistics == () and not isinstance(step, Trains))
+    assert step.stream != "none" or (step.statistics == () and step.references == ())
+    assert re.fullmatch(r"[a-z].*[^.]", step.summary), "a few words behind the name, no sentence"
     assert not list(step.check(EMPTY))
     for field in dataclasses.fields(step):
         with pytest.raises(dataclasses.FrozenInstanceError):

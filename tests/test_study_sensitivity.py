@@ -8,8 +8,9 @@ import pytest
 import torch
 from command import done, refused, text_file, tiny
 
+from calibration.progress import Silent
 from ptq.numerics.grids import fake_quantize
-from ptq.planning.job import Options, calibration_windows, prepare
+from ptq.planning.job import Options, prepare
 from ptq.runtime.load import load_model
 from ptq.scheme import parse_scheme
 from ptq.study.ranks import spearman
@@ -39,7 +40,7 @@ def found(place):
 def test_every_linear_against_rounding_it_by_hand(place, found):
     """KL on the first three windows, the objective on all six, for all linears of both blocks."""
     options = Options(dataset=str(place / "text.txt"), samples=6, seq_len=32)
-    tokens = calibration_windows(prepare(place / "model", method="gptq", scheme="w4a16-g32", options=options), None)
+    tokens = prepare(place / "model", method="gptq", scheme="w4a16-g32", options=options).windows(Silent())
     ids = tokens.input_ids
     model = load_model(place / "model", dtype=torch.float32).model
 

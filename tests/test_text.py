@@ -38,7 +38,7 @@ def test_text_crops_are_those_of_the_published_loop() -> None:
     random.seed(3)
     for row in tokens.input_ids.tolist():
         i = random.randint(0, len(ids) - 256 - 1)
-        assert row == ids[i : i + 256]
+        assert row == [BOS, *ids[i + 1 : i + 256]]
 
 
 def test_same_seed_same_windows_and_the_fingerprint_says_so() -> None:
@@ -59,6 +59,7 @@ def test_same_seed_same_windows_and_the_fingerprint_says_so() -> None:
         "seed": 0,
         "join": "file as it is",
         "special_tokens": False,
+        "bos": False,
         "tokens": 128,
         "fingerprint": first.fingerprint,
     }
@@ -86,7 +87,7 @@ def test_document_crops_need_a_document_longer_than_a_window() -> None:
             if len(document) > 10:
                 break
         i = random.randint(0, len(document) - 10 - 1)
-        assert row == document[i : i + 10]
+        assert row == [BOS, *document[i + 1 : i + 10]]
 
     with pytest.raises(ToolkitError, match="longest of 4 documents: 31 tokens, one window needs 32"):
         calibration_tokens(documents(rows, "documents"), byte_tokenizer(bos=True), samples=1, seq_len=31, seed=0)
@@ -98,7 +99,7 @@ def test_blocks_are_all_tokens_over_the_block_length() -> None:
     total = 512 + 101 + 201 + 301 + 1
     assert tokens.input_ids.shape == (total // 512, 512)
     assert (tokens.source["samples"], tokens.source["samples_asked"], tokens.source["seed"]) == (2, 6, 42)
-    assert int((tokens.input_ids == BOS).sum()) >= 2
+    assert int((tokens.input_ids == BOS).sum()) >= 2 and bool((tokens.input_ids[:, 0] == BOS).all())
     with pytest.raises(ToolkitError, match=r"1 documents of at most 512 tokens: .* one window needs 512"):
         calibration_tokens(documents(["abc"], "blocks"), byte_tokenizer(), samples=6, seq_len=512, seed=0)
 

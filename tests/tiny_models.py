@@ -46,6 +46,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-7b": ("falcon", {**COMMON, "multi_query": True, "parallel_attn": True, "bias": True}),
     "falcon-40b": ("falcon", {**COMMON, "new_decoder_architecture": True, "num_kv_heads": 2, "bias": False}),
     "falcon-rw": ("falcon", {**COMMON, "multi_query": False, "parallel_attn": False, "alibi": True, "bias": True}),
+    "starcoder2": (
+        "starcoder2",
+        {**COMMON, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 64},
+    ),
     "mixtral": ("mixtral", {**GATED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
     "qwen3_moe": (
         "qwen3_moe",

@@ -35,6 +35,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": layernorm.gpt_neox,
     "bloom": layernorm.bloom,
     "falcon": layernorm.falcon,
+    "starcoder2": layernorm.starcoder2,
 }
 
 

@@ -1,4 +1,4 @@
-"""Families with LayerNorm: OPT, GPT-2, GPT-NeoX, BLOOM, Falcon."""
+"""Families with LayerNorm: OPT, GPT-2, GPT-NeoX, BLOOM, Falcon, StarCoder2."""
 
 from __future__ import annotations
 
@@ -197,4 +197,37 @@ def falcon(config: Any) -> ArchitectureSpec:
         tuple_output=True,
         bias_switches={"bias": block.linears},
         residual=Residual(("transformer.word_embeddings",), "transformer.ln_f"),
+    )
+
+
+def starcoder2(config: Any) -> ArchitectureSpec:
+    """StarCoder2: Llama's attention with biases, and a plain MLP."""
+    qkv, out = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"
+    width = config.hidden_size // config.num_attention_heads
+    heads = Heads(config.num_attention_heads, config.num_key_value_heads, width)
+    block = BlockSpec(
+        inputs=(
+            SharedInput(qkv, 0),
+            SharedInput((out,), 1),
+            SharedInput(("mlp.c_fc",), 2),
+            SharedInput(("mlp.c_proj",), 3),
+        ),
+        balance=(
+            Balance("input_layernorm", qkv, "norm"),
+            Balance("self_attn.v_proj", (out,), "value", heads=heads),
+            Balance("post_attention_layernorm", ("mlp.c_fc",), "norm"),
+        ),
+        writes=(out, "mlp.c_proj"),
+        scores=qkv[:2],
+        unbalanced=(WRAPPED.format(down="mlp.c_proj", act=config.hidden_act),),
+        feed_forward=(FeedForward("mlp.c_fc", "mlp.c_proj", config.hidden_act, "mlp.act"),),
+    )
+    return ArchitectureSpec(
+        family="starcoder2",
+        blocks="model.layers",
+        n_blocks=config.num_hidden_layers,
+        norm="layer",
+        block=lambda index: block,
+        bias_switches={"use_bias": block.linears},
+        residual=Residual(("model.embed_tokens",), "model.norm"),
     )

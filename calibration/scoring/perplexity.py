@@ -2,9 +2,10 @@
 
 ``gptq``: disjoint windows, every target but a window's first token (Frantar et al. 2022, arXiv 2210.17323; the number
 most papers print). ``hf-stride``: overlapping windows, only what a window adds is scored (Hugging Face's guide
-"perplexity of fixed-length models"). ``llama.cpp``: disjoint chunks with BOS in front, second half scored.
+"perplexity of fixed-length models"). ``llama.cpp``: disjoint chunks, second half scored.
 ``decode``: disjoint windows whose first half is a prompt and whose second half is scored, for models that compute
-prompts and generated tokens in different ways (activation sparsity).
+prompts and generated tokens in different ways (activation sparsity). Under all of them every window begins with BOS
+where the tokenizer puts one in front of a text: the same tokens are scored, the first token of a window is exchanged.
 """
 
 from __future__ import annotations
@@ -21,11 +22,10 @@ from torch import Tensor
 from calibration.errors import ToolkitError
 from calibration.record import Divergence, Evaluation, Protocol
 from calibration.scoring.windows import Scoring, batches, cut_windows
-from calibration.text.corpora import Corpus
-from calibration.text.encoding import EncodedText, encode_text, too_short, wanted_bos
+from calibration.text.encoding import EncodedText, begin_with_bos, too_short
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 # Token ids, int64 [B, L], on the CPU -> logits [B, L, V] in any float type, on any device.
 LogitsModel = Callable[[Tensor], Tensor]
@@ -98,9 +98,7 @@ def score(
     words = n_bytes = done = 0
     with torch.no_grad():
         for batch in batches(windows, scoring.batch_size):
-            block = torch.stack([ids[w.start : w.stop] for w in batch])
-            if scoring.protocol == "llama.cpp" and text.bos_id is not None:
-                block[:, 0] = text.bos_id
+            block = begin_with_bos(torch.stack([ids[w.start : w.stop] for w in batch]), text.bos_id)
             logits = logits_fn(block)
             reference = None if reference_fn is None else reference_fn(block)
             for row, w in enumerate(batch):
@@ -130,6 +128,7 @@ def score(
             stride=scoring.step,
             tokens_scored=sums.tokens,
             dtype=scoring.dtype,
+            bos=text.bos_id is not None,
         ),
         perplexity=_perplexity(nll, sums.tokens),
         nll=nll,
@@ -137,34 +136,8 @@ def score(
         bytes=n_bytes,
         divergence=None if reference_fn is None else sums.divergence(),
         path=path,
+        windows=len(windows),
     )
-
-
-def evaluate_text(
-    logits_fn: LogitsModel,
-    corpus: Corpus,
-    tokenizer: PreTrainedTokenizerBase,
-    scoring: Scoring,
-    *,
-    model: str = "float",
-    path: str = "float",
-    reference_fn: LogitsModel | None = None,
-    progress: Progress | None = None,
-) -> Evaluation:
-    """`score` on a corpus, tokenized under the protocol's special-token rule. Arguments and errors as in `score`."""
-    text = encode_for(scoring.protocol, corpus, tokenizer)
-    return score(logits_fn, text, scoring, model=model, path=path, reference_fn=reference_fn, progress=progress)
-
-
-def encode_for(protocol: str, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> EncodedText:
-    """The text as the protocol tokenizes it.
-
-    ``gptq`` and ``hf-stride`` add special tokens for published sets and none for plain files. ``llama.cpp`` adds BOS
-    in front of any text where the tokenizer does by default, and nothing else.
-    """
-    if protocol != "llama.cpp":
-        return encode_text(corpus, tokenizer)
-    return encode_text(corpus, tokenizer, special_tokens=False).with_bos(wanted_bos(tokenizer))
 
 
 def _add(sums: _Sums, logits: Tensor, targets: Tensor, reference: Tensor | None) -> None:

@@ -17,7 +17,15 @@ from typing import Any
 
 from calibration.errors import ToolkitError, nearest
 from calibration.model.reading import regular_file
-from calibration.text.hub_sets import HUB_SETS, Builder, Purpose, load_dataset, load_hub_split, text_column
+from calibration.text.hub_sets import (
+    HUB_SETS,
+    Builder,
+    Purpose,
+    check_readable,
+    load_dataset,
+    load_hub_split,
+    text_column,
+)
 
 BUILTIN = "builtin"
 AS_IT_IS = "file as it is"
@@ -77,11 +85,14 @@ class Corpus:
 
 
 def check_name(name_or_path: str) -> None:
-    """Refuse what is neither a known set nor an existing path, without reading anything.
+    """Refuse what is neither a known set nor an existing path, and a set whose files cannot be read here, without
+    reading anything.
 
     Raises:
-        ToolkitError: with the nearest known name.
+        ToolkitError: with the nearest known name, or the package to install.
     """
+    if name_or_path in HUB_SETS:
+        check_readable(name_or_path)
     path = Path(name_or_path)
     if name_or_path not in KNOWN_NAMES and not path.exists():
         what = "no such file:" if path.suffix or len(path.parts) > 1 else "unknown data set"

@@ -21,7 +21,7 @@ from torch import Tensor
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader
 from calibration.text.corpora import Corpus
-from calibration.text.encoding import token_ids, too_short
+from calibration.text.encoding import begin_with_bos, token_ids, too_short, wanted_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,6 +98,8 @@ def calibration_tokens(
     (always: the published set is one fixed set, and 42 is the seed recorded), concatenated and cut; this gives fewer
     windows than asked for, and ``source`` has both numbers.
 
+    Where the tokenizer puts BOS in front of a text, it takes the place of the first token of every window.
+
     Raises:
         ToolkitError: the text is not longer than one window.
     """
@@ -108,6 +110,8 @@ def calibration_tokens(
         ids = _document_crops(corpus, tokenizer, samples, seq_len, random.Random(seed))
     else:
         ids = _text_crops(corpus, tokenizer, samples, seq_len, random.Random(seed))
+    bos = wanted_bos(tokenizer)
+    ids = begin_with_bos(ids, bos)
     source = {
         "dataset": corpus.source,
         "split": corpus.split,
@@ -119,19 +123,18 @@ def calibration_tokens(
         "seed": seed,
         "join": corpus.join,
         "special_tokens": corpus.special_tokens,
+        "bos": bos is not None,
         "tokens": ids.numel(),
         "fingerprint": tokens_fingerprint(ids),
     }
     return TokenBatches(ids, source)
 
 
-def read_tokens(path: Path, samples: int, seq_len: int, vocab_size: int) -> TokenBatches:
-    """Windows that are tokenized already: a safetensors file with ``input_ids``, an integer tensor ``[n, length]``.
-
-    The first ``samples`` windows are taken, cut to ``seq_len`` tokens.
+def read_ids(path: Path, samples: int, seq_len: int, vocab_size: int) -> Tensor:
+    """Token ids of a safetensors file with ``input_ids``, an integer tensor ``[n, length]``, as int64.
 
     Raises:
-        ToolkitError: no such tensor, too few or too short windows, ids outside the vocabulary.
+        ToolkitError: no such tensor, fewer windows or shorter ones than asked for, ids outside the vocabulary.
     """
     with CheckpointReader.of_file(path) as file:
         info = file.infos.get("input_ids")
@@ -145,12 +148,23 @@ def read_tokens(path: Path, samples: int, seq_len: int, vocab_size: int) -> Toke
             f"{path}: {ids.shape[0]} windows of {ids.shape[1]} tokens, {samples} of {seq_len} are asked for",
             f"use --samples {ids.shape[0]} --seq-len {ids.shape[1]} or less",
         )
-    ids = ids[:samples, :seq_len].contiguous()
     if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
         raise ToolkitError(
             f"{path}: token ids {int(ids.min())} .. {int(ids.max())}, the model has {vocab_size}",
             "tokenize the text with this model's tokenizer",
         )
+    return ids
+
+
+def read_tokens(path: Path, samples: int, seq_len: int, vocab_size: int) -> TokenBatches:
+    """Windows that are tokenized already: a safetensors file with ``input_ids``, an integer tensor ``[n, length]``.
+
+    The first ``samples`` windows are taken, cut to ``seq_len`` tokens.
+
+    Raises:
+        ToolkitError: no such tensor, too few or too short windows, ids outside the vocabulary.
+    """
+    ids = read_ids(path, samples, seq_len, vocab_size)[:samples, :seq_len].contiguous()
     source = {
         "dataset": path.name,
         "builder": "tokens",

@@ -13,6 +13,7 @@ from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader
 from calibration.text.crops import TokenBatches, tokens_fingerprint
+from calibration.text.encoding import wanted_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,7 +78,8 @@ def generate_tokens(
     advance: Callable[[str], None],
 ) -> TokenBatches:
     """Windows of text that ``model`` writes: a random first token, the next few greedily, the rest sampled from the
-    whole distribution at temperature 1. Where it ends a text (any special token), a new first token goes on.
+    whole distribution at temperature 1. BOS stands in front where the tokenizer puts one there. Where the model ends a
+    text (any special token), a new first token goes on.
 
     Args:
         model: a transformers causal language model; see `check_can_write`.
@@ -89,11 +91,12 @@ def generate_tokens(
     firsts: list[int] = []
     while len(firsts) < samples:  # every token once before any twice
         firsts += rng.sample(allowed, len(allowed))
-    rows = []
+    rows, bos = [], wanted_bos(tokenizer)
+    start_ids = [] if bos is None else [bos]
     for start in range(0, samples, BATCH):
         numbers = torch.arange(start, min(start + BATCH, samples))
-        ids = torch.tensor([[firsts[i]] for i in numbers.tolist()], dtype=torch.int64)
-        greedy = torch.tensor(GREEDY)[numbers % len(GREEDY)]
+        ids = torch.tensor([[*start_ids, firsts[i]] for i in numbers.tolist()], dtype=torch.int64)
+        greedy = torch.tensor(GREEDY)[numbers % len(GREEDY)] + len(start_ids)
         rows.append(_write(model, ids, greedy, seq_len, text, lambda: rng.choice(allowed), generator))
         advance("write")
     ids = torch.cat(rows)
@@ -104,6 +107,7 @@ def generate_tokens(
         "samples_asked": samples,
         "seq_len": seq_len,
         "seed": seed,
+        "bos": bos is not None,
         "tokens": ids.numel(),
         "fingerprint": tokens_fingerprint(ids),
     }
@@ -120,7 +124,7 @@ def _write(
     restart: Callable[[], int],
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Continue ``ids [n, 1]`` to ``[n, seq_len]``; row i is greedy up to its token number ``greedy[i]``.
+    """Continue ``ids [n, 1 or 2]`` to ``[n, seq_len]``; row i is greedy up to its token number ``greedy[i]``.
 
     What is not among the ids ``text`` (special tokens, rows of a padded vocabulary) is replaced by ``restart``."""
     past, step = None, ids

@@ -6,6 +6,7 @@ et al. 2023, arXiv 2306.00978; the Pile).
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from calibration.errors import ToolkitError
 Purpose = Literal["calibrate", "score"]
 Builder = Literal["text", "documents", "blocks"]
 
+ZSTANDARD = "pip install 'ptq[pile]'"
 C4_SCORED_DOCUMENTS = 1100
 C4_SCORED_WINDOWS = 256
 
@@ -38,6 +40,7 @@ class HubSet:
         builder: how calibration windows are cut, see `calibration.text.crops.calibration_tokens`.
         score: None where there is no published protocol for scoring on it.
         first_rows, max_windows: limits of the scoring protocol.
+        zstandard: its files are compressed so; `datasets` reads them only where the package of that name is installed.
     """
 
     repo: str
@@ -49,6 +52,7 @@ class HubSet:
     score: HubSplit | None
     first_rows: int | None = None
     max_windows: int | None = None
+    zstandard: bool = False
 
     @property
     def source(self) -> str:
@@ -96,8 +100,19 @@ HUB_SETS: dict[str, HubSet] = {
         builder="blocks",
         calibrate=HubSplit("validation", None, None),
         score=None,
+        zstandard=True,
     ),
 }
+
+
+def check_readable(name: str) -> None:
+    """Refuse a known set whose files could not be read here.
+
+    Raises:
+        ToolkitError: names the package that is missing.
+    """
+    if HUB_SETS[name].zstandard and importlib.util.find_spec("zstandard") is None:
+        raise ToolkitError(f"--dataset {name}: its files are .zst, and zstandard is not installed", ZSTANDARD)
 
 
 def load_hub_split(hub: HubSet, part: HubSplit, hub_root: Path | None) -> tuple[Sequence[str], str]:
@@ -133,11 +148,12 @@ def load_dataset(location: str, label: str, arguments: dict[str, Any]) -> Any:
     except (ConnectionError, TimeoutError) as error:
         raise ToolkitError(f"data set {label}: not cached, and the hub cannot be reached ({error})", fix) from None
     except ImportError as error:
-        raise ToolkitError(f"data set {label}: {error}", f"pip install {error.name or 'zstandard'}") from None
+        fix = f"pip install {error.name}" if error.name else ZSTANDARD
+        raise ToolkitError(f"data set {label}: {error}", fix) from None
     except Exception as error:
         reason = str(error).split("\n")[0]
         if "zstd" in reason:  # the Pile's file; `datasets` reads it only where this package is
-            fix = "pip install zstandard"
+            fix = ZSTANDARD
         raise ToolkitError(f"data set {label}: {type(error).__name__}: {reason}", fix) from error
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from calibration.text.crops import TokenBatches, tokens_fingerprint
+from calibration.text.encoding import begin_with_bos, wanted_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,10 +18,12 @@ RANDOM = "random"
 
 
 def random_tokens(tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int) -> TokenBatches:
-    """Windows of ids drawn uniformly from the vocabulary, special tokens left out, int64 ``[samples, seq_len]``."""
+    """Windows of ids drawn uniformly from the vocabulary, special tokens left out but for BOS where the tokenizer
+    puts one in front of a text; int64 ``[samples, seq_len]``."""
     text = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)))
     draws = torch.randint(0, len(text), (samples, seq_len), generator=torch.Generator().manual_seed(seed))
-    ids = text[draws]
+    bos = wanted_bos(tokenizer)
+    ids = begin_with_bos(text[draws], bos)
     source = {
         "dataset": RANDOM,
         "builder": "random tokens",
@@ -28,6 +31,7 @@ def random_tokens(tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int
         "samples_asked": samples,
         "seq_len": seq_len,
         "seed": seed,
+        "bos": bos is not None,
         "tokens": ids.numel(),
         "fingerprint": tokens_fingerprint(ids),
     }

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.memory import return_freed
-from calibration.model.opening import DEMO, DEMO_FOLDER, load_tokenizer
-from calibration.record import REPORT_FILE, read_record
+from calibration.model.opening import load_tokenizer
 from calibration.text.corpora import load_corpus
 from calibration.text.crops import TokenBatches, calibration_tokens, check_tokenizer, read_tokens
 from calibration.text.random_tokens import RANDOM, random_tokens
@@ -38,12 +37,3 @@ def model_tokens(
     del corpus
     return_freed()
     return tokens
-
-
-def default_dataset(folder: Path) -> str:
-    """``builtin`` for the demo and what was made of it, else ``wikitext2``."""
-    if folder.resolve() == DEMO_FOLDER.resolve():
-        return "builtin"
-    if (folder / REPORT_FILE).exists() and read_record(folder).model.get("source") == DEMO:
-        return "builtin"
-    return "wikitext2"

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from calibration.model.experts import Expert
-from calibration.walk.statistics import BySequence, Statistic
+from calibration.walk.statistics import BySequence, Statistic, TwoStreams
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and the keyword arguments of one call of a module."""
@@ -54,8 +54,7 @@ def place(block: nn.Module, watches: Iterable[Watch]) -> list[RemovableHandle]:
     def positions(path: str, x: torch.Tensor) -> torch.Tensor:
         if x.ndim == 3:
             return torch.arange(x.shape[1], device=x.device)
-        parent = block.get_submodule(path.rpartition(".")[0])
-        rows = parent.rows if isinstance(parent, Expert) else None
+        rows = _rows(block, path)
         return (torch.arange(len(x), device=x.device) if rows is None else rows) % length
 
     def before(watch: Watch):  # type: ignore[no-untyped-def]
@@ -120,13 +119,58 @@ def record_calls(block: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, l
             handle.remove()
 
 
+Inputs = dict[str, tuple[torch.Tensor, torch.Tensor | None]]
+"""Module path -> its input ``[tokens, in]``, and in an `Expert` the rows of the batch that these are, int64
+``[tokens]``."""
+
+
+def _rows(block: nn.Module, path: str) -> torch.Tensor | None:
+    parent = block.get_submodule(path.rpartition(".")[0])
+    return parent.rows if isinstance(parent, Expert) else None
+
+
 @contextmanager
-def accumulate(block: nn.Module, statistics: Mapping[str, Iterable[Statistic]]) -> Iterator[None]:
+def record_inputs(block: nn.Module, paths: Iterable[str]) -> Iterator[Inputs]:
+    """While open, the last input of every submodule at these paths that was called."""
+    inputs: Inputs = {}
+
+    def hook_for(path: str):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            inputs[path] = args[0].flatten(0, -2), _rows(block, path)
+
+        return hook
+
+    handles = [block.get_submodule(path).register_forward_pre_hook(hook_for(path)) for path in paths]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _paired(x: torch.Tensor, rows: torch.Tensor | None, other: Inputs, path: str) -> torch.Tensor:
+    """The float model's input for every token of ``x``; where its router sent the token elsewhere, ``x`` itself."""
+    if rows is None:
+        return other[path][0]
+    found = x.clone()
+    if path in other:
+        values, known = other[path]
+        assert known is not None
+        here, there = torch.where(rows[:, None] == known[None, :])
+        found[here] = values[there]
+    return found
+
+
+@contextmanager
+def accumulate(
+    block: nn.Module, statistics: Mapping[str, Iterable[Statistic]], other: Inputs | None = None
+) -> Iterator[None]:
     """While open, every forward pass of ``block`` folds the inputs of the named submodules into their statistics.
 
     Args:
         statistics: module path below ``block`` -> accumulators of its input. Linears that share an input need one
             entry, under the name of any of them.
+        other: for statistics of two streams, what the same submodules see in the float model, for one batch.
     """
 
     length = 0
@@ -135,19 +179,22 @@ def accumulate(block: nn.Module, statistics: Mapping[str, Iterable[Statistic]]) 
         nonlocal length
         length = args[0].shape[1]
 
-    def hook_for(accumulators: tuple[Statistic, ...]):  # type: ignore[no-untyped-def]
+    def hook_for(path: str, accumulators: tuple[Statistic, ...]):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0].flatten(0, -2)
             for accumulator in accumulators if x.shape[0] else ():
                 if isinstance(accumulator, BySequence) and x.shape[0] % length == 0:
                     accumulator.update_sequences(x.unflatten(0, (-1, length)))
+                elif isinstance(accumulator, TwoStreams):
+                    assert other is not None, "this gathering has one stream"
+                    accumulator.update_pair(x, _paired(x, _rows(block, path), other, path))
                 else:
                     accumulator.update(x)
 
         return hook
 
     handles = [block.register_forward_pre_hook(entering)] + [
-        block.get_submodule(path).register_forward_pre_hook(hook_for(tuple(accumulators)))
+        block.get_submodule(path).register_forward_pre_hook(hook_for(path, tuple(accumulators)))
         for path, accumulators in statistics.items()
     ]
     try:

@@ -9,10 +9,10 @@ import torch
 
 from calibration.architectures import SharedInput
 from calibration.errors import ToolkitError
-from calibration.walk.capture import Call, Watch, accumulate, record_calls, watching
+from calibration.walk.capture import Call, Inputs, Watch, accumulate, record_calls, record_inputs, watching
 from calibration.walk.segment import Segment
 from calibration.walk.states import HiddenStates, Reference
-from calibration.walk.statistics import Gram, Statistic
+from calibration.walk.statistics import Gram, Statistic, TwoStreams
 
 S = TypeVar("S", bound=Statistic)
 
@@ -34,6 +34,7 @@ class Context:
         references: outputs of the float block, a tensor per batch, of every kind that a pass trains towards.
         advance: called after every batch and every rounded linear with what was done, for the progress display.
         show: called with what is at work and does not count: the searches before rounding.
+        float_states: hidden states of the float model entering the block, where a kind watches two streams.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Context:
         advance: Callable[[str], None],
         references: Mapping[Reference, Sequence[torch.Tensor]] | None = None,
         show: Callable[[str], None] = lambda _: None,
+        float_states: HiddenStates | None = None,
     ) -> None:
         self.segment = segment
         self.forwards = 0
@@ -55,6 +57,8 @@ class Context:
         self._propagate = propagate
         self._allow_unseen = allow_unseen
         self._references = references or {}
+        self._float_states = float_states
+        self._float_outputs: list[torch.Tensor] = []
         self._store: dict[tuple[SharedInput, type[Any]], Statistic] = {}
         self._products: dict[SharedInput, torch.Tensor] = {}
         self._product_dtype = next(segment.module.parameters()).dtype
@@ -167,9 +171,12 @@ class Context:
             segment.architecture.module_name(shared.linears[0]): [fresh[shared, kind] for kind in kinds]
             for shared in inputs
         }
-        with accumulate(segment.module, hooks):
-            states.run(segment.module, segment.index, keep=self._propagate, advance=self.advance)
-        self.forwards += 1
+        if any(issubclass(kind, TwoStreams) for kind in kinds):
+            self._run_pairs(states, hooks)
+        else:
+            with accumulate(segment.module, hooks):
+                states.run(segment.module, segment.index, keep=self._propagate, advance=self.advance)
+            self.forwards += 1
         self._store.update(fresh)
         self._products.clear()
         for (shared, _), statistic in fresh.items():
@@ -179,6 +186,43 @@ class Context:
                     "the model overflows on this text: try --dtype float32, or check the checkpoint",
                 )
         self._check_seen(inputs, kinds)
+
+    def _run_pairs(self, states: HiddenStates, hooks: Mapping[str, Sequence[Statistic]]) -> None:
+        """Batch after batch through the float block, as the float model has it, and through the block as it now is."""
+        assert not self._propagate, "a float stream has no second one"
+        original = self._float_parameters()
+        for batch in self.batches:
+            other = self._float_inputs(batch, hooks, original)
+            with accumulate(self.segment.module, hooks, other):
+                states.output(self.segment.module, self.segment.index, batch)
+            self.advance("forward")
+        self.forwards += 2
+
+    def _float_parameters(self) -> dict[str, torch.Tensor]:
+        """Parameters of the block that passes have moved, as they were, by their names in the block's class."""
+        rename = self.segment.architecture.module_name
+        return {rename(name): tensor.to(self._product_dtype) for name, tensor in self.segment.originals.items()}
+
+    def _float_inputs(self, batch: int, paths: Iterable[str], parameters: Mapping[str, torch.Tensor]) -> Inputs:
+        """What submodules see in the float model on one batch; the first time the block's output is kept."""
+        assert self._float_states is not None, "this run carries no float stream"
+        segment = self.segment
+        with record_inputs(segment.module, paths) as inputs:
+            output = self._float_states.output(segment.module, segment.index, batch, parameters)
+        if len(self._float_outputs) == batch:
+            self._float_outputs.append(output)
+        self.advance("forward")
+        return inputs
+
+    def float_outputs(self) -> list[torch.Tensor]:
+        """The float block's output on the float model's states, ``[batch, seq_len, hidden]`` for every batch: those of
+        the first gathering, or made now where no pass gathered anything."""
+        if not self._float_outputs:
+            original = self._float_parameters()
+            for batch in self.batches:
+                self._float_inputs(batch, (), original)
+            self.forwards += 1
+        return self._float_outputs
 
     def _check_seen(self, inputs: Sequence[SharedInput], kinds: Sequence[type[Statistic]]) -> None:
         unseen = [s for s in inputs if any(self._store[s, kind].tokens == 0 for kind in kinds)]

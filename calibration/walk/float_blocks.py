@@ -16,7 +16,7 @@ from calibration.text.crops import TokenBatches
 from calibration.walk.capture import transform_input
 from calibration.walk.context import Context
 from calibration.walk.outside import Outside
-from calibration.walk.passes import AddsBiases, Pass, Phase, TransformsInputs, repairs
+from calibration.walk.passes import Pass, Phase, keeps_originals
 from calibration.walk.segment import Segment
 from calibration.walk.states import HiddenStates
 
@@ -53,11 +53,10 @@ class FloatBlocks:
         for index in range(self.skeleton.spec.n_blocks):
             block, quantized = self.skeleton.block(index), self.schemes(index)
             for step in self.passes:
-                if isinstance(step, TransformsInputs):
-                    spec = self.skeleton.spec.block(index)
-                    for linear, transform in step.input_transforms(spec, quantized).items():
-                        path = self.skeleton.spec.module_name(linear)
-                        transform_input(block.get_submodule(path), transform)
+                spec = self.skeleton.spec.block(index)
+                for linear, transform in step.input_transforms(spec, quantized).items():
+                    path = self.skeleton.spec.module_name(linear)
+                    transform_input(block.get_submodule(path), transform)
 
     @torch.no_grad()
     def observe(self, tokens: TokenBatches, progress: Progress) -> Iterator[tuple[Segment, HiddenStates]]:
@@ -116,10 +115,9 @@ class FloatBlocks:
         """One block with float masters; ``with_module`` also fills the module for forward passes."""
         spec, stored = self.skeleton.spec, self.stored(index)
         for step in self.passes:
-            if isinstance(step, AddsBiases):
-                for linear in step.new_biases(self.skeleton.spec, index, stored):
-                    w = stored[f"{linear}.weight"]
-                    stored[f"{linear}.bias"] = w.new_zeros(w.shape[1 if self.skeleton.spec.conv1d else 0])
+            for linear in step.new_biases(self.skeleton.spec, index, stored):
+                w = stored[f"{linear}.weight"]
+                stored[f"{linear}.bias"] = w.new_zeros(w.shape[1 if self.skeleton.spec.conv1d else 0])
         masters = {n: t.to(self.skeleton.device, self.master_dtype) for n, t in stored.items()}
         if with_module:
             self.fill(index, {n: masters[n].to(self.skeleton.dtype) for n in masters})
@@ -132,7 +130,7 @@ class FloatBlocks:
             masters=masters,
             stored_dtypes={n: t.dtype for n, t in stored.items()},
             schemes=dict(self.schemes(index)),
-            keep_originals=repairs(self.passes),
+            keep_originals=keeps_originals(self.passes),
         )
 
     def load_rebased(self, index: int, with_module: bool = True) -> Segment:

@@ -9,7 +9,7 @@ import torch
 
 from calibration.architectures import ArchitectureSpec
 from calibration.model.checkpoint import TensorSource
-from calibration.walk.passes import Pass, Read, RewritesOutside
+from calibration.walk.passes import Pass, Read
 
 
 class Outside:
@@ -23,10 +23,9 @@ class Outside:
         self.names = [n for n in reader.infos if not n.startswith(architecture.blocks + ".")]
         self._read: Read = reader.tensor
         for step in passes:
-            if isinstance(step, RewritesOutside):
-                rewritten = dict(step.outside(architecture, self.names))
-                self.names += [name for name in rewritten if name not in self.names]
-                self._read = _after(self._read, rewritten)
+            rewritten = dict(step.outside(architecture, self.names))
+            self.names += [name for name in rewritten if name not in self.names]
+            self._read = _after(self._read, rewritten) if rewritten else self._read
 
     def tensor(self, name: str) -> torch.Tensor:
         """In the dtype in which it is stored."""

@@ -35,7 +35,8 @@ class Segment:
             scales); committed and exported with the linear.
         gates: tensors of activation thresholds, by the names they have in a file of their own; committed beside the
             block, not with its weights.
-        ranges: linear -> clipping bounds ``[out, groups]`` that rounding must use.
+        grids: linear -> the grid on which rounding must put its weight as it now is (of a type this package does not
+            know). A weight that changes loses its grid.
         errors: linear -> ``{"weight": ..., "output": ...}`` relative errors, filled by the rounding pass.
         notes: linear -> numbers worth recording, ``{"awq.alpha": 0.45}``.
         edits: counts changes that are not exact; statistics gathered before such a change are stale.
@@ -54,7 +55,7 @@ class Segment:
     quantized: dict[str, Replacement] = field(default_factory=dict)
     parts: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     gates: dict[str, torch.Tensor] = field(default_factory=dict)
-    ranges: dict[str, torch.Tensor] = field(default_factory=dict)
+    grids: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: dict[str, dict[str, float | str]] = field(default_factory=dict)
     edits: int = 0
@@ -126,6 +127,7 @@ class Segment:
 
     def _touch(self, name: str, exact: bool) -> None:
         self._stale.add(name)
+        self.grids.pop(name.removesuffix(".weight"), None)
         self.edits += not exact
 
     def note(self, linear: str, **values: float | str) -> None:

@@ -53,6 +53,43 @@ class Gram:
         return bool(torch.isfinite(self.matrix.diagonal()).all())
 
 
+@runtime_checkable
+class TwoStreams(Protocol):
+    """A statistic of an input beside the one that the float model has there, for the same tokens. A pass that reads one
+    works on the quantized stream; the walk then carries that of the float model along."""
+
+    def update_pair(self, x: torch.Tensor, x_float: torch.Tensor) -> None:
+        """Fold in ``x [tokens, in]`` and the float model's ``x_float [tokens, in]``, instead of `Statistic.update`."""
+
+
+class CrossGram:
+    """D = sum over tokens of (x_float - x)^T x, float32 ``[in, in]``: rows are channels of the difference. Products and
+    sums as in `Gram`."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.matrix = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def update(self, x: torch.Tensor) -> None:
+        """Tokens whose float input is not known count as if it were the same."""
+        self.tokens += x.shape[0]
+
+    def update_pair(self, x: torch.Tensor, x_float: torch.Tensor) -> None:
+        if x.dtype == torch.float64:
+            self.matrix = self.matrix.double()
+        elif x.dtype == torch.float16:
+            x, x_float = x.float(), x_float.float()
+        self.matrix += (x_float - x).T @ x
+        self.update(x)
+
+    def rescale(self, s: torch.Tensor) -> None:
+        s = s.to(self.matrix.dtype)
+        self.matrix.div_(s[:, None]).div_(s[None, :])
+
+    def finite(self) -> bool:
+        return bool(torch.isfinite(self.matrix).all())
+
+
 class Mean:
     """Sum over tokens of x per input channel, float32 ``[in]``; `mean` divides by the number of tokens."""
 

@@ -21,7 +21,7 @@ from calibration.walk.capture import Watch, watching
 from calibration.walk.context import Context
 from calibration.walk.finished import FinishedBlocks
 from calibration.walk.float_blocks import FloatBlocks, Tensors
-from calibration.walk.passes import Gates, Phase, forwards_per_block, references_of, stream_of
+from calibration.walk.passes import Phase, forwards_per_block, references_of, stream_of, watches_float
 from calibration.walk.segment import Segment
 from calibration.walk.states import HiddenStates, Reference
 from calibration.walk.statistics import Statistic
@@ -79,7 +79,7 @@ class Walk:
             assert tokens is not None, "these passes need calibration samples"
             self.blocks.transform_inputs()
             states = self.blocks.enter(tokens, progress)
-            model_states = states.copy() if "model" in references_of(passes) else None
+            model_states = states.copy() if "model" in references_of(passes) or watches_float(passes) else None
             streams = 2 if model_states else 1
             progress.stage("replay", done * streams * len(states.batches)) if done else None
             for index in range(done):
@@ -115,8 +115,7 @@ class Walk:
         with ExitStack() as stack:
             stack.enter_context(watching(block, [Watch.transforming(path, f) for path, f in transforms.items()]))
             for step in self.blocks.passes:
-                if isinstance(step, Gates):
-                    stack.enter_context(step.masked(block, self.blocks.skeleton.spec, index, gates))
+                stack.enter_context(step.masked(block, self.blocks.skeleton.spec, index, gates))
             states.run(block, index, keep=True, advance=advance)
         release(block)
 
@@ -163,6 +162,7 @@ class Walk:
             progress.advance(f"{where} {detail}")
 
         last = index == len(self.blocks) - 1
+        float_states = model_states.copy() if model_states and watches_float(self.blocks.passes) else None
         context = Context(
             segment,
             states,
@@ -172,13 +172,17 @@ class Walk:
             advance=advance,
             references=self._references(segment, states, model_states, advance),
             show=lambda detail: progress.advance(f"{where} {detail}", units=0),
+            float_states=float_states,
         )
         for step in self.blocks.passes:
             if step.phases != (Phase.REBASE,):
                 step.apply(segment, context)
+        referred = "model" in references_of(self.blocks.passes)  # and so propagated already
+        if model_states is not None and float_states is not None and not referred and not last:
+            model_states.batches = context.float_outputs()
         self.finished.write(segment, self.encode(segment), context.forwards)
         module = segment.module
-        del context, segment  # masters and statistics go before the next forward pass
+        del context, segment, float_states  # masters and statistics go before the next forward pass
         release(module)
         if states is not None and stream == "quantized" and not last:
             self._run_written(index, states, advance)

@@ -130,7 +130,7 @@ def _recipe(inputs: Sequence[SiteRecord], found: Sequence[Advice]) -> Advice:
     elif worst > SAFE_8:
         recipes = (("smoothquant+gptq", "w8a8"),)
     else:
-        recipes = (("rtn", "w8a8"), ("awq+gptq", "w4a16-g128"))
+        recipes = (("rtn", "w8a8"), ("awq+gptq", "w4a16"))
     return Advice(
         "recipe",
         False,

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibration.errors import ToolkitError
 from calibration.model.checkpoint import save_tensors, write_atomically
-from calibration.model.opening import context_length, fingerprint, forward_dtype, load_tokenizer, locate, open_model
+from calibration.model.opening import fingerprint, load_tokenizer
 from calibration.progress import Progress, Silent
 from calibration.record import REPORT_FILE
-from calibration.text.samples import default_dataset, model_tokens
 from calibration.versions import versions
 from ptq.analysis.advice import advise
 from ptq.analysis.observe import Subject, observe
@@ -21,20 +19,20 @@ from ptq.analysis.record import AnalysisRecord
 from ptq.analysis.softmax_sweep import SweepOptions
 from ptq.analysis.summary import summarize
 from ptq.analysis.trial import verdicts
-from ptq.devices import parse_dtype, resolve_device
 from ptq.formats.registry import format_of
 from ptq.planning.job import Options
+from ptq.planning.source import Source, TextOptions, open_source
 from ptq.report import analysis_html, analysis_markdown
 from ptq.runtime.dequantized import float_weights
-from ptq.runtime.load import checkpoint_dtype
 from ptq.session import Session
+from sparsity.files import SETTINGS_FILE
 
 CHANNELS_FILE = "channels.safetensors"
 
 
 @dataclass(frozen=True)
-class AnalysisOptions:
-    """Text and where forward passes run, as in `ptq.planning.job.Options`; and what is looked at beside outliers.
+class AnalysisOptions(TextOptions):
+    """Text and where forward passes run; and what is looked at beside outliers.
 
     Attributes:
         softmax: other softmaxes to try, or None.
@@ -44,13 +42,8 @@ class AnalysisOptions:
         probe_windows: of the text, that linears rounded alone are judged on.
     """
 
-    dataset: str | None = None
     samples: int = 32
     seq_len: int = 512
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
     softmax: SweepOptions | None = None
     sensitivity: tuple[str, ...] = ()
     try_advice: bool = False
@@ -61,55 +54,41 @@ class AnalysisOptions:
 
 def analyze(
     model: str | Path,
+    options: AnalysisOptions,
     *,
     out: str | Path,
     overwrite: bool = False,
     progress: Progress | None = None,
-    **options: Any,
 ) -> AnalysisRecord:
-    """Look at a float or quantized checkpoint and write reports into ``out``; see `AnalysisOptions`.
+    """Look at a float or quantized checkpoint and write reports into ``out``.
 
     Raises:
         ToolkitError: whatever can be refused; ``out`` is then not there.
     """
-    o = AnalysisOptions(**options)
-    progress = progress or Silent()
-    if o.samples < 1 or o.seq_len < 2:
-        raise ToolkitError(
-            f"--samples {o.samples} --seq-len {o.seq_len}: too small", "use at least 1 sample of 2 tokens"
-        )
-    folder = locate(model)
+    o, progress = options, progress or Silent()
+    source = open_source(model, o)
+    reader, spec = source.reader, source.spec
     session = Session(Path(out))
-    session.check(overwrite, resume=False, source=folder, resumable=False)
-    reader, config, spec = open_model(folder, o.trust_remote_code)
-    fmt = format_of(reader.config)
-    stored, device = checkpoint_dtype(reader, spec), resolve_device(o.device)
-    dtype = forward_dtype(stored, device) if o.dtype == "auto" else parse_dtype(o.dtype)
-    seq_len = min(o.seq_len, context_length(config))
-    dataset = o.dataset or default_dataset(folder)
-    text_options = Options(
-        dataset, o.samples, seq_len, o.seed, o.device, o.dtype, trust_remote_code=o.trust_remote_code
-    )
-    parts = Parts(folder, spec, text_options, o.windows, o.probe_windows, device, fmt is not None)
-    fit = check_parts(parts, config, o.softmax, o.sensitivity, o.try_advice)
-    tokens = model_tokens(folder, config, dataset, o.samples, seq_len, o.seed, o.trust_remote_code)
-    text = _token_texts(folder, dataset, o.trust_remote_code)
+    session.check(overwrite, resume=False, source=source.folder, resumable=False)
+    quantized = format_of(reader.config) is not None
+    parts = Parts(source.folder, spec, _run_options(source), o.windows, o.probe_windows, source.device, quantized)
+    source.check_text()
+    fit = check_parts(parts, source.config, o.softmax, o.sensitivity, o.try_advice)
+    source.tell(progress)
+    if (source.folder / SETTINGS_FILE).exists():
+        progress.message("activation thresholds are not applied: the dense model is analyzed")
+    tokens = source.windows(progress)
+    text = _token_texts(source.folder, source.dataset, o.trust_remote_code)
     session.begin({"analyze": fingerprint(reader)}, resume=False)
     with session.unless_done():
         softmax = None if o.softmax is None else parts.softmax(tokens, o.softmax, progress)
-        found = observe(Subject(float_weights(reader, spec), config, spec, dtype, device), tokens, text, progress)
+        subject = Subject(float_weights(reader, spec), source.config, spec, source.dtype, source.device)
+        found = observe(subject, tokens, text, progress)
         sensitivity, edge = parts.sensitivity(fit, o.sensitivity, tokens, progress)
         advice = advise(found.sites, found.weights)
         trials = parts.trials(advice, tokens, session.partial / "try", progress) if o.try_advice else ()
         record = AnalysisRecord(
-            model={
-                "name": folder.name if Path(model).is_dir() else str(model),
-                "architecture": spec.family,
-                "dtype": str(dtype).removeprefix("torch."),
-                "fingerprint": fingerprint(reader),
-                "blocks": spec.n_blocks,
-                "format": fmt.name if fmt else None,
-            },
+            model=_model_record(source),
             calibration=tokens.source,
             summary=summarize(found.sites, spec.n_blocks),
             sites=tuple(found.sites),
@@ -130,6 +109,26 @@ def analyze(
         write_report(record, session.partial)
         session.finish()
     return record
+
+
+def _run_options(source: Source) -> Options:
+    """For runs that parts of the analysis make on the same text."""
+    o = source.options
+    return Options(
+        source.dataset, o.samples, source.seq_len, o.seed, o.device, o.dtype, trust_remote_code=o.trust_remote_code
+    )
+
+
+def _model_record(source: Source) -> dict[str, Any]:
+    fmt = format_of(source.reader.config)
+    return {
+        "name": source.name,
+        "architecture": source.spec.family,
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "fingerprint": fingerprint(source.reader),
+        "blocks": source.spec.n_blocks,
+        "format": fmt.name if fmt else None,
+    }
 
 
 def write_report(record: AnalysisRecord, folder: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from calibration.shown import Shown
 from ptq.analysis.softmax_record import SoftmaxSweep
 from ptq.study.frontier import Point
 from ptq.study.sensitivity import SchemeSensitivity
@@ -219,8 +221,8 @@ class Trial:
     refused: str | None
 
 
-@dataclass(frozen=True)
-class AnalysisRecord:
+@dataclass(frozen=True, repr=False)
+class AnalysisRecord(Shown):
     """Everything that an analysis found; ``report.json`` as it is.
 
     Attributes:
@@ -250,6 +252,12 @@ class AnalysisRecord:
     trials: tuple[Trial, ...] = ()
     verdicts: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
+
+    def facts(self) -> Mapping[str, object]:
+        found = self.summary["with_first_token"] or {}
+        said = {a.rule: a.finding for a in self.advice}
+        tokens = {"largest activation": found.get("max_inf_norm"), "at": found.get("max_inf_norm_at")}
+        return {"model": self.model["name"], **tokens, **said}
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True, allow_nan=False) + "\n"

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import numpy as np
 
+from calibration.errors import ToolkitError
+
 Matrix = Sequence[Sequence[float]]
+
+
+def check_solver() -> None:
+    """Refuse early where the integer program could not be solved.
+
+    Raises:
+        ToolkitError: scipy is not installed.
+    """
+    if importlib.util.find_spec("scipy") is None:
+        raise ToolkitError("a fit solves an integer program: scipy is not installed", "pip install 'ptq[fit]'")
 
 
 def allocate(costs: Matrix, losses: Matrix, budget: float) -> list[int] | None:
@@ -19,6 +32,7 @@ def allocate(costs: Matrix, losses: Matrix, budget: float) -> list[int] | None:
         An option per unit, or None where even the cheapest ones are over the budget.
     """
     # imported here: it takes a second, and nothing else in the package needs it
+    check_solver()
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 

@@ -13,20 +13,22 @@ from calibration.errors import PlanError, Problem, ToolkitError, unknown_value
 from calibration.model.skeleton import Skeleton
 from calibration.progress import Progress
 from calibration.walk.float_blocks import FloatBlocks
-from ptq.fitting.allocation import allocate
+from ptq.catalogue import fit_methods
+from ptq.fitting.allocation import allocate, check_solver
 from ptq.fitting.budget import Budget
 from ptq.fitting.sensitivity import Sensitivities, Sweep
 from ptq.formats.registry import FORMATS, PREFERRED, Format
 from ptq.linears import ModelLayout, PlannedLinear
-from ptq.planning.job import Job, Options, calibration_windows, prepare
+from ptq.planning.groups import with_any_group
+from ptq.planning.job import Job, Options, prepare
 from ptq.planning.plan import Plan
 from ptq.scheme import BITS, FLOAT_PRESETS, GROUP_SIZES, QuantScheme, parse_scheme
+from ptq.scheme_names import names_group
 
 OFFERED = (*(f"w{bits}a16-g{size}-sym" for bits in BITS for size in GROUP_SIZES), *FLOAT_PRESETS)
 WHOLE_ROWS = tuple(f"w{bits}a16-gchannel-sym" for bits in BITS)
 """For linears whose inputs no group size divides."""
 
-METHODS = ("rtn", "gptq", "awq", "awq+gptq")
 PROBE_BITS = 3
 HEADER_BYTES = 160  # of one tensor in a safetensors header, with a short name, and of its small companions
 
@@ -120,8 +122,10 @@ class Fit:
         """One walk over the float blocks; see `ptq.fitting.sensitivity`."""
         job, options = self.job, {name: unit.options for unit in self.units for name in unit.names}
         probe = {name: min(found, key=_distance_from_probe) for name, found in options.items()}
-        sweep = Sweep(options, probe, feedback="gptq" in self.method)
-        return sweep.run(float_blocks(job), calibration_windows(job, progress), progress)
+        feedback = any(step.expected_errors == "feedback" for step in self.plan.recipe.passes)
+        sweep = Sweep(options, probe, feedback=feedback)
+        job.tell(progress)
+        return sweep.run(float_blocks(job), job.windows(progress), progress)
 
     def solve(self, sensitivities: Sensitivities, budget: Budget) -> Choice:
         """The choice of least expected divergence under the budget.
@@ -196,29 +200,33 @@ def prepare_fit(
     """Resolve the model and what is on offer, from headers alone.
 
     Args:
-        method: of `METHODS`; rounding with GPTQ is expected to have GPTQ's errors.
+        method: of `fit_methods`; rounding with GPTQ is expected to have GPTQ's errors.
         format: compressed-tensors where None. Linears that engines run as one matrix (q, k and v; gate and up) take one
             scheme, but in native files.
-        schemes: on offer; empty: every width and group size, MXFP4 and NVFP4, as far as the format holds them.
+        schemes: on offer, a text without a group size for one that divides; empty: every width and group size, MXFP4
+            and NVFP4, as far as the format holds them.
 
     Raises:
         ToolkitError, PlanError: whatever can be refused.
     """
-    if method not in METHODS:
-        raise unknown_value("--method", method, METHODS)
+    check_solver()
+    if method not in fit_methods():
+        raise unknown_value("--method", method, fit_methods())
     if format is not None and format not in FORMATS:
         raise unknown_value("--format", format, FORMATS)
     fmt = FORMATS[format or PREFERRED]
     job = prepare(model, method=method, scheme=WHOLE_ROWS[-1], format="native", options=options)
     layout = job.plan.layout
-    offered = [parse_scheme(text) for text in schemes or OFFERED]
+    offered = [(parse_scheme(text), not names_group(text)) for text in schemes or OFFERED]
     spare = [] if schemes else [parse_scheme(text) for text in WHOLE_ROWS]
     units = tuple(_units(job, fmt, offered, spare))
     _check_mixing(layout, fmt, units)
     return Fit(job, method, fmt, units)
 
 
-def _units(job: Job, fmt: Format, offered: Iterable[QuantScheme], spare: Iterable[QuantScheme]) -> Iterable[Unit]:
+def _units(
+    job: Job, fmt: Format, offered: Sequence[tuple[QuantScheme, bool]], spare: Iterable[QuantScheme]
+) -> Iterable[Unit]:
     layout, together = job.plan.layout, fmt.name != "native"
     members: dict[object, list[PlannedLinear]] = {}
     for linear in layout.quantized:
@@ -227,10 +235,14 @@ def _units(job: Job, fmt: Format, offered: Iterable[QuantScheme], spare: Iterabl
         key: object = (linear.block, shared) if together else linear.name
         members.setdefault("experts" if together and linear.expert is not None else key, []).append(linear)
     for linears in members.values():
-        options = [o for o in offered if not _refused(layout, fmt, linears, o)]
+        shapes = [linear.shape for linear in linears]
+        fitted = dict.fromkeys(
+            with_any_group(scheme, *shapes) if any_group else scheme for scheme, any_group in offered
+        )
+        options = [o for o in fitted if not _refused(layout, fmt, linears, o)]
         options = options or [o for o in spare if not _refused(layout, fmt, linears, o)]
         if not options:
-            refused = _refused(layout, fmt, linears, next(iter(offered)))
+            refused = _refused(layout, fmt, linears, next(iter(fitted)))
             raise PlanError(refused or [Problem(linears[0].name, "no scheme on offer fits", "pass other --schemes")])
         yield Unit(tuple(linears), tuple(options))
 

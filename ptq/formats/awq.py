@@ -54,6 +54,7 @@ class Awq:
             *checks.group_problems(layout),
             *checks.float_problems(layout, self.name),
             *checks.axis_problems(layout, self.name),
+            *checks.zero_problems(layout, self.name),
             *checks.divisor_problems(layout, 8, 1, self.name),
             *checks.order_problems(layout, self.name),
             *checks.part_problems(layout, self.name),

@@ -76,6 +76,13 @@ def axis_problems(layout: ModelLayout, format_name: str) -> list[Problem]:
     return refuse(across, reason, f"use g instead of ic in the scheme, or {NATIVE}")
 
 
+def zero_problems(layout: ModelLayout, format_name: str) -> list[Problem]:
+    """Zero points that are floats, in a format whose zero points are codes."""
+    floats = matching(layout, lambda linear: linear.scheme.weights.float_zeros)  # type: ignore[union-attr]
+    reason = f"has float zero points, and '{format_name}' holds integers"
+    return refuse(floats, reason, f"use -asym instead of -asym_float in the scheme, or {NATIVE}")
+
+
 def float_problems(layout: ModelLayout, format_name: str) -> list[Problem]:
     """Codes that stand for floats, in a format of integers."""
     floats = matching(layout, lambda linear: linear.scheme.weights.float_format is not None)  # type: ignore[union-attr]

@@ -59,6 +59,7 @@ class CompressedTensors:
             *checks.group_problems(layout),
             *packed_floats.problems(layout, self.name),
             *checks.axis_problems(layout, self.name),
+            *checks.zero_problems(layout, self.name),
             *checks.order_problems(layout, self.name),
             *checks.part_problems(layout, self.name, held=INPUT_GRID),
             *plain_codes.problems(layout, self.name),

@@ -54,6 +54,7 @@ class Gptq:
             *checks.group_problems(layout),
             *checks.float_problems(layout, self.name),
             *checks.axis_problems(layout, self.name),
+            *checks.zero_problems(layout, self.name),
             *checks.divisor_problems(layout, 32, 32, self.name),
             *checks.part_problems(layout, self.name),
             *checks.activation_problems(layout, self.name),

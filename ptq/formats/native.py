@@ -13,6 +13,7 @@ suffix           dtype      shape                       content
 ``global_scale`` float32    ``[1]``                     only in two-level formats
 ``zero``         int32      ``[ceil(lines*G*b/32)]``    one dense stream, line after line; b = 8: uint8
                                                         ``[lines, G]``; absent for symmetric grids
+                 float16    ``[lines, G]``              for ``asym_float``
 ``group_index``  int32      ``[in]``                    only where groups follow an activation order
 ``salient_codes`` int32    ``[out, ceil(k*4/32)]``     one-bit weights: codes of the k salient columns; ``codes``
                                                         are then those of the others, ``zero`` has 4 bits
@@ -76,7 +77,9 @@ class Native:
             tensors["scale"] = stored_scale(q.scale, torch.bfloat16 if exact else torch.float16)
         if q.global_scale is not None:
             tensors["global_scale"] = q.global_scale.clone()  # linears of one input share it
-        if q.zero is not None:
+        if q.zero is not None and q.scheme.weights.float_zeros:
+            tensors["zero"] = stored_scale(q.zero, torch.float16)
+        elif q.zero is not None:
             # one stream for the whole tensor: rows of few groups would leave most of their last word empty
             tensors["zero"] = q.zero.clone() if bits == 8 else pack(q.zero.reshape(1, -1), bits)[0]
         if q.group_index is not None:
@@ -93,7 +96,9 @@ class Native:
             codes, bits = _mixed_codes(tensors, shape), SALIENT_BITS
         elif bits < 8:
             codes = unpack(codes, bits, shape[1])
-        if bits < 8:
+        if scheme.weights.float_zeros:
+            zero = None if zero is None else zero.float()
+        elif bits < 8:
             zero = None if zero is None else unpack(zero[None], bits, scale.numel()).view_as(scale)
         parts = {name: tensor for name, tensor in tensors.items() if name in PARTS}
         return QuantizedTensor(

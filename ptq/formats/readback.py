@@ -102,7 +102,9 @@ def read_codes(
             codes[:, ~salient] = _fields(array["codes"], 1, int((~salient).sum()))
         elif bits < 8:
             codes = _fields(codes, bits, columns)
-        if bits < 8:
+        if scheme.weights.float_zeros:
+            zero = _float(tensors["zero"])
+        elif bits < 8:
             zero = None if zero is None else _fields(zero[None], bits, scale.size).reshape(scale.shape)
     return codes, scale, zero
 

@@ -10,7 +10,9 @@ from ptq.methods.bias_correct import BiasCorrect
 from ptq.methods.equalize import Equalize
 from ptq.methods.exponent_shift import ExponentShift
 from ptq.methods.fp4 import Fp4
+from ptq.methods.gptaq import Gptaq
 from ptq.methods.gptq import Gptq
+from ptq.methods.hqq import Hqq
 from ptq.methods.lorc import Lorc
 from ptq.methods.norm_tweak import NormTweak
 from ptq.methods.outliertune import OutlierTune
@@ -25,6 +27,8 @@ from ptq.methods.smoothquant import SmoothQuant
 METHODS: dict[str, type[Pass]] = {
     "rtn": Rtn,
     "gptq": Gptq,
+    "gptaq": Gptaq,
+    "hqq": Hqq,
     "awq": Awq,
     "adadim": AdaDim,
     "adadim-published": AdaDimPublished,
@@ -52,20 +56,8 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
 """Names in the literature for passes in a row, as ``--method`` takes them; the last one rounds. A rounding pass behind
 the name takes its place: ``rrs+rtn``."""
 
-DEFAULT_SCHEMES: dict[str, str] = {
-    "fp4": "fp4-e2m1-g128",
-    "ptq1.61": "w1a16-salient20",
-    "smoothquant": "w8a8",
-    "outliertune": "w8a8-asym",
-    "repquant": "w8a8",
-    "rotate": "w4a4",
-    "rs": "w4a4",
-}
-"""What ``--method`` alone means, for methods that are not about 4-bit integer weights alone; the first pass decides."""
-
 __all__ = [
     "COMBINATIONS",
-    "DEFAULT_SCHEMES",
     "METHODS",
     "AdaDim",
     "AdaDimPublished",
@@ -75,7 +67,9 @@ __all__ = [
     "Equalize",
     "ExponentShift",
     "Fp4",
+    "Gptaq",
     "Gptq",
+    "Hqq",
     "Lorc",
     "NormTweak",
     "OutlierTune",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -17,11 +17,12 @@ from torch import nn
 from calibration.errors import Problem
 from calibration.walk.capture import Call
 from calibration.walk.context import Context
-from calibration.walk.passes import Phase, Stream
+from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram, Statistic
+from ptq.linears import ModelLayout
 from ptq.methods.balancing import by_value_channel
-from ptq.numerics.grids import fake_quantize
+from ptq.methods.rtn import round_to_nearest
 from ptq.numerics.objective import rounding_error
 from ptq.scheme import NARROW_SCALES, Axis, Grouping, QuantScheme
 
@@ -46,19 +47,19 @@ def both_axes(scheme: QuantScheme, shape: tuple[int, int]) -> tuple[QuantScheme,
 def choose(segment: Segment, linear: str, options: tuple[QuantScheme, ...], errors: list[float]) -> QuantScheme:
     """Take the option of the least error, the first of equal ones, and record both errors.
 
-    Clipping ranges of the linear belong to the grouping they were searched for, and go with it.
+    A grid chosen for the linear belongs to the grouping it was searched for, and goes with it.
     """
     best = min(range(len(options)), key=errors.__getitem__)
     named = {f"adadim.{o.weights.grouping.axis}": e for o, e in zip(options, errors, strict=True)}
     segment.note(linear, **named)
     if best > 0:
         segment.schemes[linear] = options[best]
-        segment.ranges.pop(linear, None)
+        segment.grids.pop(linear, None)
     return options[best]
 
 
 @dataclass(frozen=True)
-class AdaDim:
+class AdaDim(Pass):
     """The axis of less error of the linear's output, ||C (Q(W) - W) X^T||^2 with Q = round to nearest, from the Gram
     matrix of its input: no forward pass.
 
@@ -67,16 +68,10 @@ class AdaDim:
     """
 
     name: ClassVar[str] = "adadim"
+    summary: ClassVar[str] = "lays groups along the inputs or the outputs of a linear, by the error of its output"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.CHOOSE,)
     stream: ClassVar[Stream] = "either"
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Gram,)
-    parts: ClassVar[tuple[str, ...]] = ()
-
-    def check(self, view: Any) -> Iterable[Problem]:
-        return ()
-
-    def forwards(self) -> int:
-        return 0
 
     def alternatives(self, scheme: QuantScheme, shape: tuple[int, int]) -> tuple[QuantScheme, ...]:
         return both_axes(scheme, shape)
@@ -90,11 +85,11 @@ class AdaDim:
 
 
 def gram_errors(segment: Segment, context: Context, linear: str, options: tuple[QuantScheme, ...]) -> list[float]:
-    """||C (Q(W) - W) X^T||^2 of every option; a clipping range counts for the option it was searched for, the first."""
+    """||C (Q(W) - W) X^T||^2 of every option; a chosen grid counts for the option it was searched for, the first."""
     w, gram = segment.weight(linear), context.product_gram(linear)
-    clip, importance = segment.ranges.get(linear), column_energies(segment, linear)
+    grid, importance = segment.grids.get(linear), column_energies(segment, linear)
     return [
-        float(rounding_error(w, gram, o.weights, clip if i == 0 else None, importance=importance))
+        float(rounding_error(w, gram, o.weights, grid if i == 0 else None, importance=importance))
         for i, o in enumerate(options)
     ]
 
@@ -110,7 +105,7 @@ def column_energies(segment: Segment, linear: str) -> torch.Tensor | None:
 
 
 @dataclass(frozen=True)
-class AdaDimPublished:
+class AdaDimPublished(Pass):
     """The axis of less error of the output of the linear's attention or MLP module, as published.
 
     Linears whose output the module processes further (q, k, v, gate, up) are scored by running the module with each
@@ -127,12 +122,14 @@ class AdaDimPublished:
     moving: bool = True
 
     name: ClassVar[str] = "adadim-published"
+    summary: ClassVar[str] = (
+        "lays groups along the inputs or the outputs of a linear, by the error of its attention or MLP module"
+    )
     phases: ClassVar[tuple[Phase, ...]] = (Phase.CHOOSE,)
     stream: ClassVar[Stream] = "quantized"  # keeps the inputs of the block, which a float stream overwrites
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Gram,)
-    parts: ClassVar[tuple[str, ...]] = ()
 
-    def check(self, view: Any) -> Iterable[Problem]:
+    def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
         if self.batches < 1:
             yield Problem("adadim-published.batches", f"{self.batches} is not positive", "use 8")
 
@@ -156,7 +153,7 @@ class AdaDimPublished:
             else:
                 errors = self._module_errors(segment, linear, path, options, calls[path], rounded)
             chosen = choose(segment, linear, options, errors)
-            rounded[linear] = fake_quantize(w, chosen.weights, segment.ranges.get(linear))
+            rounded[linear] = round_to_nearest(w, chosen, segment.grids.get(linear)).dequantize(w.dtype)
 
     def _module_errors(
         self,
@@ -169,11 +166,11 @@ class AdaDimPublished:
     ) -> list[float]:
         """Mean squared change of the module's output when ``linear`` is rounded with each option."""
         module = segment.module.get_submodule(path)
-        w, clip = segment.weight(linear), segment.ranges.get(linear)
+        w, grid = segment.weight(linear), segment.grids.get(linear)
         now = _parameters(segment, path, rounded) if self.moving else {}
         candidates = [
-            {**now, **_parameters(segment, path, {linear: fake_quantize(w, o.weights, clip if i == 0 else None)})}
-            for i, o in enumerate(options)
+            {**now, **_parameters(segment, path, {linear: round_to_nearest(w, o, g).dequantize(w.dtype)})}
+            for o, g in zip(options, (grid, *[None] * len(options)), strict=False)
         ]
         totals, count = [0.0] * len(options), 0
         for call in calls:

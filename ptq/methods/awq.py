@@ -8,22 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
 from calibration.architectures import Balance
 from calibration.errors import Problem
 from calibration.walk.context import Context
-from calibration.walk.passes import Phase, Stream
+from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import AbsMean, Gram, Statistic
+from ptq.linears import ModelLayout
 from ptq.methods.balancing import balance, by_value_channel, note_all, quantized_consumers, spread
+from ptq.methods.rounding import global_scales
 from ptq.numerics.awq import candidate_scales, clip_bounds, duo_scales, relative_magnitude, sample_rows, scaled_error
+from ptq.numerics.grids import grid_of
 
 
 @dataclass(frozen=True)
-class Awq:
+class Awq(Pass):
     """Channel scales by a grid over alpha, then a clipping bound per group of weights.
 
     Attributes:
@@ -44,12 +47,14 @@ class Awq:
     values: bool = True
 
     name: ClassVar[str] = "awq"
+    title: ClassVar[str | None] = "AWQ"
+    summary: ClassVar[str] = "scales input channels so that weights that meet large activations are rounded more finely"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.BALANCE, Phase.CHOOSE)
+    expected_errors: ClassVar[Literal["nearest", "feedback"] | None] = "nearest"
     stream: ClassVar[Stream] = "either"
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Gram, AbsMean)
-    parts: ClassVar[tuple[str, ...]] = ()
 
-    def check(self, view: Any) -> Iterable[Problem]:
+    def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
         if self.grid < 1:
             yield Problem("awq.grid", f"{self.grid} is not positive", "use 20")
         if self.rows < 0:
@@ -61,21 +66,19 @@ class Awq:
                 "use clip_steps = 10 and clip_shrink = 0.5",
             )
 
-    def forwards(self) -> int:
-        return 0
-
     def apply(self, segment: Segment, context: Context) -> None:
         for group in segment.spec.balance:
             if group.kind != "value" or self.values:
                 self._balance(segment, context, group)
         if self.clip:
+            shared = global_scales(segment)
             for linear, scheme in segment.schemes.items():
                 if linear not in segment.spec.scores:
                     gram = context.statistic(linear, Gram)
                     if gram.tokens:
-                        segment.ranges[linear] = clip_bounds(
-                            segment.weight(linear), gram.matrix, scheme.weights, self.clip_steps, self.clip_shrink
-                        )
+                        w, quant = segment.weight(linear), scheme.weights
+                        bounds = clip_bounds(w, gram.matrix, quant, self.clip_steps, self.clip_shrink)
+                        segment.grids[linear] = grid_of(w, quant, bounds, shared.get(linear))
 
     def _balance(self, segment: Segment, context: Context, group: Balance) -> None:
         inputs = quantized_consumers(segment, group)

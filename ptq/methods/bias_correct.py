@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from calibration.errors import Problem
 from calibration.walk.context import Context
-from calibration.walk.passes import Phase, Stream
+from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Mean, Statistic
 from ptq.formats.checks import matching
+from ptq.linears import ModelLayout
 from ptq.numerics.dfq import expected_relu, mean_error
 
 
 @dataclass(frozen=True)
-class BiasCorrect:
+class BiasCorrect(Pass):
     """b -= (W_q - W) E[x] for every quantized linear that has a bias. Others are left alone: no bias is added.
 
     Attributes:
@@ -29,8 +30,8 @@ class BiasCorrect:
     data: bool = True
 
     name: ClassVar[str] = "bias-correct"
+    summary: ClassVar[str] = "takes the mean error of a rounded layer out of its bias"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.REPAIR,)
-    parts: ClassVar[tuple[str, ...]] = ()
 
     @property
     def stream(self) -> Stream:
@@ -40,16 +41,13 @@ class BiasCorrect:
     def statistics(self) -> tuple[type[Statistic], ...]:
         return (Mean,) if self.data else ()
 
-    def check(self, view: Any) -> Iterable[Problem]:
-        if view.quantized and not matching(view, lambda linear: linear.bias):
+    def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
+        if view.layout.quantized and not matching(view.layout, lambda linear: linear.bias):
             yield Problem(
                 "bias-correct",
                 "no quantized linear of this model has a bias, and its file has no place for new ones",
                 "leave bias-correct out; lorc and norm-tweak repair models without biases",
             )
-
-    def forwards(self) -> int:
-        return 0
 
     def apply(self, segment: Segment, context: Context) -> None:
         expected = {} if self.data else expected_inputs(segment)

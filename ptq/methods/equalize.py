@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from calibration.architectures import Balance
-from calibration.errors import Problem
 from calibration.walk.context import Context
-from calibration.walk.passes import Phase, Stream
+from calibration.walk.passes import Pass, Phase
 from calibration.walk.segment import Segment
-from calibration.walk.statistics import Statistic
 from ptq.numerics.dfq import equalizing_scales
 
 SWEEPS = 20
@@ -21,7 +18,7 @@ CONVERGED = 1e-4  # of the largest scale's logarithm
 
 
 @dataclass(frozen=True)
-class Equalize:
+class Equalize(Pass):
     """Scales of the pairs of linears in the architecture table: up and down of gated MLPs, fc1 and fc2 around a ReLU,
     values and output of attention. Weights of the producer that share a step per row round as before; those of the
     consumer change.
@@ -34,16 +31,8 @@ class Equalize:
     values: bool = True
 
     name: ClassVar[str] = "equalize"
+    summary: ClassVar[str] = "evens the ranges of weights that follow each other"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.REBASE,)
-    stream: ClassVar[Stream] = "none"
-    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
-    parts: ClassVar[tuple[str, ...]] = ()
-
-    def check(self, view: Any) -> Iterable[Problem]:
-        return ()
-
-    def forwards(self) -> int:
-        return 0
 
     def apply(self, segment: Segment, context: Context) -> None:
         pairs = [group for group in segment.spec.balance if group.kind != "norm"]

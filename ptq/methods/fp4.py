@@ -10,24 +10,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from calibration.errors import Problem
 from calibration.walk.context import Context
-from calibration.walk.passes import Phase, Stream
+from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram, Statistic
 from ptq.formats.checks import matching, refuse
+from ptq.linears import ModelLayout
 from ptq.methods.rounding import global_scales
 from ptq.numerics.float_search import COARSE, SHORTLIST, search_bounds
+from ptq.numerics.grids import grid_of
 from ptq.numerics.objective import rounding_error
 from ptq.scheme import QuantScheme, float_formats
 
 
 @dataclass(frozen=True)
-class Fp4:
+class Fp4(Pass):
     """Grids of floats chosen by output error.
 
     Attributes:
@@ -39,20 +41,18 @@ class Fp4:
     shortlist: int = SHORTLIST
 
     name: ClassVar[str] = "fp4"
+    summary: ClassVar[str] = "chooses a float format per linear and a scale per group by the error of the output"
+    default_scheme: ClassVar[str | None] = "fp4-e2m1-g128"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.CHOOSE,)
     stream: ClassVar[Stream] = "either"
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Gram,)
-    parts: ClassVar[tuple[str, ...]] = ()
 
-    def check(self, view: Any) -> Iterable[Problem]:
+    def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
         if not 1 <= self.shortlist <= 64:
             yield Problem("fp4.shortlist", f"{self.shortlist} is outside 1 to 64", f"use {SHORTLIST}")
-        integers = matching(view, lambda linear: linear.scheme.weights.float_format is None)  # type: ignore[union-attr]
+        integers = matching(view.layout, lambda linear: linear.scheme.weights.float_format is None)  # type: ignore[union-attr]
         named = ", ".join(dict.fromkeys(str(linear.scheme) for linear in integers))
         yield from refuse(integers, f"{named}: fp4 chooses among floats", "use --scheme fp4-e2m1-g128, mxfp4 or nvfp4")
-
-    def forwards(self) -> int:
-        return 0
 
     def alternatives(self, scheme: QuantScheme, shape: tuple[int, int]) -> tuple[QuantScheme, ...]:
         """The scheme with every format of as many bits, itself first."""
@@ -79,11 +79,12 @@ class Fp4:
                 names = (str(option.weights.float_format) for option in options)
                 segment.note(linear, **{f"fp4.{name}": e for name, e in zip(names, errors, strict=True)})
             bounds = search_bounds(w, gram, best.weights, shared.get(linear), shortlist=self.shortlist)
-            segment.schemes[linear], segment.ranges[linear] = best, bounds
+            segment.schemes[linear] = best
+            segment.grids[linear] = grid_of(w, best.weights, bounds, shared.get(linear))
             context.show(linear)
 
 
 def _coarse_error(w: torch.Tensor, gram: torch.Tensor, scheme: QuantScheme) -> float:
     """||(Q(W) - W) X^T||^2 with scales of a coarse search, to compare formats."""
     bounds = search_bounds(w, gram, scheme.weights, offsets=COARSE, shortlist=2)
-    return float(rounding_error(w, gram, scheme.weights, bounds))
+    return float(rounding_error(w, gram, scheme.weights, grid_of(w, scheme.weights, bounds)))

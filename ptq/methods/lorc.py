@@ -9,23 +9,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from calibration.errors import Problem
 from calibration.walk.context import Context
-from calibration.walk.passes import Phase, Stream
+from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram, Statistic
 from ptq.formats.checks import matching, refuse
+from ptq.linears import ModelLayout
 from ptq.methods.rounding import record_errors
 from ptq.numerics.lowrank import FACTOR_BITS, factor_bits, low_rank, quantize_factors
 from ptq.quantized import LORA, QuantizedTensor
 
 
 @dataclass(frozen=True)
-class Lorc:
+class Lorc(Pass):
     """A low-rank correction of every quantized linear.
 
     Attributes:
@@ -40,6 +41,8 @@ class Lorc:
     weighting: Literal["gram", "diagonal", "none"] = "gram"
 
     name: ClassVar[str] = "lorc"
+    title: ClassVar[str | None] = "LoRC"
+    summary: ClassVar[str] = "adds a low-rank correction of what rounding took away"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.REPAIR,)
     parts: ClassVar[tuple[str, ...]] = LORA
 
@@ -55,21 +58,18 @@ class Lorc:
         """Bits of both factors and their scales."""
         return factor_bits(out_features, in_features, self.rank, self.bits)
 
-    def check(self, view: Any) -> Iterable[Problem]:
+    def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
         if self.rank < 1:
             yield Problem("lorc.rank", f"{self.rank} is not positive", "use 8, or leave lorc out")
         if self.bits not in FACTOR_BITS:
             yield Problem("lorc.bits", f"{self.bits}-bit factors have no layout", "use 8 or 16")
-        narrow = matching(view, lambda linear: min(linear.shape) < self.rank)
+        narrow = matching(view.layout, lambda linear: min(linear.shape) < self.rank)
         largest = min((min(linear.shape) for linear in narrow), default=0)
         yield from refuse(
             narrow,
             f"rank {self.rank} is larger than the smaller side of the layer, {largest}",
             f"use rank {largest} or less in the recipe",
         )
-
-    def forwards(self) -> int:
-        return 0
 
     def apply(self, segment: Segment, context: Context) -> None:
         for linear in segment.schemes:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from calibration.errors import Problem
 from calibration.walk.context import Context
-from calibration.walk.passes import Phase, Stream
+from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.states import Reference
-from calibration.walk.statistics import Statistic
+from ptq.linears import ModelLayout
 from ptq.numerics.distribution import channel_distance, learning_rate
 
 
 @dataclass(frozen=True)
-class NormTweak:
+class NormTweak(Pass):
     """A few small Adam steps on gains (and LayerNorm biases) of the block's norms; integer codes stay as they are.
 
     One step per calibration batch of 2048 tokens, as published; 128 windows of 512 are 32 steps and take a larger rate
@@ -41,16 +41,15 @@ class NormTweak:
     target: Reference = "inputs"
 
     name: ClassVar[str] = "norm-tweak"
+    summary: ClassVar[str] = "adjusts the norms so that outputs follow those of the float model"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.REPAIR,)
     stream: ClassVar[Stream] = "quantized"
-    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
-    parts: ClassVar[tuple[str, ...]] = ()
 
     @property
     def references(self) -> tuple[Reference, ...]:
         return (self.target,)
 
-    def check(self, view: Any) -> Iterable[Problem]:
+    def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
         if not 0 <= self.rate < 1:
             yield Problem("norm-tweak.rate", f"{self.rate} is outside [0, 1)", "use 1e-4")
         if self.depth_scale < 0:

@@ -17,7 +17,7 @@ import torch
 from calibration.architectures import ArchitectureSpec, Balance, BlockSpec
 from calibration.errors import Problem
 from calibration.walk.context import Context
-from calibration.walk.passes import Phase, Stream
+from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Midpoints, Statistic
 from ptq.activations import ActivationQuant
@@ -36,7 +36,7 @@ from ptq.scheme import QuantScheme
 
 
 @dataclass(frozen=True)
-class OutlierTune:
+class OutlierTune(Pass):
     """Symmetrization and pre-executed dequantization in front of linears that a norm feeds.
 
     Attributes:
@@ -46,28 +46,24 @@ class OutlierTune:
     shift: bool = True
 
     name: ClassVar[str] = "outliertune"
+    summary: ClassVar[str] = "gives each channel behind a norm a static step, and moves the steps into the weights"
+    default_scheme: ClassVar[str | None] = "w8a8-asym"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.BALANCE, Phase.CHOOSE)
     stream: ClassVar[Stream] = "quantized"
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Midpoints,)
     parts: ClassVar[tuple[str, ...]] = ("input_scale",)
 
-    def check(self, view: ModelLayout) -> Iterable[Problem]:
-        floats = [n for n in view.quantized if n.scheme is not None and not has_integer_inputs(n.scheme)]
+    def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
+        floats = [n for n in view.layout.quantized if n.scheme is not None and not has_integer_inputs(n.scheme)]
         reason = "has no integer inputs, whose channels OutlierTune gives steps"
         yield from refuse(floats, reason, "use a scheme such as w8a8-asym or w6a6-asym, or a rule that says float")
-
-    def forwards(self) -> int:
-        return 0
 
     def alternatives(self, scheme: QuantScheme, shape: tuple[int, int]) -> Sequence[QuantScheme]:
         """Static inputs, for linears that a norm feeds."""
         return [with_static_inputs(scheme)] if has_integer_inputs(scheme) else []
 
-    def refusals(self, architecture: ArchitectureSpec) -> Iterable[Problem]:
-        return ()
-
-    def remarks(self, architecture: ArchitectureSpec, view: Any) -> Iterable[str]:
-        if self.shift and architecture.norm != "layer":
+    def remarks(self, view: PlanView[ModelLayout]) -> Iterable[str]:
+        if self.shift and view.spec.norm != "layer":
             yield "outliertune: norms without a bias cannot shift their channels; steps alone move into the weights"
 
     def config_changes(self, config: Any) -> Mapping[str, Any]:

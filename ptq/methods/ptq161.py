@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from calibration.errors import Problem
 from calibration.walk.context import Context
-from calibration.walk.passes import Pass, Phase, Stream
+from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.states import Reference
 from calibration.walk.statistics import AbsMax, Gram, Statistic
@@ -94,7 +94,7 @@ class MixedLinear:
 
 
 @dataclass(frozen=True)
-class Ptq161:
+class Ptq161(Pass):
     """Binarize every linear whose scheme is ``w1a16-salientN``, and train scales so that the block's output stays.
 
     Attributes:
@@ -109,6 +109,8 @@ class Ptq161:
     rotation_rate: float = 1e-3
 
     name: ClassVar[str] = "ptq1.61"
+    summary: ClassVar[str] = "keeps signs and a few 4-bit columns, and trains their scales block by block"
+    default_scheme: ClassVar[str | None] = "w1a16-salient20"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.ROUND,)
     stream: ClassVar[Stream] = "quantized"
     statistics: ClassVar[tuple[type[Statistic], ...]] = (AbsMax,)
@@ -119,14 +121,14 @@ class Ptq161:
         """Bitmap of salient columns, and three 16-bit vectors."""
         return 8 * -(-in_features // 8) + 16 * (2 * out_features + in_features)
 
-    def check(self, view: Any) -> Iterable[Problem]:
+    def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
         if self.epochs < 0:
             yield Problem("ptq1.61.epochs", f"{self.epochs} is negative", "use 20")
         for name in ("scale_rate", "rotation_rate"):
             if not 0 <= getattr(self, name) < 1:
                 fix = f"use {getattr(Ptq161, name)}"
                 yield Problem(f"ptq1.61.{name}", f"{getattr(self, name)} is outside [0, 1)", fix)
-        others = matching(view, lambda linear: linear.scheme.weights.salient_percent is None)  # type: ignore[union-attr]
+        others = matching(view.layout, lambda linear: linear.scheme.weights.salient_percent is None)  # type: ignore[union-attr]
         yield from refuse(
             others,
             "ptq1.61 makes one-bit weights with salient columns, not those of this scheme",
@@ -171,16 +173,6 @@ class Ptq161:
                 total += float(loss.detach())
             losses.append(total / len(context.batches))
         return losses
-
-
-def binary_problems(layout: ModelLayout, passes: Sequence[Pass]) -> Iterable[Problem]:
-    """One-bit schemes under passes that know nothing of them."""
-    binary = matching(layout, lambda linear: linear.scheme.weights.salient_percent is not None)  # type: ignore[union-attr]
-    between = (Phase.BALANCE, Phase.CHOOSE, Phase.ROUND)
-    for step in passes:
-        if not isinstance(step, Ptq161) and set(step.phases) & set(between):
-            fix = "use ptq1.61 for one-bit weights" if Phase.ROUND in step.phases else f"leave {step.name} out"
-            yield from refuse(binary, f"{step.name} does not know one-bit weights with salient columns", fix)
 
 
 def _stored(segment: Segment, w: torch.Tensor) -> torch.Tensor:

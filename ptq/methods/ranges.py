@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from calibration.architectures import BlockSpec
 from calibration.errors import Problem, ToolkitError
 from calibration.walk.context import Context
-from calibration.walk.passes import Phase, Stream
+from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
-from calibration.walk.statistics import EqualBins, Extremes, Statistic
+from calibration.walk.statistics import EqualBins, Extremes
 from ptq.activations import ActivationQuant
+from ptq.linears import ModelLayout
 from ptq.numerics.activations import step_and_zero
 from ptq.numerics.integers import round_scale
 from ptq.numerics.ranges import Estimator, static_range
@@ -22,7 +23,7 @@ from ptq.quantized import INPUT_GRID
 
 
 @dataclass(frozen=True)
-class Ranges:
+class Ranges(Pass):
     """Steps and zero points of static inputs that no earlier pass gave any, as parts beside the codes.
 
     Statistics are gathered when the pass runs, not with those of the other passes: balancing changes the inputs.
@@ -36,18 +37,19 @@ class Ranges:
     percentile: float = 99.99
 
     name: ClassVar[str] = "ranges"
+    summary: ClassVar[str] = "calibrates the ranges of static inputs"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.CHOOSE,)
     stream: ClassVar[Stream] = "quantized"
-    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
     parts: ClassVar[tuple[str, ...]] = ("input_scale", "input_zero")
 
-    def check(self, view: Any) -> Iterable[Problem]:
+    def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
         if not 50 < self.percentile <= 100:
             reason = f"{self.percentile} is outside (50, 100]"
             yield Problem("ranges.percentile", reason, "use 99.99; it is in percent")
-        grids = [linear.scheme.inputs for linear in view.quantized if linear.scheme.inputs is not None]
+        schemes = [linear.scheme for linear in view.layout.quantized if linear.scheme is not None]
+        grids = [scheme.inputs for scheme in schemes if scheme.inputs is not None]
         static = [grid for grid in grids if not grid.dynamic]
-        if view.quantized and not static:
+        if view.layout.quantized and not static:
             fix = "leave 'ranges' out, or use a scheme with -astatic, for example w8a8-astatic"
             yield Problem("ranges", "no scheme has static inputs, so there is nothing to calibrate", fix)
         if self.estimator != "minmax" and any(grid.granularity == "channel" for grid in static):

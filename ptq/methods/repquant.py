@@ -20,7 +20,7 @@ from calibration.architectures import ArchitectureSpec, Balance, BlockSpec
 from calibration.errors import Problem
 from calibration.walk.capture import Watch
 from calibration.walk.context import Context
-from calibration.walk.passes import Phase, Stream
+from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Extremes, Statistic
 from ptq.activations import ActivationQuant
@@ -50,7 +50,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class RepQuant:
+class RepQuant(Pass):
     """One static grid for inputs whose channels were calibrated by themselves.
 
     Attributes:
@@ -65,13 +65,17 @@ class RepQuant:
     values: bool = False
 
     name: ClassVar[str] = "repquant"
+    summary: ClassVar[str] = (
+        "calibrates a grid per channel, and moves what differs from one static grid into the weights"
+    )
+    default_scheme: ClassVar[str | None] = "w8a8"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.BALANCE, Phase.CHOOSE)
     stream: ClassVar[Stream] = "quantized"
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Extremes,)
     parts: ClassVar[tuple[str, ...]] = ("input_scale", "input_zero")
 
-    def check(self, view: ModelLayout) -> Iterable[Problem]:
-        floats = [n for n in view.quantized if n.scheme is not None and not has_integer_inputs(n.scheme)]
+    def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
+        floats = [n for n in view.layout.quantized if n.scheme is not None and not has_integer_inputs(n.scheme)]
         reason = "has no integer inputs, whose channels RepQuant gives steps"
         yield from refuse(floats, reason, "use a scheme such as w8a8 or w6a6, or a rule that says float")
 
@@ -89,8 +93,8 @@ class RepQuant:
             reason = f"the blocks of {architecture.family} have no place where a channel's step can move"
             yield Problem("repquant", reason, "use ranges+rtn for static inputs, or -atoken")
 
-    def remarks(self, architecture: ArchitectureSpec, view: Any) -> Iterable[str]:
-        if self.shift and architecture.norm != "layer":
+    def remarks(self, view: PlanView[ModelLayout]) -> Iterable[str]:
+        if self.shift and view.spec.norm != "layer":
             yield "repquant: norms without a bias cannot shift their channels; grids are symmetric"
 
     def config_changes(self, config: Any) -> Mapping[str, Any]:

@@ -20,9 +20,8 @@ import torch
 from calibration.architectures import ArchitectureSpec, Balance, BlockSpec, Residual
 from calibration.errors import Problem, ToolkitError
 from calibration.walk.context import Context
-from calibration.walk.passes import Phase, Read, Stream, Transform
+from calibration.walk.passes import Pass, Phase, PlanView, Read, Transform
 from calibration.walk.segment import Segment
-from calibration.walk.statistics import Statistic
 from ptq.linears import ModelLayout
 from ptq.numerics.hadamard import block_size, hadamard_transform, odd_order
 from ptq.numerics.rotation import Kind, Rotation, make_rotation
@@ -31,7 +30,7 @@ ONLINE = ("hadamard", "key_hadamard")
 
 
 @dataclass(frozen=True)
-class Rotate:
+class Rotate(Pass):
     """Turn the residual stream, the values, and the inputs that only a transform at run time can turn.
 
     Attributes:
@@ -49,20 +48,17 @@ class Rotate:
     seed: int = 0
 
     name: ClassVar[str] = "rotate"
+    summary: ClassVar[str] = "rotates the residual stream so that no channel stands out"
+    default_scheme: ClassVar[str | None] = "w4a4"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.REBASE,)
-    stream: ClassVar[Stream] = "none"
-    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
 
     @property
     def parts(self) -> tuple[str, ...]:
         return ONLINE if self.online else ()
 
-    def check(self, view: Any) -> Iterable[Problem]:
+    def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
         if not (self.residual or self.values or self.online):
             yield Problem("rotate", "residual, values and online are all off", "leave rotate out")
-
-    def forwards(self) -> int:
-        return 0
 
     def refusals(self, architecture: ArchitectureSpec) -> Iterable[Problem]:
         if self.residual and isinstance(architecture.residual, str):
@@ -70,8 +66,9 @@ class Rotate:
             reason = f"the residual stream of {architecture.family} cannot be rotated exactly: {architecture.residual}"
             yield Problem("rotate.residual", reason, works)
 
-    def remarks(self, architecture: ArchitectureSpec, view: ModelLayout) -> Iterable[str]:
-        shapes = {linear.name: linear.shape for linear in view.linears}
+    def remarks(self, view: PlanView[ModelLayout]) -> Iterable[str]:
+        architecture = view.spec
+        shapes = {linear.name: linear.shape for linear in view.layout.linears}
         for index in range(architecture.n_blocks):
             spec, prefix = architecture.block(index), architecture.prefix(index)
             offline = [("residual stream", shapes[prefix + spec.linears[0]][1])] if self.residual else []
@@ -79,7 +76,7 @@ class Rotate:
             for what, size in offline:
                 if self.kind == "hadamard" and odd_order(size) is None:
                     yield f"rotate: no Hadamard matrix of order {size} ({what}): a random orthogonal one is used"
-            schemes = {n.name[len(prefix) :]: n.scheme for n in view.quantized if n.block == index}
+            schemes = {n.name[len(prefix) :]: n.scheme for n in view.layout.quantized if n.block == index}
             online = [(f"input of {n}", shapes[prefix + n][1]) for n in self.input_transforms(spec, list(schemes))]
             maker = schemes.get(spec.inputs[0].linears[0])
             if self.online and maker is not None and maker.cache is not None:

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from calibration.errors import Problem
 from calibration.walk.context import Context
-from calibration.walk.passes import Phase, Stream
+from calibration.walk.passes import Pass, Phase, PlanView
 from calibration.walk.segment import Segment
-from calibration.walk.statistics import Statistic
 from ptq.activations import RuntimeSmooth
+from ptq.linears import ModelLayout
 from ptq.scheme import QuantScheme
 
 
 @dataclass(frozen=True)
-class Rs:
+class Rs(Pass):
     """Give linears with quantized inputs a scheme that smooths them.
 
     Attributes:
@@ -36,22 +36,18 @@ class Rs:
     attention: bool = False
 
     name: ClassVar[str] = "rs"
+    summary: ClassVar[str] = "divides inputs by channel maxima that they have at run time"
+    default_scheme: ClassVar[str | None] = "w4a4"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.CHOOSE,)
-    stream: ClassVar[Stream] = "none"
-    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
-    parts: ClassVar[tuple[str, ...]] = ()
 
-    def check(self, view: Any) -> Iterable[Problem]:
+    def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
         for setting, value, least in (("group", self.group, 1), ("block", self.block, 0)):
             if value < least:
                 yield Problem(f"rs.{setting}", f"{value} is less than {least}", f"use {128 if least else 0}")
-        wrong = [n for n in view.quantized if not self._smoothable(n.scheme)]
-        if view.quantized and len(wrong) == len(view.quantized):
+        wrong = [n for n in view.layout.quantized if n.scheme is not None and not self._smoothable(n.scheme)]
+        if view.layout.quantized and len(wrong) == len(view.layout.quantized):
             reason = f"smooths symmetric integer inputs per token, and {wrong[0].scheme} has none"
             yield Problem("rs", reason, "use a scheme such as w4a4 or w4a8")
-
-    def forwards(self) -> int:
-        return 0
 
     @staticmethod
     def _smoothable(scheme: QuantScheme) -> bool:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
-from calibration.errors import Problem
 from calibration.walk.context import Context
-from calibration.walk.passes import Phase, Stream
+from calibration.walk.passes import Pass, Phase
 from calibration.walk.segment import Segment
-from calibration.walk.statistics import Gram, Statistic
+from calibration.walk.statistics import Gram
 from ptq.methods.rounding import global_scales, put
-from ptq.numerics.grids import codes_of, grid_parameters, levels, own_global_scale, step_of
-from ptq.numerics.groups import join, split
+from ptq.numerics.grids import Grid, grid_of, own_global_scale, round_to_grid, zero_of
 from ptq.quantized import QuantizedTensor
 from ptq.scheme import QuantScheme
 
@@ -23,46 +20,36 @@ from ptq.scheme import QuantScheme
 def round_to_nearest(
     w: torch.Tensor,
     scheme: QuantScheme,
-    clip: torch.Tensor | None = None,
+    grid: Grid | None = None,
     global_scale: torch.Tensor | None = None,
 ) -> QuantizedTensor:
-    """Round ``W [out, in]`` (float32) with the scheme's grid.
+    """Round ``W [out, in]`` (float32).
 
     Args:
-        clip: ``[lines, G]`` bounds of the ranges.
+        grid: chosen for W; None takes the one that its ranges span.
         global_scale: ``[1]``, for two-level formats; None takes that of W alone.
     """
     quant, global_scale = scheme.weights, own_global_scale(w, scheme.weights, global_scale)
-    units = split(w, quant.grouping)
-    scale, zero = grid_parameters(units, quant, clip, global_scale)
-    z = None if zero is None else zero.unsqueeze(-1)
-    level = levels(units, step_of(scale, global_scale).unsqueeze(-1), z, quant)
-    codes = join(codes_of(level, z, quant), quant.grouping).contiguous()
-    zero = None if zero is None else zero.to(torch.uint8)
-    return QuantizedTensor(codes, scale.float(), zero, scheme, global_scale=global_scale)
+    grid = grid or grid_of(w, quant, None, global_scale)
+    codes = round_to_grid(w, quant, grid, global_scale)[1]
+    return QuantizedTensor(codes, grid.scale.float(), zero_of(grid, quant), scheme, global_scale=global_scale)
 
 
 @dataclass(frozen=True)
-class Rtn:
-    """Round to nearest, within clipping ranges where an earlier pass chose them."""
+class Rtn(Pass):
+    """Round to nearest, on the grids that an earlier pass chose where there are some."""
 
     name: ClassVar[str] = "rtn"
+    title: ClassVar[str | None] = "RTN"
+    summary: ClassVar[str] = "rounds every weight to its nearest level"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.ROUND,)
-    stream: ClassVar[Stream] = "none"
-    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
-    parts: ClassVar[tuple[str, ...]] = ()
-
-    def check(self, view: Any) -> Iterable[Problem]:
-        return ()
-
-    def forwards(self) -> int:
-        return 0
+    expected_errors: ClassVar[Literal["nearest", "feedback"] | None] = "nearest"
 
     def apply(self, segment: Segment, context: Context) -> None:
         context.gather()
         shared = global_scales(segment)
         for linear, scheme in segment.schemes.items():
             gram = context.statistic(linear, Gram).matrix if context.has(Gram) else None
-            w, clip = segment.weight(linear), segment.ranges.get(linear)
-            put(segment, linear, round_to_nearest(w, scheme, clip, shared.get(linear)), gram)
+            w, grid = segment.weight(linear), segment.grids.get(linear)
+            put(segment, linear, round_to_nearest(w, scheme, grid, shared.get(linear)), gram)
             context.advance(linear)

@@ -9,24 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from calibration.architectures import Balance
 from calibration.errors import Problem
 from calibration.walk.context import Context
-from calibration.walk.passes import Phase, Stream
+from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import AbsMax, Gram, Sample, Statistic
 from ptq.activations import ActivationQuant
+from ptq.linears import ModelLayout
 from ptq.methods.balancing import balance, by_value_channel, note_all, quantized_consumers, spread
 from ptq.numerics.awq import sample_rows
 from ptq.numerics.smoothquant import HALF_RANGE, activation_noise, smoothed_error, smoothing_scales
 
 
 @dataclass(frozen=True)
-class SmoothQuant:
+class SmoothQuant(Pass):
     """Channel scales s = max|x|^alpha / max|w|^(1 - alpha) in front of linears that share an input.
 
     Attributes:
@@ -47,24 +48,22 @@ class SmoothQuant:
     values: bool = False
 
     name: ClassVar[str] = "smoothquant"
+    summary: ClassVar[str] = "moves the range of activation outliers into the weights"
+    default_scheme: ClassVar[str | None] = "w8a8"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.BALANCE,)
     stream: ClassVar[Stream] = "either"
-    parts: ClassVar[tuple[str, ...]] = ()
 
     @property
     def statistics(self) -> tuple[type[Statistic], ...]:
         return (AbsMax, Gram, Sample) if self.search else (AbsMax,)
 
-    def check(self, view: Any) -> Iterable[Problem]:
+    def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
         if not 0 <= self.alpha <= 1:
             yield Problem("smoothquant.alpha", f"{self.alpha} is outside [0, 1]", "use 0.5, or search = true")
         if self.grid < 1:
             yield Problem("smoothquant.grid", f"{self.grid} is not positive", "use 20")
         if self.rows < 0:
             yield Problem("smoothquant.rows", f"{self.rows} is negative", "use 512, or 0 for all")
-
-    def forwards(self) -> int:
-        return 0
 
     def apply(self, segment: Segment, context: Context) -> None:
         wanted = {"norm": True, "linear": self.down, "value": self.values}

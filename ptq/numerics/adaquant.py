@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from ptq.numerics.grids import Grid, grid_of
 from ptq.numerics.groups import join, split
-from ptq.numerics.integers import grid_parameters, round_scale
+from ptq.numerics.integers import round_scale
 from ptq.scheme import TensorQuant
 
 
@@ -52,7 +53,7 @@ def adaquant(
     iterations: int,
     weight_rate: float,
     step_rate: float,
-    clip: torch.Tensor | None = None,
+    grid: Grid | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float]:
     """Codes, steps and zero points of the best iterate; the first one is rounding to nearest.
 
@@ -61,14 +62,15 @@ def adaquant(
         quant: an integer grid.
         iterations: Adam steps; 0 is rounding to nearest.
         weight_rate: of V, in steps; step_rate: of the logarithm of the steps and of zero points.
-        clip: ``[lines, G]`` bounds of the first ranges.
+        grid: to start from; None takes the one that the ranges of W span.
 
     Returns:
         codes uint8 ``[out, in]``, scale float32 ``[lines, G]``, zero uint8 ``[lines, G]`` or None, and the objective
         over that of rounding to nearest.
     """
     units = split(w, quant.grouping)
-    scale, zero = grid_parameters(units, quant, clip)
+    grid = grid or grid_of(w, quant)
+    scale, zero = grid.scale, None if grid.zero is None else grid.zero.clone()
     u = (units / scale.unsqueeze(-1)).contiguous().requires_grad_()
     stretch = torch.zeros_like(scale).requires_grad_()
     groups = [{"params": [u], "lr": weight_rate}, {"params": [stretch], "lr": step_rate}]

@@ -10,6 +10,8 @@ its bit pattern, sign first.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ptq.numerics.groups import join, split
@@ -18,6 +20,7 @@ from ptq.scheme import FloatFormat, ScaleFormat, TensorQuant
 LARGEST_E4M3 = 448.0  # with scales the code above it is NaN
 SMALLEST_E4M3 = 2.0**-9
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -127, 127  # of E8M0
+_TERMS = 20  # of the series of 2^x on [-1, 0]: the next one is below 1e-23
 _EXPONENT_FIELD = {
     torch.float32: (torch.int32, 0x7F800000, 23, 127),
     torch.float64: (torch.int64, 0x7FF0000000000000, 52, 1023),
@@ -42,11 +45,29 @@ def nearest(x: torch.Tensor, number: FloatFormat) -> torch.Tensor:
     return clipped.div_(step).round_().mul_(step)
 
 
+def power_of_two(exponent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """2^n to the bit, put together from its exponent field; n whole numbers in any dtype, within the normal range of
+    ``dtype`` (float32 or float64). `torch.exp2` gives no such promise, and `torch.ldexp` goes through float32."""
+    integers, _, shift, offset = _EXPONENT_FIELD[dtype]
+    return ((exponent.to(integers) + offset) << shift).view(dtype)
+
+
+def _power_of_fraction(x: torch.Tensor) -> torch.Tensor:
+    """2^x for -1 <= x <= 0, within three units in the last place, by sums and products alone: the same value gives the
+    same bits at every place of every tensor. `torch.exp2` differs by a unit between vector and scalar code, and which
+    of them runs depends on how a tensor lies in memory."""
+    y = x * math.log(2.0)
+    result = torch.ones_like(y)
+    for k in range(_TERMS, 0, -1):
+        result = result * y / k + 1.0
+    return result
+
+
 def nearest_with_bias(x: torch.Tensor, number: FloatFormat, bias: torch.Tensor | float) -> torch.Tensor:
     """The published quantizer Q(x; E, M, b) with a real bias: levels times 2^(bias of the format - b)."""
     b = torch.as_tensor(bias, dtype=x.dtype)
     whole = torch.floor(b)  # exact powers of two stay exact: Q(2^k x; b - k) = 2^k Q(x; b) to the bit
-    scale = torch.ldexp(torch.exp2(whole - b), number.bias - whole.to(torch.int32))
+    scale = _power_of_fraction(whole - b) * power_of_two(number.bias - whole, x.dtype)
     return nearest(x / scale, number) * scale
 
 

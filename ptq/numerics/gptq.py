@@ -12,8 +12,7 @@ from typing import Literal
 
 import torch
 
-from ptq.numerics.grids import codes_of, grid_parameters, levels, own_global_scale, step_of
-from ptq.numerics.groups import split
+from ptq.numerics.grids import Grid, codes_of, grid_of, grid_parameters, levels, own_global_scale, step_of, zero_of
 from ptq.scheme import TensorQuant
 
 Order = Literal["natural", "activation", "group"]
@@ -25,7 +24,7 @@ Order = Literal["natural", "activation", "group"]
 class Rounded:
     """Result of `gptq_round`. Shapes: codes uint8 ``[out, in]``, scale and zero ``[lines, G]``, group_index ``[in]``.
 
-    ``loss`` is the sum of squared scaled errors; it equals tr(dW (H + damping) dW^T).
+    ``loss`` is the sum of squared scaled errors; it equals tr(dW (H + damping) dW^T), if not for asymmetry.
     """
 
     codes: torch.Tensor
@@ -36,12 +35,8 @@ class Rounded:
 
     def rows(self, first: int, stop: int, quant: TensorQuant) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Codes, scale and zero of some rows of W, copied; whole groups of rows for axis "out"."""
-        lines, groups = slice(first, stop), slice(None)
-        if quant.grouping.axis == "out":
-            width = quant.grouping.width(self.codes.shape[0])
-            lines, groups = slice(None), slice(first // width, stop // width)
-        zero = None if self.zero is None else self.zero[lines, groups].to(torch.uint8)
-        return self.codes[first:stop].clone(), self.scale[lines, groups].clone(), zero
+        own = Grid(self.scale, self.zero).rows(quant, self.codes.shape[0], slice(first, stop))
+        return self.codes[first:stop].clone(), own.scale.clone(), zero_of(own, quant)
 
 
 def inverse_factor(h: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
@@ -69,6 +64,20 @@ def inverse_factor(h: torch.Tensor, damping: float) -> tuple[torch.Tensor, float
     return torch.flip(inverse, (0, 1)), damping
 
 
+def asymmetry(cross: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """P ``[in, in]``, zero on and below the diagonal: row i times the weight of column i is what the columns behind it
+    have to take over because column i reads X where the float model reads X'.
+
+    Li, Yin, Lee, Xiao, Panda, "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", arXiv
+    2504.02692: P = ((dX X^T L) * M) L^T with H^-1 = L L^T, M the strictly upper triangular mask, dX = X' - X.
+
+    Args:
+        cross: dX X^T, channels of the difference by channels of X, in the order of the columns.
+        u: L^T, see `inverse_factor`.
+    """
+    return (cross @ u.T).triu_(1) @ u
+
+
 def column_order(diagonal: torch.Tensor, order: Order, width: int) -> torch.Tensor:
     """Permutation ``[in]`` of the columns for a given diag(H) and group width; ties keep their order."""
     if order == "natural":
@@ -89,8 +98,7 @@ class _Grids:
         scale, zero: ``[groups, out]`` by group of columns; for axis "out" ``[in, groups of rows]`` by visited column.
             The scale is divided by ``global_scale``, where there is one.
         group_of: the group of every visited column.
-        fixed: grids come from the original weights; otherwise from updated ones when the loop reaches a group.
-        clip: bounds of the same shape as ``scale``, or None.
+        fixed: grids are given; otherwise taken from updated weights when the loop reaches a group.
     """
 
     quant: TensorQuant
@@ -98,7 +106,6 @@ class _Grids:
     zero: torch.Tensor | None
     group_of: list[int]
     fixed: bool
-    clip: torch.Tensor | None
     global_scale: torch.Tensor | None
 
     def column(self, visited: int, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -106,7 +113,8 @@ class _Grids:
         grouping, group = self.quant.grouping, self.group_of[visited]
         if grouping.axis == "out":
             width = grouping.width(rest.shape[1])
-            self._take(visited, rest[0].view(-1, width))
+            if not self.fixed:
+                self._take(visited, rest[0].view(-1, width))
             zero = None if self.zero is None else self.zero[visited].repeat_interleave(width)
             return self.scale[visited].repeat_interleave(width), zero
         width = grouping.width(len(self.group_of))
@@ -117,8 +125,7 @@ class _Grids:
 
     def _take(self, group: int, units: torch.Tensor) -> None:
         """Take the grid of these ``units [..., width]``."""
-        clip = None if self.clip is None else self.clip[group]
-        scale, zero = grid_parameters(units, self.quant, clip, self.global_scale)
+        scale, zero = grid_parameters(units, self.quant, None, self.global_scale)
         self.scale[group] = scale
         if self.zero is not None and zero is not None:
             self.zero[group] = zero
@@ -133,8 +140,9 @@ def gptq_round(
     block_size: int = 128,
     order: Order = "natural",
     static_groups: bool = False,
-    clip: torch.Tensor | None = None,
+    grid: Grid | None = None,
     global_scale: torch.Tensor | None = None,
+    cross: torch.Tensor | None = None,
 ) -> Rounded:
     """Round ``w`` against the inputs whose Gram matrix is ``h``.
 
@@ -145,11 +153,13 @@ def gptq_round(
         static_groups: take every group's grid from the original columns, before any update. Otherwise a grid is taken
             when the loop reaches the group, from the updated columns; with ``order="activation"`` groups are then runs
             of reordered columns, and ``group_index`` says which.
-        clip: ``[lines, G]`` clipping bounds of original groups, or None.
+        grid: of the original groups, chosen before; the loop then takes none, whatever ``static_groups`` says.
         global_scale: ``[1]``, for two-level formats; None takes that of ``w``.
+        cross: ``[in, in]``, (X' - X)^T X in the units of ``h``, or None: reproduce the output on the float model's
+            inputs X' instead of that on X, see `asymmetry`.
 
-    Groups along the outputs (axis "out") lie inside one column, so their grids are always those of the updated column
-    and any order is free: ``static_groups`` says nothing there and no ``group_index`` is needed.
+    Groups along the outputs (axis "out") lie inside one column, so their grids are those of the updated column unless
+    they are given, and any order is free: ``static_groups`` says nothing there and no ``group_index`` is needed.
 
     A block is never smaller than a group and holds whole groups, so that grids are always taken from fully updated
     columns (the published loop uses stale ones for groups that start inside a block).
@@ -158,9 +168,9 @@ def gptq_round(
     width = 1 if inside else quant.grouping.width(columns)
     dead = h.diagonal() == 0
     h, w = h.clone(), w.clone()
-    fixed = not inside and (width == columns or static_groups)
+    fixed = grid is not None or (not inside and (width == columns or static_groups))
     global_scale = own_global_scale(w, quant, global_scale)
-    scale, zero = grid_parameters(split(w, quant.grouping), quant, clip, global_scale)  # [lines, G]
+    grid = grid or grid_of(w, quant, None, global_scale)
     h.diagonal()[dead] = 1
     w[:, dead] = 0
 
@@ -175,12 +185,12 @@ def gptq_round(
             return None
         return per_group[perm] if inside else per_group.T.contiguous()
 
-    first = by_group(scale)
+    first = by_group(grid.scale)
     assert first is not None
-    clip = None if regroup else by_group(clip)
-    grids = _Grids(quant, first, by_group(zero), groups.tolist(), fixed, clip, global_scale)
+    grids = _Grids(quant, first, by_group(grid.zero), groups.tolist(), fixed, global_scale)
     block = max(1, block_size // width) * width if not fixed else block_size
-    codes, loss = _column_loop(wt, u, grids, block)
+    p = None if cross is None else asymmetry(cross[perm][:, perm], u)
+    codes, loss = _column_loop(wt, u, p, grids, block)
     restored = torch.empty_like(codes)
     restored[perm] = codes
     index = None
@@ -199,8 +209,12 @@ def gptq_round(
     return Rounded(restored.T.contiguous(), by_line(grids.scale), zero, index, loss)
 
 
-def _column_loop(wt: torch.Tensor, u: torch.Tensor, grids: _Grids, block: int) -> tuple[torch.Tensor, float]:
-    """Algorithm 1 on ``wt [in, out]``, visited from the first row on and used up; codes ``[in, out]`` and the loss."""
+def _column_loop(
+    wt: torch.Tensor, u: torch.Tensor, p: torch.Tensor | None, grids: _Grids, block: int
+) -> tuple[torch.Tensor, float]:
+    """Algorithm 1 on ``wt [in, out]``, visited from the first row on and used up; codes ``[in, out]`` and the loss. The
+    weight that ``p`` multiplies is that of the column when it is visited, inside a block and behind it. (The published
+    code takes the rounded one behind the block, so that its result depends on the block size.)"""
     columns, quant = wt.shape[0], grids.quant
     codes = torch.empty_like(wt, dtype=torch.uint8)
     loss = torch.zeros((), dtype=torch.float64)
@@ -216,6 +230,10 @@ def _column_loop(wt: torch.Tensor, u: torch.Tensor, grids: _Grids, block: int) -
             error = (w1[i] - level * s).mul_(inverse_diagonal[i])
             errors[i] = error
             w1[i + 1 :].addr_(u1[i, i + 1 :], error, alpha=-1)
+            if p is not None:
+                w1[i + 1 :].addr_(p[start + i, start + i + 1 : stop], w1[i])
         wt[stop:].addmm_(u[start:stop, stop:].T, errors, alpha=-1)
+        if p is not None:
+            wt[stop:].addmm_(p[start:stop, stop:].T, w1)
         loss += errors.square().sum().double().cpu()
     return codes, float(loss)

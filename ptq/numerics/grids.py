@@ -6,10 +6,40 @@ weight is a level times its step. Integer levels are ``code - zero``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from ptq.numerics import floats, integers
+from ptq.numerics.groups import join, scales_of_rows, split
 from ptq.scheme import TensorQuant
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Steps and zero points chosen for one weight ``W [out, in]`` before it is rounded.
+
+    Attributes:
+        scale: ``[lines, G]`` as it will be stored: exact in the scheme's ``scale_format``, not yet divided by a global
+            scale.
+        zero: ``[lines, G]`` in ``[0, 2^bits - 1]``, in the dtype of ``scale``: integers, or float16 numbers for
+            ``asym_float``; None for symmetric grids and for floats.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+
+    def rows(self, quant: TensorQuant, rows: int, part: slice) -> Grid:
+        """The grid of some of the ``rows`` rows of W; whole groups of rows for axis "out"."""
+        where = scales_of_rows(quant, rows, part)
+        return Grid(self.scale[where], None if self.zero is None else self.zero[where])
+
+
+def stacked(grids: list[Grid], quant: TensorQuant) -> Grid:
+    """The grid of weights of one scheme stacked along their rows."""
+    across = 1 if quant.grouping.axis == "out" else 0
+    zeros = [grid.zero for grid in grids if grid.zero is not None]
+    return Grid(torch.cat([g.scale for g in grids], across), torch.cat(zeros, across) if zeros else None)
 
 
 def global_scale_of(largest_weight: torch.Tensor, quant: TensorQuant) -> torch.Tensor | None:
@@ -37,6 +67,18 @@ def grid_parameters(
     return floats.scales(units, quant, clip, global_scale), None
 
 
+def grid_of(
+    w: torch.Tensor,
+    quant: TensorQuant,
+    clip: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+) -> Grid:
+    """The grid that the ranges of ``W [out, in]`` span, within clipping bounds ``[lines, G]`` where there are some.
+    ``global_scale`` ``[1]``: for two-level formats; None takes that of W alone."""
+    global_scale = own_global_scale(w, quant, global_scale)
+    return Grid(*grid_parameters(split(w, quant.grouping), quant, clip, global_scale))
+
+
 def step_of(scale: torch.Tensor, global_scale: torch.Tensor | None) -> torch.Tensor:
     """The step ``[...]`` of stored scales."""
     return scale if global_scale is None else scale / global_scale.to(scale.dtype)
@@ -54,7 +96,13 @@ def codes_of(level: torch.Tensor, zero: torch.Tensor | None, quant: TensorQuant)
     """uint8 codes of levels."""
     if quant.float_format is not None:
         return floats.codes(level, quant.float_format)
-    return (level + (2 ** (quant.bits - 1) if zero is None else zero)).to(torch.uint8)
+    code = level + (2 ** (quant.bits - 1) if zero is None else zero)
+    return (code.round_() if quant.float_zeros else code).to(torch.uint8)
+
+
+def zero_of(grid: Grid, quant: TensorQuant) -> torch.Tensor | None:
+    """The zero points of a grid as `ptq.quantized.QuantizedTensor` has them."""
+    return None if grid.zero is None else grid.zero.to(torch.float32 if quant.float_zeros else torch.uint8)
 
 
 def levels_of(code: torch.Tensor, zero: torch.Tensor | None, quant: TensorQuant) -> torch.Tensor:
@@ -62,6 +110,17 @@ def levels_of(code: torch.Tensor, zero: torch.Tensor | None, quant: TensorQuant)
     if quant.float_format is not None:
         return floats.levels_of(code, quant.float_format)
     return code.float().sub_(2 ** (quant.bits - 1) if zero is None else zero)
+
+
+def round_to_grid(
+    w: torch.Tensor, quant: TensorQuant, grid: Grid, global_scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``W [out, in]`` to the nearest levels of a grid: the rounded weight, and its uint8 codes ``[out, in]``."""
+    step = step_of(grid.scale, global_scale).unsqueeze(-1)
+    zero = None if grid.zero is None else grid.zero.unsqueeze(-1)
+    level = levels(split(w, quant.grouping), step, zero, quant)
+    codes = join(codes_of(level, zero, quant), quant.grouping)
+    return join(level.mul_(step), quant.grouping), codes.contiguous()
 
 
 def fake_quantize(

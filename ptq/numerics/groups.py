@@ -27,6 +27,15 @@ def rows_per_group(quant: TensorQuant, rows: int) -> int:
     return quant.grouping.width(rows) if quant.grouping.axis == "out" else 1
 
 
+def scales_of_rows(quant: TensorQuant, rows: int, part: slice) -> tuple[slice, slice]:
+    """Where the scales of some of the ``rows`` rows of W lie in the scales ``[lines, G]`` of all; whole groups of rows
+    for axis "out"."""
+    if quant.grouping.axis == "in":
+        return part, slice(None)
+    width = quant.grouping.width(rows)
+    return slice(None), slice(part.start // width, -(-part.stop // width))
+
+
 def diagonal_blocks(gram: torch.Tensor, width: int) -> torch.Tensor:
     """The blocks ``[G, width, width]`` on the diagonal of ``gram [in, in]``."""
     n_groups = gram.shape[0] // width

@@ -12,6 +12,7 @@ name                scale                                               zero
 ``sym_full``        max(a, 1e-5) / (2^(bits-1) - 1)                     2^(bits-1)
 ``sym_restricted``  as ``sym_full``; the lowest code is never used      2^(bits-1)
 ``sym_gptq``        2 a / N                                             2^(bits-1)
+``asym_float``      as ``asym_zero_in``                                 -mn / s, a float16 number
 ==================  ==================================================  =========================================
 
 mx, mn, a: largest, smallest, largest absolute value of the unit. In ``sym_gptq`` the published code leaves mn at 0
@@ -38,6 +39,12 @@ def round_scale(scale: torch.Tensor) -> torch.Tensor:
     """
     shared = scale.to(torch.bfloat16).to(torch.float16).to(scale.dtype)
     return shared.clamp(SMALLEST_SCALE, LARGEST_SCALE)
+
+
+def stored_zero(zero: torch.Tensor, quant: TensorQuant) -> torch.Tensor:
+    """The nearest zero points that are stored: integers or float16 in ``[0, 2^bits - 1]``, in the dtype of ``zero``."""
+    bounded = zero.clamp(0, quant.levels)
+    return bounded.half().to(zero.dtype) if quant.float_zeros else bounded.round_()
 
 
 def _bounds(w: torch.Tensor, clip: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +74,7 @@ def grid_parameters(
     half = 2 ** (quant.bits - 1)
     if quant.quantizer == "asym_minmax":
         scale = (mx - mn).clamp(min=MINIMUM_RANGE) / n
-    elif quant.quantizer == "asym_zero_in":
+    elif quant.quantizer in ("asym_zero_in", "asym_float"):
         mn, mx = mn.clamp(max=0), mx.clamp(min=0)
         empty = (mn == 0) & (mx == 0)
         mn, mx = torch.where(empty, -1.0, mn), torch.where(empty, 1.0, mx)
@@ -82,17 +89,19 @@ def grid_parameters(
         scale = round_scale(scale)
     if quant.symmetric:
         return scale, None
-    return scale, torch.round(-mn / scale).clamp_(0, n)
+    return scale, stored_zero(-mn / scale, quant)
 
 
 def quantize(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, quant: TensorQuant) -> torch.Tensor:
-    """Codes ``clamp(round(w / s) + z, lowest, N)`` in the dtype of w.
+    """Codes ``clamp(round(w / s) + z, lowest, N)`` in the dtype of w; ``round(w / s + z)`` where z is no integer.
 
     ``scale`` and ``zero`` must broadcast against w. Ties round to even, as torch.round does. Clamping comes before
     any packing: an overflowing code would wrap into its neighbour's bits.
     """
     lowest = 1 if quant.quantizer == "sym_restricted" else 0
     shift = 2 ** (quant.bits - 1) if zero is None else zero
+    if quant.float_zeros:
+        return (w / scale).add_(shift).round_().clamp_(lowest, quant.levels)
     return (w / scale).round_().add_(shift).clamp_(lowest, quant.levels)
 
 

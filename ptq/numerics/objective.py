@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ptq.numerics.grids import fake_quantize, own_global_scale
+from ptq.numerics.grids import Grid, grid_of, own_global_scale, round_to_grid
 from ptq.numerics.groups import rows_per_group
 from ptq.scheme import TensorQuant
 
@@ -33,7 +33,7 @@ def rounding_error(
     w: torch.Tensor,
     gram: torch.Tensor,
     quant: TensorQuant,
-    clip: torch.Tensor | None = None,
+    grid: Grid | None = None,
     global_scale: torch.Tensor | None = None,
     importance: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -41,19 +41,15 @@ def rounding_error(
 
     Args:
         w: ``[out, in]``, gram ``[in, in]``; see `output_energy`.
-        clip: ``[lines, G]`` clipping bounds, or None.
+        grid: chosen for W; None takes the one that its ranges span.
         global_scale: ``[1]``, for two-level formats; None takes that of W alone.
         importance: ``[out]``, what the squared error of an output counts; None counts all alike.
     """
     total = torch.zeros((), dtype=torch.float32, device=w.device)
-    across = quant.grouping.axis == "out"
     global_scale = own_global_scale(w, quant, global_scale)
     for rows in row_chunks(w.shape[0], w.shape[1], multiple=rows_per_group(quant, w.shape[0])):
-        bound = clip
-        if clip is not None:
-            per_group = rows_per_group(quant, w.shape[0])
-            bound = clip[:, rows.start // per_group : -(-rows.stop // per_group)] if across else clip[rows]
-        d = fake_quantize(w[rows], quant, bound, global_scale).sub_(w[rows])
+        own = grid_of(w[rows], quant, None, global_scale) if grid is None else grid.rows(quant, w.shape[0], rows)
+        d = round_to_grid(w[rows], quant, own, global_scale)[0].sub_(w[rows])
         total += output_energy(d if importance is None else d * importance[rows, None].sqrt(), gram)
     return total
 

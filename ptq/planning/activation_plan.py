@@ -7,19 +7,18 @@ from typing import Any
 
 from calibration.architectures import ArchitectureSpec
 from calibration.errors import Problem
-from calibration.walk.passes import CalibratesInputs, Pass, TransformsInputs
+from calibration.walk.passes import Pass, PlanView
 from ptq.formats.checks import matching, refuse
 from ptq.linears import ModelLayout
 from ptq.runtime.attention import cache_layers, has_interface
 from ptq.scheme import QuantScheme
 
 
-def activation_problems(
-    layout: ModelLayout, passes: Sequence[Pass], spec: ArchitectureSpec, config: Any
-) -> Iterable[Problem]:
+def activation_problems(view: PlanView[ModelLayout]) -> Iterable[Problem]:
     """Every reason why the inputs or the cache cannot be quantized as the schemes say."""
+    layout, spec = view.layout, view.spec
     static = matching(layout, lambda linear: not _inputs(linear.scheme, "dynamic", True))
-    known = _calibrated(layout, passes, spec)
+    known = _calibrated(layout, view.passes, spec)
     fix = "put 'ranges' in front of the rounding, as in --method ranges+rtn, or use -atoken or -atensor"
     without = [linear for linear in static if linear.name not in known]
     yield from refuse(without, "has static inputs, and no pass calibrates their range", fix)
@@ -33,7 +32,7 @@ def activation_problems(
     except ValueError as error:
         yield Problem(str(error), "disagree about the KV cache of their layer", "give them the same kv in their rules")
         return
-    if layers and not has_interface(config):
+    if layers and not has_interface(view.config):
         reason = f"the KV cache of '{spec.family}' cannot be quantized: its attention is not exchangeable"
         yield Problem("kv", reason, "leave kv out of the scheme")
 
@@ -45,10 +44,8 @@ def _calibrated(layout: ModelLayout, passes: Sequence[Pass], spec: ArchitectureS
         prefix, block = spec.prefix(index), spec.block(index)
         quantized = [linear.name.removeprefix(prefix) for linear in layout.quantized if linear.block == index]
         for step in passes:
-            if isinstance(step, TransformsInputs):
-                block = block.with_turned_inputs(step.input_transforms(block, quantized))
-            if isinstance(step, CalibratesInputs):
-                found |= {prefix + linear for linear in step.calibrated(block)}
+            block = block.with_turned_inputs(step.input_transforms(block, quantized))
+            found |= {prefix + linear for linear in step.calibrated(block)}
     return found
 
 

@@ -15,23 +15,15 @@ import torch
 from calibration.architectures import ArchitectureSpec
 from calibration.errors import PlanError, Problem, ToolkitError, unknown_value
 from calibration.model.checkpoint import CheckpointReader
-from calibration.walk.passes import (
-    AddsBiases,
-    ChangesModel,
-    Gates,
-    StoresParts,
-    TransformsInputs,
-    check_order,
-    forwards_per_block,
-)
+from calibration.walk.passes import Phase, PlanView, check_order, forwards_per_block
+from ptq.formats.checks import matching, refuse
 from ptq.formats.registry import FORMATS, PREFERRED, Format, choose
-from ptq.linears import ModelLayout, PlannedLinear
-from ptq.methods.choosing import ChoosesSchemes
-from ptq.methods.gptq import Gptq
-from ptq.methods.ptq161 import binary_problems
+from ptq.linears import ModelLayout, PlannedLinear, float_linears
 from ptq.planning.activation_plan import activation_problems
+from ptq.planning.groups import fit_groups, group_remarks
 from ptq.planning.recipe import Recipe
 from ptq.planning.sizes import Sizes, estimate
+from ptq.quantized import BINARY
 from ptq.scheme import QuantScheme
 
 
@@ -113,8 +105,7 @@ def make_plan(
         )
     linears, problems = _resolve_linears(reader, spec, recipe)
     problems += check_order(recipe.passes)
-    model_wide = [p for p in recipe.passes if isinstance(p, ChangesModel)]
-    changes = {key: value for p in model_wide for key, value in p.config_changes(config).items()}
+    changes = {key: value for p in recipe.passes for key, value in p.config_changes(config).items()}
     added = _new_biases(reader, spec, recipe)
     linears = [replace(linear, bias=linear.bias or linear.name in added) for linear in linears]
     layout = ModelLayout(
@@ -122,27 +113,26 @@ def make_plan(
         linears=tuple(linears),
         other_linears=tuple(other_linears(config, spec)),
         blocks=spec.blocks,
-        reordered=any(isinstance(p, Gptq) and p.reorders for p in recipe.passes),
+        reordered=any(p.reorders for p in recipe.passes),
         dtype=str(_stored_dtype(reader, linears)).removeprefix("torch."),
         parts=tuple(dict.fromkeys(name for p in recipe.passes for name in p.parts)),
     )
-    for step in recipe.passes:
-        problems += step.check(layout)
-        if isinstance(step, Gates):
-            problems += step.check_architecture(spec, samples * seq_len)
-    for whole in model_wide:
-        problems += whole.refusals(spec)
-    problems += activation_problems(layout, recipe.passes, spec, config)
-    problems += binary_problems(layout, recipe.passes)
-    problems = problems or list(_size_problems(reader, linears))  # a wrong setting is not refused for its size as well
+    layout = fit_groups(layout, recipe, FORMATS.get(recipe.format or PREFERRED, FORMATS[PREFERRED]))
+    view = PlanView(layout, spec, config, recipe.passes, samples * seq_len)
+    problems += [problem for step in recipe.passes for problem in step.check(view)]
+    problems += [problem for step in recipe.passes for problem in step.refusals(spec)]
+    problems += activation_problems(view)
+    problems += _binary_problems(view)
+    problems = problems or list(_size_problems(reader, layout))  # a wrong setting is not refused for its size as well
     fmt, reason = _format(recipe, _possible_layouts(layout, recipe), problems)
     if problems:
         raise PlanError(dict.fromkeys(problems))
     forwards = forwards_per_block(recipe.passes)
     tokens = samples * seq_len, batch_size * seq_len
     sizes = estimate(reader, config, spec, layout, recipe, forwards, tokens, forward_itemsize)
-    remarks = [f"not balanced: {r}" for i in range(spec.n_blocks) for r in spec.block(i).unbalanced]
-    remarks += [r for p in model_wide for r in p.remarks(spec, layout)]
+    remarks = list(group_remarks(linears, layout.linears))
+    remarks += [f"not balanced: {r}" for i in range(spec.n_blocks) for r in spec.block(i).unbalanced]
+    remarks += [r for p in recipe.passes for r in p.remarks(view)]
     biases = tuple(f"{name}.bias" for name in added)
     return Plan(recipe, spec, layout, fmt, reason, sizes, forwards > 0, tuple(dict.fromkeys(remarks)), biases)
 
@@ -151,11 +141,10 @@ def _new_biases(reader: CheckpointReader, spec: ArchitectureSpec, recipe: Recipe
     """Full names of linears that passes give a bias."""
     found = []
     for step in recipe.passes:
-        if isinstance(step, AddsBiases):
-            for index in range(spec.n_blocks):
-                prefix = spec.prefix(index)
-                stored = [n[len(prefix) :] for n in reader.infos if n.startswith(prefix)]
-                found += [prefix + name for name in step.new_biases(spec, index, stored)]
+        for index in range(spec.n_blocks):
+            prefix = spec.prefix(index)
+            stored = [n[len(prefix) :] for n in reader.infos if n.startswith(prefix)]
+            found += [prefix + name for name in step.new_biases(spec, index, stored)]
     return found
 
 
@@ -171,35 +160,21 @@ def _resolve_linears(
     linears: list[PlannedLinear] = []
     missing: list[str] = []
     unknown: list[str] = []
-    for index in range(spec.n_blocks):
+    by_block: list[list[PlannedLinear]] = [[] for _ in range(spec.n_blocks)]
+    for linear in float_linears(spec, reader.infos):
+        by_block[linear.block].append(linear)
+    for index, found in enumerate(by_block):
         prefix, block = spec.prefix(index), spec.block(index)
-        experts = {name: shared.expert for shared in block.inputs for name in shared.linears}
-        transformed = {
-            name
-            for p in recipe.passes
-            if isinstance(p, TransformsInputs)
-            for name in p.input_transforms(block, experts)
-        }
-        for name in block.linears:
-            info = reader.infos.get(f"{prefix}{name}.weight")
-            if info is None or len(info.shape) != 2:
-                missing.append(f"{prefix}{name}.weight")
+        experts = {linear.name.removeprefix(prefix): linear.expert for linear in found}
+        transformed = {prefix + name for p in recipe.passes for name in p.input_transforms(block, experts)}
+        missing += [f"{linear.name}.weight" for linear in found if not linear.numel]
+        for linear in (linear for linear in found if linear.numel):
+            rule = next(r for r in recipe.rules if r.matches(linear.name))
+            if rule.scheme is None:
+                linears.append(replace(linear, why=f"rule '{rule.match}' = float"))
                 continue
-            rule = next(r for r in recipe.rules if r.matches(prefix + name))
-            shape = (info.shape[1], info.shape[0]) if spec.conv1d else (info.shape[0], info.shape[1])
-            linears.append(
-                PlannedLinear(
-                    name=prefix + name,
-                    block=index,
-                    shape=shape,
-                    scheme=rule.scheme,
-                    why="" if rule.scheme else f"rule '{rule.match}' = float",
-                    conv1d=spec.conv1d,
-                    expert=experts[name],
-                    bias=f"{prefix}{name}.bias" in reader.infos,
-                    part_bits=_part_bits(recipe, shape) + 32 * (name in transformed) if rule.scheme else 0,
-                )
-            )
+            part_bits = _part_bits(recipe, linear.shape) + 32 * (linear.name in transformed)
+            linears.append(replace(linear, scheme=rule.scheme, part_bits=part_bits))
         missing += [
             f"{prefix}{group.producer}.weight"
             for group in block.balance
@@ -231,18 +206,17 @@ def _resolve_linears(
 
 
 def _part_bits(recipe: Recipe, shape: tuple[int, int]) -> int:
-    return sum(p.part_bits(*shape) for p in recipe.passes if isinstance(p, StoresParts))
+    return sum(p.part_bits(*shape) for p in recipe.passes)
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _size_problems(reader: CheckpointReader, linears: list[PlannedLinear]) -> Iterable[Problem]:
+def _size_problems(reader: CheckpointReader, layout: ModelLayout) -> Iterable[Problem]:
     """Linears that would not shrink. (Groups that do not divide are found by every format's check.)"""
-    for linear in linears:
-        if linear.scheme is None:
-            continue
+    for linear in layout.quantized:
+        assert linear.scheme is not None
         before = 8 * reader.infos[f"{linear.name}.weight"].dtype.itemsize
         length = linear.scheme.weights.grouping.length(linear.shape)
         if length % linear.scheme.weights.grouping.width(length):
@@ -256,17 +230,25 @@ def _size_problems(reader: CheckpointReader, linears: list[PlannedLinear]) -> It
             )
 
 
+def _binary_problems(view: PlanView[ModelLayout]) -> Iterable[Problem]:
+    """One-bit schemes under passes that do not make what such a linear has beside its codes."""
+    binary = matching(view.layout, lambda linear: linear.scheme.weights.salient_percent is not None)  # type: ignore[union-attr]
+    for step in view.passes:
+        if not set(BINARY) <= set(step.parts) and set(step.phases) & {Phase.BALANCE, Phase.CHOOSE, Phase.ROUND}:
+            fix = "use ptq1.61 for one-bit weights" if Phase.ROUND in step.phases else f"leave {step.name} out"
+            yield from refuse(binary, f"{step.name} does not know one-bit weights with salient columns", fix)
+
+
 def _possible_layouts(layout: ModelLayout, recipe: Recipe) -> list[ModelLayout]:
     """The layout as planned, and as passes that choose schemes may leave it: all linears with the same alternative."""
     layouts = [layout]
     for step in recipe.passes:
-        if isinstance(step, ChoosesSchemes):
-            options = {n.name: step.alternatives(n.scheme, n.shape) for n in layout.quantized if n.scheme is not None}
-            count = max((len(schemes) for schemes in options.values()), default=0)
-            layouts += [
-                layout.with_schemes({name: schemes[i] for name, schemes in options.items() if i < len(schemes)})
-                for i in range(count)
-            ]
+        options = {n.name: step.alternatives(n.scheme, n.shape) for n in layout.quantized if n.scheme is not None}
+        count = max((len(schemes) for schemes in options.values()), default=0)
+        layouts += [
+            layout.with_schemes({name: schemes[i] for name, schemes in options.items() if i < len(schemes)})
+            for i in range(count)
+        ]
     return layouts
 
 

@@ -25,18 +25,17 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from calibration.errors import ToolkitError, nearest, unknown_value
 from calibration.walk.passes import Pass, Phase
-from ptq.methods import COMBINATIONS, DEFAULT_SCHEMES, METHODS
+from ptq.methods import COMBINATIONS
 from ptq.scheme import Quantizer, QuantScheme, parse_scheme
-
-Methods = Mapping[str, Callable[..., Pass]]
-"""Passes by the names that recipes use."""
+from ptq.scheme_names import names_group
+from ptq.sparse.methods import METHODS, all_methods, check_target
 
 DEFAULT_SCHEME = "w4a16-g128"
 FLOAT = "float"
@@ -44,10 +43,12 @@ FLOAT = "float"
 
 @dataclass(frozen=True)
 class Rule:
-    """``match`` is a shell pattern over full linear names; scheme None leaves the linear in float."""
+    """``match`` is a shell pattern over full linear names; scheme None leaves the linear in float. With ``any_group``
+    nobody named a group size: it becomes one that divides, see `ptq.planning.groups`."""
 
     match: str
     scheme: QuantScheme | None
+    any_group: bool = False
 
     def matches(self, name: str) -> bool:
         return fnmatch.fnmatchcase(name, self.match)
@@ -79,12 +80,14 @@ def _settings(instance: Any) -> dict[str, Any]:
     return {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
 
 
-def parse_method(text: str, methods: Methods = METHODS) -> tuple[Pass, ...]:
-    """``awq+gptq`` to passes with default settings.
+def parse_method(text: str, target: float | str | None = None) -> tuple[Pass, ...]:
+    """``awq+gptq`` to passes with default settings, but for the ``target`` of sparsifying ones.
 
     Raises:
-        ToolkitError: a name that is no method, with the nearest one.
+        ToolkitError: a name that is no method, with the nearest one; a target that is none, or has no pass to go to.
     """
+    check_target(text, target)
+    methods = all_methods(target)
     passes: list[Pass] = []
     combined = False
     for name in (name.strip() for name in text.split("+")):
@@ -112,20 +115,25 @@ def default_quantizer(format_name: str | None) -> Quantizer:
     return "asym_zero_in" if format_name == "awq" else "sym_gptq"
 
 
-def method_recipe(method: str, scheme: str | None, format_name: str | None, methods: Methods = METHODS) -> Recipe:
-    """The recipe that ``--method`` and ``--scheme`` stand for."""
-    passes = parse_method(method, methods)
-    parsed = parse_scheme(scheme or _default_scheme(passes), default_quantizer(format_name))
-    return Recipe(passes, (Rule("*", parsed),), format_name)
+def method_recipe(
+    method: str, scheme: str | None, format_name: str | None, target: float | str | None = None
+) -> Recipe:
+    """The recipe that ``--method``, ``--scheme`` and ``--target`` stand for."""
+    passes = parse_method(method, target)
+    return Recipe(passes, (_usual_rule(scheme, passes, default_quantizer(format_name)),), format_name)
+
+
+def _usual_rule(scheme: str | None, passes: Sequence[Pass], quantizer: Quantizer) -> Rule:
+    """The last rule: the scheme that was named, or the default of the passes."""
+    parsed = parse_scheme(scheme or _default_scheme(passes), quantizer)
+    return Rule("*", parsed, scheme is None or not names_group(scheme))
 
 
 def _default_scheme(passes: Sequence[Pass]) -> str:
-    return next((DEFAULT_SCHEMES[p.name] for p in passes if p.name in DEFAULT_SCHEMES), DEFAULT_SCHEME)
+    return next((p.default_scheme for p in passes if p.default_scheme is not None), DEFAULT_SCHEME)
 
 
-def read_recipe(
-    path: Path, scheme: str | None = None, format_name: str | None = None, methods: Methods = METHODS
-) -> Recipe:
+def read_recipe(path: Path, scheme: str | None = None, format_name: str | None = None) -> Recipe:
     """A recipe file; ``scheme`` and ``format_name`` from the command line take the place of its own.
 
     Raises:
@@ -146,14 +154,12 @@ def read_recipe(
     if ("method" in data) == ("pass" in data):
         raise ToolkitError(f"{path}: needs either 'method' or [[pass]] tables", 'write method = "awq+gptq"')
     passes = (
-        with_rounding([_read_pass(path, t, methods) for t in data["pass"]])
-        if "pass" in data
-        else parse_method(data["method"], methods)
+        with_rounding([_read_pass(path, t) for t in data["pass"]]) if "pass" in data else parse_method(data["method"])
     )
     format_name = format_name or data.get("format")
     quantizer = default_quantizer(format_name)
     rules = [_read_rule(path, table, quantizer) for table in data.get("rule", [])]
-    rules.append(Rule("*", parse_scheme(scheme or data.get("scheme", _default_scheme(passes)), quantizer)))
+    rules.append(_usual_rule(scheme or data.get("scheme"), passes, quantizer))
     return Recipe(passes, tuple(rules), format_name)
 
 
@@ -171,14 +177,16 @@ def _read_rule(path: Path, table: Mapping[str, Any], quantizer: Quantizer) -> Ru
         raise ToolkitError(
             f"{path}: a [[rule]] needs match and scheme", 'write match = "*.down_proj" and scheme = "w8a16-g128"'
         )
-    return Rule(table["match"], None if table["scheme"] == FLOAT else parse_scheme(table["scheme"], quantizer))
+    if table["scheme"] == FLOAT:
+        return Rule(table["match"], None)
+    return Rule(table["match"], parse_scheme(table["scheme"], quantizer), not names_group(table["scheme"]))
 
 
-def _read_pass(path: Path, table: Mapping[str, Any], methods: Methods) -> Pass:
+def _read_pass(path: Path, table: Mapping[str, Any]) -> Pass:
     name = str(table.get("name"))
-    if name not in methods:
-        raise unknown_value(f"{path}: pass.name", name, methods)
-    method = methods[name]
+    if name not in METHODS:
+        raise unknown_value(f"{path}: pass.name", name, METHODS)
+    method = METHODS[name]
     types = get_type_hints(method)
     fields = [f.name for f in dataclasses.fields(method)]  # type: ignore[arg-type]
     _only_keys(path, f"{name}.", table, ("name", *fields))

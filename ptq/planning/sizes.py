@@ -8,8 +8,8 @@ from typing import Any
 from calibration.architectures import ArchitectureSpec, Residual
 from calibration.model.checkpoint import CheckpointReader
 from calibration.walk.outside import Outside
-from calibration.walk.passes import RewritesOutside, references_of, repairs
-from calibration.walk.statistics import Gram
+from calibration.walk.passes import keeps_originals, references_of, watches_float
+from calibration.walk.statistics import CrossGram, Gram
 from ptq.linears import ModelLayout
 from ptq.numerics.objective import ROW_BYTES
 from ptq.planning.recipe import Recipe
@@ -36,7 +36,7 @@ class Sizes:
 
 def _untied_bytes(reader: CheckpointReader, spec: ArchitectureSpec, recipe: Recipe) -> int:
     """Size of tensors outside the blocks that passes add: a head that was tied to the embedding."""
-    if not any(isinstance(p, RewritesOutside) for p in recipe.passes) or not isinstance(spec.residual, Residual):
+    if not isinstance(spec.residual, Residual):
         return 0
     added = [n for n in Outside(reader, spec, recipe.passes).names if n not in reader.infos]
     return len(added) * reader.infos[f"{spec.residual.embeddings[0]}.weight"].nbytes
@@ -67,16 +67,19 @@ def estimate(
     block = sum(info.numel for n, info in reader.infos.items() if n.startswith(spec.prefix(0)))
     hidden = int(getattr(config, "hidden_size", None) or config.n_embd)
     statistics = 0
-    if any(Gram in p.statistics for p in recipe.passes):
+    grams = {kind for p in recipe.passes for kind in p.statistics} & {Gram, CrossGram}
+    if grams:
         shapes = {linear.name: linear.shape for linear in layout.linears if linear.block == 0}
         inputs = [shapes.get(spec.prefix(0) + s.linears[0], (0, 0))[1] for s in spec.block(0).inputs]
-        statistics = sum(4 * n * n for n in inputs) + 4 * max(inputs, default=0) ** 2
-    references = len(references_of(recipe.passes))
-    states = (1 + references) * tokens * hidden * itemsize if forwards else 0
+        statistics = len(grams) * (sum(4 * n * n for n in inputs) + 4 * max(inputs, default=0) ** 2)
+    references, pairs = len(references_of(recipe.passes)), watches_float(recipe.passes)
+    streams = 1 + references + 2 * pairs  # the float model's states before and after the block
+    states = streams * tokens * hidden * itemsize if forwards else 0
     copies = 4 + (itemsize if itemsize != 4 else 0) + 2  # masters, forward copy, codes and scales being written
-    copies += 4 if repairs(recipe.passes) else 0  # weights before rounding
+    copies += 4 if keeps_originals(recipe.passes) else 0  # weights before rounding
     widths = sum(sum(linear.shape) for linear in layout.linears if linear.block == 0)
     graph = 2 * batch_tokens * widths * itemsize if references else 0  # one batch, what its backward pass needs
+    graph += batch_tokens * widths * itemsize if pairs else 0  # one batch, what the float block's linears see
     peak = block * copies + statistics + states + graph + 6 * ROW_BYTES
     stem = sum(i.nbytes for n, i in reader.infos.items() if not n.startswith(spec.blocks + "."))
     return Sizes(

@@ -44,7 +44,7 @@ class ComparedRun:
         return figures.difference(self.perplexity, self.float_perplexity)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Rows under one protocol, the fewest bits first, then the lowest perplexity. ``also`` are further protocols
     that all runs share and that are not shown here."""
@@ -52,6 +52,14 @@ class Comparison:
     protocol: Protocol
     rows: tuple[ComparedRun, ...]
     also: tuple[Protocol, ...] = ()
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+    __repr__ = __str__
+
+    def _repr_markdown_(self) -> str:
+        return self.to_markdown()
 
     def to_markdown(self) -> str:
         """A table and the protocol it was measured under."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from calibration.errors import ToolkitError
 from calibration.record import Evaluation, LinearRecord, Protocol, RunRecord
+from ptq import catalogue
 from ptq.report import figures
 from ptq.scheme import QuantScheme, parse_scheme
 
@@ -19,6 +20,7 @@ FLOAT, QUANTIZED = "float", "quantized"
 _GRIDS = {
     "asym_minmax": "asymmetric grid between the smallest and the largest weight",
     "asym_zero_in": "asymmetric grid that contains zero",
+    "asym_float": "asymmetric grid with float zero points",
     "sym_full": "symmetric grid with all levels in use",
     "sym_restricted": "symmetric grid without the lowest level",
     "sym_gptq": "symmetric grid",
@@ -28,24 +30,6 @@ _PROTOCOLS = {
     "gptq": "disjoint windows",
     "llama.cpp": "second half of each window scored",
     "hf-stride": "sliding window",
-}
-
-
-_ACRONYMS = {"rtn", "gptq", "awq", "lorc"}
-_PASSES = {
-    "rtn": "rounds every weight to its nearest level",
-    "gptq": "rounds column by column and moves each column's error into those still to come",
-    "awq": "scales input channels so that weights that meet large activations are rounded more finely",
-    "smooth": "moves the range of activation outliers into the weights",
-    "smoothquant": "moves the range of activation outliers into the weights",
-    "rotate": "rotates the residual stream so that no channel stands out",
-    "clip": "narrows the range of each group where that lowers the output error",
-    "lorc": "adds a low-rank correction of what rounding took away",
-    "norm-tweak": "adjusts the norms so that outputs follow those of the float model",
-    "equalize": "evens the ranges of weights that follow each other",
-    "bias-correct": "takes the mean error of a rounded layer out of its bias",
-    "adaquant": "learns rounding, steps and zero points of every layer by gradient",
-    "ptq1.61": "keeps signs and a few 4-bit columns, and trains their scales block by block",
 }
 
 
@@ -111,7 +95,7 @@ def float_perplexity(evaluations: Iterable[Evaluation]) -> float | None:
 
 
 def model_label(model: str) -> str:
-    return {QUANTIZED: "this run"}.get(model, model.upper() if model.lower() in _ACRONYMS else model)
+    return {QUANTIZED: "this run"}.get(model, _titled(model))
 
 
 def protocol_title(protocol: Protocol) -> str:
@@ -121,11 +105,12 @@ def protocol_title(protocol: Protocol) -> str:
 def protocol_sentence(protocol: Protocol) -> str:
     """The whole protocol: all that somebody needs to measure the same number."""
     tokens = "with" if protocol.special_tokens else "without"
+    bos = "BOS in front of every window, " if protocol.bos else ""
     joined = {"file as it is": "file taken as it is"}.get(protocol.join, f"rows joined with {protocol.join!r}")
     style = f" ({_PROTOCOLS[protocol.name]})" if protocol.name in _PROTOCOLS else ""
     return (
         f"Protocol {protocol.name}{style}: {protocol.dataset}, {joined}, {tokens} special tokens; window "
-        f"{figures.count(protocol.window)}, stride {figures.count(protocol.stride)}, "
+        f"{figures.count(protocol.window)}, stride {figures.count(protocol.stride)}, {bos}"
         f"{figures.count(protocol.tokens_scored)} tokens scored; {protocol.dtype} forward, float32 log-probabilities; "
         f"text fingerprint {protocol.text_fingerprint}."
     )
@@ -184,12 +169,18 @@ def method_label(record: RunRecord) -> str:
     names = [str(entry.get("name", "")) for entry in record.recipe.get("passes", [])]
     method = str(record.recipe.get("method") or "+".join(filter(None, names)))
     parts = [part.strip() for part in method.split("+")]
-    return " + ".join(part.upper() if part.lower() in _ACRONYMS else part for part in parts)
+    return " + ".join(map(_titled, parts))
 
 
 def pass_sentence(entry: Mapping[str, Any]) -> str:
     """What the pass does, in a line; empty for one that is not known here."""
-    return _PASSES.get(str(entry.get("name", "")).lower(), "")
+    known = catalogue.named(str(entry.get("name", "")).lower())
+    return known.summary if known else ""
+
+
+def _titled(name: str) -> str:
+    known = catalogue.named(name.lower())
+    return known.title if known else name
 
 
 def settings(entry: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -228,6 +219,7 @@ _CALIBRATION = {
     "seed": "seed",
     "join": "rows joined with",
     "special_tokens": "special tokens",
+    "bos": "BOS in front of every window",
     "fingerprint": "fingerprint",
 }
 

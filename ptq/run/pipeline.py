@@ -1,39 +1,30 @@
-"""The main job: plan, walk, export, verify, evaluate, report.
-
-.. code-block:: python
-
-    import ptq
-    ptq.quantize("demo", method="awq", out="demo-awq")
-    print(ptq.evaluate("demo-awq", reference="demo").perplexity)
-"""
+"""The main job: plan, walk, export, verify, evaluate, report."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from calibration.errors import ToolkitError
-from calibration.model.contents import check_weights, small_digest
+from calibration.model.contents import check_weights
 from calibration.model.skeleton import Skeleton
 from calibration.progress import Progress, Silent
 from calibration.record import RunRecord
 from calibration.text.crops import TokenBatches
-from calibration.versions import versions
 from calibration.walk.float_blocks import FloatBlocks
-from calibration.walk.passes import Gates
+from calibration.walk.passes import Phase
 from calibration.walk.walk import Walk
 from ptq.committed import CommittedBlocks, Restore, encode_segment, input_quantizers
 from ptq.evaluation import check_text
 from ptq.formats.loadable import check_keys
 from ptq.formats.write import copy_small_files, verify_checkpoint, write_checkpoint
-from ptq.planning.job import Job, Options, calibration_windows, prepare
+from ptq.planning.job import Job
 from ptq.planning.plan import Plan
-from ptq.run.reporting import Stopwatch, write_reports
+from ptq.run.identity import run_identity
+from ptq.run.reporting import Outcome, Stopwatch, write_reports
 from ptq.scheme import parse_scheme
 from ptq.session import BLOCKS, Session
+from sparsity.job import write as write_thresholds
 
 
 def run(
@@ -48,7 +39,7 @@ def run(
     """Carry out a prepared job and return its record.
 
     Args:
-        tokens: calibration windows, where they have been made already; see `calibration_windows`.
+        tokens: calibration windows, where they have been made already; see `Source.windows`.
 
     Raises:
         ToolkitError: see the message; DIR is then not there, and DIR.partial can be resumed where it is.
@@ -56,90 +47,68 @@ def run(
     progress = progress or Silent()
     watch = Stopwatch()
     session = Session(Path(out))
-    session.check(overwrite, resume, job.reader.folder)
-    for note in job.notes:
-        progress.message(note)
-    plan, reader, options = job.plan, job.reader, job.options
-    _check_disk(session, plan)
-    if options.evaluate is not None:
-        words = int(job.config.vocab_size)
-        check_text(reader.folder, options.evaluate, job.seq_len, words, options.trust_remote_code)
-    if plan.needs_data:
-        tokens = tokens or calibration_windows(job, progress)
-    skeleton = Skeleton(plan.model_config(job.config), plan.spec, job.dtype, job.device)
-    skeleton.check_complete(reader.infos, plan.new_biases)
+    tokens = _check(job, session, overwrite, resume, tokens, progress)
+    skeleton = Skeleton(job.plan.model_config(job.config), job.spec, job.dtype, job.device)
+    skeleton.check_complete(job.reader.infos, job.plan.new_biases)
     with watch("check weights"):
-        progress.stage("check weights", len(reader.infos))
-        weights = check_weights(reader, progress.advance)
-    identity = {
-        "weights": weights,
-        "files": small_digest(reader.folder),
-        "versions": versions(),
-        "recipe": plan.recipe.to_json(),
-        "format": plan.format.name,
-        "calibration": tokens.source if tokens else {},
-        "forward": f"{job.dtype} on {job.device.type}, {job.batch_size} sequences at a time",
-        "threads": torch.get_num_threads(),
-        "unseen_experts": options.unseen_experts,
-        "evaluate": options.evaluate,
-    }
-    session.begin(identity, resume)
+        progress.stage("check weights", len(job.reader.infos))
+        weights = check_weights(job.reader, progress.advance)
+    session.begin(run_identity(job, tokens, weights), resume)
     session.keep(frozenset({BLOCKS}))
     walk = Walk(
-        FloatBlocks(reader, skeleton, plan.recipe.passes, plan.schemes, job.batch_size),
+        FloatBlocks(job.reader, skeleton, job.plan.recipe.passes, job.plan.schemes, job.batch_size),
         encode=encode_segment,
-        restore=Restore(plan.layout),
+        restore=Restore(job.plan.layout),
         inputs=input_quantizers,
         folder=session.blocks,
-        allow_unseen=options.unseen_experts == "rtn",
+        allow_unseen=job.options.unseen_experts == "rtn",
     )
     resumed = walk.finished.count()
     with watch("quantize"):
         walk.run(tokens, progress)
-    committed = {n: e for i in range(plan.spec.n_blocks) for n, e in walk.finished.linears(i).items()}
-    plan = job.plan = plan.with_schemes({name: parse_scheme(entry["scheme"]) for name, entry in committed.items()})
-    blocks = CommittedBlocks([walk.finished.tensors_path(i) for i in range(plan.spec.n_blocks)], plan.layout)
-    with watch("export"):
-        progress.stage("export", len(plan.layout.quantized))
-        fmt, written = write_checkpoint(
-            blocks.blocks,
-            walk.blocks.outside.tensors(),
-            plan.layout,
-            plan.format,
-            session.partial,
-            progress.advance,
-        )
-        reader.close()
-        copy_small_files(reader.folder, session.partial)
-    with watch("verify"):
-        progress.stage("verify", len(plan.layout.quantized))
-        verified = verify_checkpoint(blocks.blocks, fmt, session.partial, progress.advance)
-        check_keys(session.partial, reader.infos, options.trust_remote_code)
-    gating = [step for step in plan.recipe.passes if isinstance(step, Gates)]
-    if gating:
-        assert job.sparse is not None and tokens is not None, "GATE passes come with their runtime"
-        job.sparse.write(session.partial, gating, walk.finished.all_gates(), tokens.source)
-    record = write_reports(job, walk, fmt, written, verified, tokens, session.partial, watch, resumed, progress)
+    outcome = _export(job, walk, tokens, session, watch, progress)
+    record = write_reports(outcome, session.partial, watch, resumed, progress)
     session.finish()
     return record
 
 
-def quantize(
-    model: str | Path,
-    *,
-    out: str | Path,
-    method: str | None = None,
-    scheme: str | None = None,
-    recipe: str | Path | None = None,
-    format: str | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    progress: Progress | None = None,
-    **options: Any,
-) -> RunRecord:
-    """Quantize a checkpoint into ``out``; see `Options` for the remaining keywords. Returns the run's record."""
-    job = prepare(model, method=method, scheme=scheme, recipe=recipe, format=format, options=Options(**options))
-    return run(job, out, overwrite=overwrite, resume=resume, progress=progress)
+def _check(
+    job: Job, session: Session, overwrite: bool, resume: bool, tokens: TokenBatches | None, progress: Progress
+) -> TokenBatches | None:
+    """Refuse what can be refused before any work, and make the calibration windows, where the plan needs some."""
+    session.check(overwrite, resume, job.folder)
+    job.tell(progress)
+    _check_disk(session, job.plan)
+    options = job.options
+    if options.evaluate is not None:
+        words = int(job.config.vocab_size)
+        check_text(job.folder, options.evaluate, job.seq_len, words, options.trust_remote_code)
+    return (tokens or job.windows(progress)) if job.plan.needs_data else tokens
+
+
+def _export(
+    job: Job, walk: Walk, tokens: TokenBatches | None, session: Session, watch: Stopwatch, progress: Progress
+) -> Outcome:
+    """From committed blocks to verified files."""
+    committed = {n: e for i in range(job.spec.n_blocks) for n, e in walk.finished.linears(i).items()}
+    plan = job.plan.with_schemes({name: parse_scheme(entry["scheme"]) for name, entry in committed.items()})
+    layout = plan.layout
+    blocks = CommittedBlocks([walk.finished.tensors_path(i) for i in range(job.spec.n_blocks)], layout)
+    with watch("export"):
+        progress.stage("export", len(layout.quantized))
+        outside = walk.blocks.outside.tensors()
+        fmt, written = write_checkpoint(blocks.blocks, outside, layout, plan.format, session.partial, progress.advance)
+        job.reader.close()
+        copy_small_files(job.folder, session.partial)
+    with watch("verify"):
+        progress.stage("verify", len(layout.quantized))
+        verified = verify_checkpoint(blocks.blocks, fmt, session.partial, progress.advance)
+        check_keys(session.partial, job.reader.infos, job.options.trust_remote_code)
+    gating = [step for step in plan.recipe.passes if Phase.GATE in step.phases]
+    if gating:
+        assert tokens is not None, "thresholds are quantiles of activations"
+        write_thresholds(session.partial, gating, walk.finished.all_gates(), tokens.source, job.provenance)
+    return Outcome(job, plan, walk, fmt, written, verified, tokens)
 
 
 def _check_disk(session: Session, plan: Plan) -> None:

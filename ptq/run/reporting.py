@@ -6,6 +6,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from ptq.devices import peak_rss_bytes
 from ptq.evaluation import evaluate
 from ptq.formats.registry import Format
 from ptq.planning.job import Job
+from ptq.planning.plan import Plan
 from ptq.report import card, html, markdown
 
 
@@ -50,11 +53,32 @@ class Stopwatch:
         )
 
 
-def linear_records(walk: Walk, job: Job) -> tuple[LinearRecord, ...]:
+@dataclass(frozen=True)
+class Outcome:
+    """A job that was carried out, up to files that were written and read back.
+
+    Attributes:
+        plan: as it was carried out: passes may have chosen schemes.
+        format: as written (GPTQ settles on version 1 or 2).
+        written: bytes of all tensors.
+        verified: linears that were read back and compared.
+        tokens: calibration windows, or None where no pass needed any.
+    """
+
+    job: Job
+    plan: Plan
+    walk: Walk
+    format: Format
+    written: int
+    verified: int
+    tokens: TokenBatches | None
+
+
+def linear_records(walk: Walk, plan: Plan) -> tuple[LinearRecord, ...]:
     """One record per quantized linear, from what the walk wrote beside each block."""
     records = []
-    planned = {linear.name: linear for linear in job.plan.layout.quantized}
-    for index in range(job.plan.spec.n_blocks):
+    planned = {linear.name: linear for linear in plan.layout.quantized}
+    for index in range(plan.spec.n_blocks):
         for name, entry in walk.finished.linears(index).items():
             linear = planned[name]
             assert linear.scheme is not None
@@ -64,7 +88,7 @@ def linear_records(walk: Walk, job: Job) -> tuple[LinearRecord, ...]:
                     block=index,
                     shape=linear.shape,
                     scheme=str(linear.scheme),
-                    bits_per_weight=job.plan.layout.bits_per_weight(linear),
+                    bits_per_weight=plan.layout.bits_per_weight(linear),
                     weight_error=entry["errors"]["weight"],
                     relative_error=entry["errors"].get("output"),
                     notes=entry["notes"],
@@ -73,22 +97,22 @@ def linear_records(walk: Walk, job: Job) -> tuple[LinearRecord, ...]:
     return tuple(records)
 
 
-def left_in_float(job: Job) -> tuple[dict[str, Any], ...]:
+def left_in_float(job: Job, plan: Plan) -> tuple[dict[str, Any], ...]:
     """What stayed in float, by reason."""
-    reasons = Counter((linear.why, "linears of the blocks") for linear in job.plan.layout.left)
+    reasons = Counter((linear.why, "linears of the blocks") for linear in plan.layout.left)
     entries = [{"what": what, "why": why, "count": n} for (why, what), n in sorted(reasons.items())]
-    blocks = job.plan.spec.blocks + "."
+    blocks = plan.spec.blocks + "."
     outside = sum(not n.startswith(blocks) for n in job.reader.infos)
     entries.append(
         {"what": "tensors outside the blocks", "why": "embeddings, norms and head stay as they are", "count": outside}
     )
-    routers = sum(len(job.plan.spec.block(i).routers) for i in range(job.plan.spec.n_blocks))
+    routers = sum(len(plan.spec.block(i).routers) for i in range(plan.spec.n_blocks))
     if routers:
         entries.append({"what": "routers", "why": "small and sensitive", "count": routers})
     return tuple(entries)
 
 
-def evaluations(job: Job, folder: Any, progress: Progress) -> tuple[Evaluation, ...]:
+def evaluations(job: Job, folder: Path, progress: Progress) -> tuple[Evaluation, ...]:
     """The result against the float model on ``--eval``; both numbers come from the same windows."""
     dataset = job.options.evaluate
     if dataset is None:
@@ -97,10 +121,10 @@ def evaluations(job: Job, folder: Any, progress: Progress) -> tuple[Evaluation, 
         folder,
         dataset=dataset,
         seq_len=job.seq_len,
-        reference=job.reader.folder,
+        reference=job.folder,
         device=job.options.device,
         trust_remote_code=job.options.trust_remote_code,
-        sparse=job.sparse,
+        max_windows=job.options.eval_windows,
         progress=progress,
     )
     assert result.divergence is not None
@@ -111,30 +135,41 @@ def evaluations(job: Job, folder: Any, progress: Progress) -> tuple[Evaluation, 
         nll=result.nll - result.divergence.delta_nll * result.protocol.tokens_scored,
         words=result.words,
         bytes=result.bytes,
+        windows=result.windows,
     )
     return (reference, result)
 
 
-def write_reports(
-    job: Job,
-    walk: Walk,
-    fmt: Format,
-    written: int,
-    verified: int,
-    tokens: TokenBatches | None,
-    folder: Any,
-    watch: Stopwatch,
-    resumed: int,
-    progress: Progress,
-) -> RunRecord:
-    """Evaluate if asked, then write report.json, report.md, report.html, README.md and timings.json into ``folder``."""
-    plan = job.plan
+def write_reports(outcome: Outcome, folder: Path, watch: Stopwatch, resumed: int, progress: Progress) -> RunRecord:
+    """Evaluate if asked, then write report.json, report.md, report.html, README.md and timings.json into ``folder``.
+
+    Args:
+        resumed: blocks that were finished before this run.
+    """
+    job = outcome.job
     with watch("evaluate"):
         scores = evaluations(job, folder, progress)
-    record = RunRecord(
+    record = run_record(outcome, scores)
+    files = {p.name: p.stat().st_size for p in sorted(folder.glob("*.safetensors"))}
+    texts = {
+        REPORT_FILE: record.to_json(),
+        "report.md": markdown.render(record),
+        "report.html": html.render(record),
+        "README.md": card.model_card(record, job.name if job.origin == "hub" else f"./{job.name}", files),
+        TIMINGS_FILE: watch.timings(str(job.device), resumed).to_json(),
+    }
+    for name, text in texts.items():
+        write_atomically(folder / name, text.encode("utf-8"))
+    return record
+
+
+def run_record(outcome: Outcome, scores: tuple[Evaluation, ...]) -> RunRecord:
+    """Everything about a run that is the same whenever it is repeated."""
+    job, plan, fmt, tokens = outcome.job, outcome.plan, outcome.format, outcome.tokens
+    return RunRecord(
         model={
             "name": job.name,
-            "source": job.source,
+            "source": job.origin,
             "architecture": plan.spec.family,
             "parameters": sum(i.numel for i in job.reader.infos.values()),
             "dtype": plan.layout.dtype,
@@ -146,28 +181,17 @@ def write_reports(
         result={
             "format": fmt.name,
             "format_reason": plan.format_reason,
-            "bytes": written,
+            "bytes": outcome.written,
             "quantized_bytes": plan.sizes.quantized_bytes,
             "bits_per_weight": plan.sizes.bits_per_weight,
             "quantized_linears": len(plan.layout.quantized),
             "quantized_weights": plan.sizes.quantized_weights,
             "forward_passes": plan.sizes.forwards,
             "loads_in": fmt.loads_in(plan.layout),
-            "verified": verified,
+            "verified": outcome.verified,
         },
-        linears=linear_records(walk, job),
-        left=left_in_float(job),
+        linears=linear_records(outcome.walk, plan),
+        left=left_in_float(job, plan),
         evaluations=scores,
         versions=versions(),
     )
-    files = {p.name: p.stat().st_size for p in sorted(folder.glob("*.safetensors"))}
-    texts = {
-        REPORT_FILE: record.to_json(),
-        "report.md": markdown.render(record),
-        "report.html": html.render(record),
-        "README.md": card.model_card(record, job.name if job.source == "hub" else f"./{job.name}", files),
-        TIMINGS_FILE: watch.timings(str(job.device), resumed).to_json(),
-    }
-    for name, text in texts.items():
-        write_atomically(folder / name, text.encode("utf-8"))
-    return record

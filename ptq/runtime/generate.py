@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from calibration.errors import ToolkitError
+from calibration.shown import Shown
 from ptq.devices import peak_rss_bytes
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer shows for bytes of an unfinished character
 
 
-@dataclass(frozen=True)
-class Generation:
+@dataclass(frozen=True, repr=False)
+class Generation(Shown):
     """What was generated and how fast.
 
     Attributes:
@@ -32,6 +33,7 @@ class Generation:
         decode_tokens_per_second: (n - 1) / (t_last - t_first); None where fewer than two tokens were generated.
         weight_bytes_read_per_token: see `weight_bytes_per_token`.
         peak_rss_bytes: highest resident set of the process so far.
+        linears: how they were computed, as `Loaded.path` says.
     """
 
     text: str
@@ -41,6 +43,18 @@ class Generation:
     decode_tokens_per_second: float | None
     weight_bytes_read_per_token: int
     peak_rss_bytes: int
+    linears: str = ""
+
+    def facts(self) -> Mapping[str, object]:
+        speed = self.decode_tokens_per_second
+        return {
+            "text": self.text,
+            "tokens": f"{self.new_tokens} behind {self.prompt_tokens} of prompt",
+            "speed": "" if speed is None else f"{speed:.1f} tokens/s",
+            "first token": f"after {self.prefill_seconds:.2f} s",
+            "linears": self.linears,
+            "weights read": f"{self.weight_bytes_read_per_token / 1e6:.1f} MB per token",
+        }
 
     def bandwidth_share(self, bytes_per_second: float) -> float | None:
         """Weights read per second over ``bytes_per_second`` (of `read_bandwidth`)."""
@@ -177,11 +191,12 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     stream: Callable[[str], None] | None = None,
+    linears: str = "",
 ) -> Generation:
     """Continue ``prompt``: greedy at temperature 0, else sampled from the softmax with ``seed``.
 
     The model must be in evaluation mode. It stops at the model's end-of-text tokens. ``stream`` is handed the text as
-    it grows; the time it takes counts as decoding time.
+    it grows; the time it takes counts as decoding time. ``linears`` goes into the result.
 
     Raises:
         ToolkitError: the prompt is empty, or nothing is to be generated.
@@ -205,4 +220,5 @@ def generate(
         decode_tokens_per_second=(len(tokens) - 1) / (times[-1] - times[1]) if len(tokens) > 1 else None,
         weight_bytes_read_per_token=weight_bytes_per_token(model),
         peak_rss_bytes=peak_rss_bytes(),
+        linears=linears,
     )

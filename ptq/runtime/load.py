@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader
 from calibration.model.opening import locate, open_model
 from calibration.model.skeleton import build_model, load_parameters, set_submodule
+from calibration.shown import Shown
 from ptq.formats.adapter import read_adapter
 from ptq.formats.reading import quantized_linears, read_linear
 from ptq.quantized import QuantizedTensor
@@ -26,8 +27,8 @@ LinearFactory = Callable[[str, QuantizedTensor, torch.Tensor | None], torch.nn.M
 """(path in the model class, weight, bias) -> the layer that runs it; None leaves it to `QuantLinear`."""
 
 
-@dataclass(frozen=True)
-class Loaded:
+@dataclass(frozen=True, repr=False)
+class Loaded(Shown):
     """A model ready to run.
 
     Attributes:
@@ -39,6 +40,8 @@ class Loaded:
         activations: how linears with quantized inputs run: ``"simulated"``, or the kernel that multiplies codes ->
             number of linears.
         caches: texts of the grids of the KV cache, e.g. ``kv4``.
+        masks: what prunes activations in every forward pass: ``teal 0.5, masks on all positions but the first``.
+        decoding: the linears that skip weights while decoding, e.g. ``native x 42 decoding sparsely``.
     """
 
     model: Any
@@ -48,14 +51,30 @@ class Loaded:
     reasons: dict[tuple[str, str], int]
     activations: dict[str, int] = field(default_factory=dict)
     caches: tuple[str, ...] = ()
+    masks: str = ""
+    decoding: str = ""
+
+    def facts(self) -> Mapping[str, object]:
+        weights = sum(p.numel() for p in self.model.parameters())
+        slower = {f"not {kernel} ({n} linears)": reason for (kernel, reason), n in self.reasons.items()}
+        return {
+            "model": type(self.model).__name__,
+            "from": self.folder.name,
+            "format": self.format or "float",
+            "linears": self.path,
+            "parameters in float": f"{weights:,}",
+            **slower,
+        }
 
     @property
     def path(self) -> str:
         """How linears are computed: ``float``, ``int4 x 42``, or ``reference x 42; inputs simulated x 42; kv4
-        simulated``."""
-        kernels = ", ".join(f"{name} x {n}" for name, n in sorted(self.kernels.items())) or "float"
+        simulated``; and what prunes activations."""
+        kernels = ", ".join(f"{name} x {n}" for name, n in sorted(self.kernels.items()))
         inputs = ", ".join(f"inputs {how} x {n}" for how, n in sorted(self.activations.items()))
-        return "; ".join(filter(None, [kernels, inputs, *(f"{cache} simulated" for cache in self.caches)]))
+        linears = [kernels, self.decoding] if kernels or self.decoding else ["float"]
+        caches = (f"{cache} simulated" for cache in self.caches)
+        return "; ".join(filter(None, [*linears, inputs, *caches, self.masks]))
 
 
 def checkpoint_dtype(reader: CheckpointReader, spec: ArchitectureSpec) -> torch.dtype:
@@ -74,6 +93,13 @@ def checkpoint_dtype(reader: CheckpointReader, spec: ArchitectureSpec) -> torch.
     return found if isinstance(found, torch.dtype) else next(norms, torch.float32)
 
 
+def stored_dtype(folder: Path, trust_remote_code: bool = False) -> torch.dtype:
+    """`checkpoint_dtype` of a folder."""
+    reader, _, spec = open_model(folder, trust_remote_code)
+    with reader:
+        return checkpoint_dtype(reader, spec)
+
+
 def load_model(
     model: str | Path,
     *,
@@ -84,6 +110,8 @@ def load_model(
     build: LinearFactory | None = None,
 ) -> Loaded:
     """Load a checkpoint folder, ``demo`` or a hub id. Quantized linears keep their codes; nothing is dequantized.
+
+    Dense: thresholds in the folder are for `ptq.sparse.loading.load_model`, which is the public one.
 
     Args:
         dtype: of activations and of what is not quantized; None takes the checkpoint's.

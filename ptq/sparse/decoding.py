@@ -1,4 +1,4 @@
-"""Load MODEL for decoding: dense, or sparse where thresholds lie beside its weights."""
+"""Sparse layers for decoding, in a model that is loaded with them."""
 
 from __future__ import annotations
 
@@ -13,34 +13,6 @@ if TYPE_CHECKING:
     from sparsity.attach import SparseDecoder
     from sparsity.decode import Phase
     from sparsity.sites import Mode, Site
-
-
-def load_decoder(
-    model: str | Path,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    kernel: str | None = None,
-    trust_remote_code: bool = False,
-) -> tuple[Loaded, SparseDecoder | None]:
-    """The model, with sparse decoding where `sparsity.files.load_sparsity` finds thresholds.
-
-    Args:
-        kernel: for quantized linears where there are no thresholds; else a sparse kernel.
-
-    Raises:
-        ToolkitError: see `ptq.runtime.load.load_model` and `sparsity.files.load_sparsity`.
-    """
-    from calibration.model.opening import locate
-    from ptq.runtime.load import load_model
-    from sparsity.files import load_sparsity
-
-    folder = locate(model)
-    sparsity = load_sparsity(folder)
-    if sparsity is not None:
-        return load_with_sites(folder, sparsity.sites, dtype, device, kernel, trust_remote_code)
-    loaded = load_model(folder, dtype=dtype, device=device, kernel=kernel, trust_remote_code=trust_remote_code)
-    return loaded, None
 
 
 def load_with_sites(
@@ -77,7 +49,8 @@ def load_with_sites(
     phase, modes = Phase(), decode_modes(architecture, sites)
     build = int4_layers(modes, phase, dtype, device, kernel)
     loaded = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, build=build)
-    return loaded, attach(loaded.model, architecture, sites, phase, kernel)
+    decoder = attach(loaded.model, architecture, sites, phase, kernel)
+    return replace(loaded, decoding=f"{decoder.path} decoding sparsely"), decoder
 
 
 def int4_layers(
@@ -109,6 +82,8 @@ def fits_int4_rows(q: QuantizedTensor) -> bool:
 
     weights = q.scheme.weights
     if weights.float_format is not None or weights.bits > 4 or weights.grouping.axis != "in" or q.parts:
+        return False
+    if weights.float_zeros:
         return False
     if q.group_index is not None or q.scheme.inputs is not None or q.scale.shape[0] != q.shape[0]:
         return False

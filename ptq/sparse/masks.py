@@ -2,46 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
-
-from calibration.architectures import ArchitectureSpec
-from calibration.walk.passes import Pass
+from calibration.architectures import ArchitectureSpec, resolve
+from ptq.runtime.load import Loaded
 from sparsity.files import Sparsity, load_sparsity
-from sparsity.job import write
-from sparsity.masking import Masks, mask_model, skipped_weights
-
-if TYPE_CHECKING:
-    from calibration.record import Evaluation
+from sparsity.masking import FIRST, Masks, mask_model, skipped_weights
 
 
-@dataclass
-class MaskedRuntime:
-    """`ptq.gating.SparseRuntime`, by dense computation on pruned inputs. Keeps what it placed, for the printed result.
+@dataclass(frozen=True)
+class Pruning:
+    """Masks on a model that was loaded, and what they prune.
 
     Attributes:
-        placed: thresholds, masks and weights per linear of the models that were attached, in order.
+        sizes: module path of every linear of the blocks -> number of its weights.
     """
 
-    placed: list[tuple[Sparsity, Masks, ArchitectureSpec, dict[str, int]]] = field(default_factory=list)
+    sparsity: Sparsity
+    masks: Masks
+    spec: ArchitectureSpec
+    sizes: Mapping[str, int]
 
-    def write(
-        self, folder: Path, steps: Sequence[Pass], gates: Mapping[str, torch.Tensor], calibration: Mapping[str, Any]
-    ) -> None:
-        write(folder, steps, gates, calibration)
+    def shares(self) -> dict[str, float]:
+        """Kind of site (``down_proj input``) -> share of its values pruned so far."""
+        kinds: dict[str, list[int]] = {}
+        for site in self.sparsity.sites:
+            tally = self.masks.tallies[site.name]
+            pair = kinds.setdefault(f"{site.linear.rpartition('.')[2]} {site.mode}", [0, 0])
+            pair[0] += tally.pruned
+            pair[1] += tally.values
+        return {kind: pruned / max(values, 1) for kind, (pruned, values) in kinds.items()}
 
-    def attach(self, model: Any, spec: ArchitectureSpec, folder: Path, dense: int) -> str:
-        sparsity = load_sparsity(folder)
-        if sparsity is None:
-            return ""
-        masks = mask_model(model, spec, sparsity.sites, dense)
-        self.placed.append((sparsity, masks, spec, linear_sizes(model, spec)))
-        where = "all positions but the first" if dense == 1 else f"positions from {dense} on (decode only)"
-        return f"{sparsity.method} {sparsity.target:g}, masks on {where}"
+    def weights_skipped(self) -> float:
+        """Share of the weights of the blocks' linears that one decoded token need not read."""
+        shares = {name: tally.share for name, tally in self.masks.tallies.items()}
+        return sum(skipped_weights(self.spec, self.sizes, shares).values()) / sum(self.sizes.values())
+
+
+def attach_masks(loaded: Loaded, dense: int = FIRST) -> tuple[Loaded, Pruning | None]:
+    """Prune in every forward pass of a model by the thresholds in its folder, where there are some.
+
+    Args:
+        dense: positions at the start of each sequence that are never pruned.
+
+    Returns:
+        the same model, whose path says so, and what was placed on it.
+    """
+    sparsity = load_sparsity(loaded.folder)
+    if sparsity is None:
+        return loaded, None
+    spec = resolve(loaded.model.config)
+    masks = mask_model(loaded.model, spec, sparsity.sites, dense)
+    where = "all positions but the first" if dense == FIRST else f"positions from {dense} on (decode only)"
+    said = f"{sparsity.method} {sparsity.target:g}, masks on {where}"
+    return replace(loaded, masks=said), Pruning(sparsity, masks, spec, linear_sizes(loaded.model, spec))
 
 
 def linear_sizes(model: Any, spec: ArchitectureSpec) -> dict[str, int]:
@@ -55,22 +71,3 @@ def linear_sizes(model: Any, spec: ArchitectureSpec) -> dict[str, int]:
                 module.in_features * module.out_features if hasattr(module, "in_features") else module.weight.numel()
             )
     return sizes
-
-
-def reached_lines(runtime: MaskedRuntime, result: Evaluation) -> list[str]:
-    """What masks pruned on the text that was scored, by kind of site, and the share of weights it saves."""
-    lines = []
-    for sparsity, masks, spec, sizes in runtime.placed[:1]:
-        kinds: dict[str, list[int]] = {}
-        for site in sparsity.sites:
-            tally = masks.tallies[site.name]
-            pair = kinds.setdefault(f"{site.linear.rpartition('.')[2]} {site.mode}", [0, 0])
-            pair[0] += tally.pruned
-            pair[1] += tally.values
-        shares = ", ".join(f"{kind} {pruned / max(values, 1):.2%}" for kind, (pruned, values) in kinds.items())
-        skipped = skipped_weights(spec, sizes, {name: t.share for name, t in masks.tallies.items()})
-        lines.append(f"pruned on {result.protocol.dataset}: {shares or 'nothing'}")
-        lines.append(
-            f"weights of the blocks skipped per decoded token: {sum(skipped.values()) / sum(sizes.values()):.2%}"
-        )
-    return lines

@@ -20,24 +20,26 @@ from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import write_atomically
 from calibration.model.contents import check_weights, small_digest
-from calibration.model.opening import context_length, load_tokenizer
+from calibration.model.opening import load_tokenizer
 from calibration.progress import Progress, Silent
 from calibration.record import Evaluation, Protocol
-from calibration.scoring.perplexity import encode_for, score
+from calibration.scoring.perplexity import score
 from calibration.scoring.windows import Scoring
+from calibration.shown import Shown
 from calibration.text.corpora import load_corpus
 from calibration.text.crops import TokenBatches
-from calibration.text.encoding import EncodedText, too_short
-from calibration.text.samples import default_dataset
+from calibration.text.encoding import EncodedText, encode_text, too_short
 from calibration.versions import versions
 from calibration.walk.capture import accumulate
 from calibration.walk.statistics import AbsMax
 from ptq.devices import evaluation_dtype
 from ptq.evaluation import EVAL_TOKENS, logits_of
-from ptq.planning.job import BATCH_TOKENS, Job, Options, calibration_windows, prepare
+from ptq.planning.job import Job, Options, prepare
+from ptq.planning.source import BATCH_TOKENS, cut_to_context, default_dataset
 from ptq.run.pipeline import run as run_job
 from ptq.runtime.load import Loaded, load_model
 from ptq.session import Session
+from ptq.sparse.masks import attach_masks
 from ptq.study.spread import CalibrationRun, Overlap, overlaps
 
 STUDY_FILE = "calibration.json"
@@ -69,8 +71,8 @@ class CalibrationOptions:
     trust_remote_code: bool = False
 
 
-@dataclass(frozen=True)
-class CalibrationStudy:
+@dataclass(frozen=True, repr=False)
+class CalibrationStudy(Shown):
     """Everything measured. ``protocol`` and ``float_perplexity`` hold for all runs."""
 
     model: str
@@ -80,6 +82,14 @@ class CalibrationStudy:
     float_perplexity: float
     runs: tuple[CalibrationRun, ...]
     overlaps: tuple[Overlap, ...]
+
+    def facts(self) -> Mapping[str, object]:
+        found: dict[str, list[float]] = {}
+        for run in self.runs:
+            found.setdefault(f"{run.dataset}, {run.samples} x {run.seq_len}", []).append(run.perplexity)
+        settings = {name: f"{min(p):.4f} .. {max(p):.4f} over {len(p)} seeds" for name, p in found.items()}
+        recipe = f"{self.method} {self.scheme}"
+        return {"model": self.model, "method": recipe, "float": f"{self.float_perplexity:.4f}", **settings}
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
@@ -98,6 +108,7 @@ class Scorer:
     def evaluation(self, folder: Path, trust_remote_code: bool) -> Evaluation:
         """A checkpoint's perplexity and divergence."""
         loaded = load_model(folder, dtype=self.dtype, device=self.device, trust_remote_code=trust_remote_code)
+        loaded, _ = attach_masks(loaded)
         logits, reference = logits_of(loaded, self.device), logits_of(self.reference, self.device)
         return score(logits, self.text, self.scoring, model="quantized", path=loaded.path, reference_fn=reference)
 
@@ -128,10 +139,10 @@ def study_calibration(
     jobs = _jobs(model, options)
     first, dtype = jobs[0], evaluation_dtype(options.dtype, jobs[0].device)
     session.check(overwrite, resume, first.reader.folder)
-    text, scoring = _text(first, options, dtype)
-    for note in dict.fromkeys(note for job in jobs for note in job.notes):
+    text, scoring, notes = _text(first, options, dtype)
+    for note in dict.fromkeys([*(note for job in jobs for note in job.notes), *notes]):
         progress.message(note)
-    windows = [calibration_windows(job, progress) for job in jobs]
+    windows = [job.windows(progress) for job in jobs]
     identity = {
         "weights": check_weights(first.reader),
         "files": small_digest(first.reader.folder),
@@ -183,12 +194,13 @@ def _jobs(model: str | Path, options: CalibrationOptions) -> list[Job]:
     return jobs
 
 
-def _text(job: Job, options: CalibrationOptions, dtype: torch.dtype) -> tuple[EncodedText, Scoring]:
-    """The scoring text and its windows."""
+def _text(job: Job, options: CalibrationOptions, dtype: torch.dtype) -> tuple[EncodedText, Scoring, tuple[str, ...]]:
+    """The scoring text, its windows, and what to say of them."""
     folder = job.reader.folder
     corpus = load_corpus(options.evaluate or default_dataset(folder), "score")
-    text = encode_for("gptq", corpus, load_tokenizer(folder, options.trust_remote_code))
-    window = min(options.window or max(options.seq_lens), context_length(job.config))
+    text = encode_text(corpus, load_tokenizer(folder, options.trust_remote_code))
+    window, notes = cut_to_context(options.window or max(options.seq_lens), job.config, "--window")
+    notes = notes if options.window else ()  # of a cut --seq-len the jobs tell
     scoring = Scoring(
         window=window,
         batch_size=max(1, EVAL_TOKENS // window),
@@ -197,7 +209,7 @@ def _text(job: Job, options: CalibrationOptions, dtype: torch.dtype) -> tuple[En
     )
     if len(text.ids) < window:
         raise too_short(text.dataset, len(text.ids), window)
-    return text, scoring
+    return text, scoring, notes
 
 
 def _measure(

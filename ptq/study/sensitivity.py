@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,14 @@ from calibration.errors import ToolkitError
 from calibration.model.checkpoint import write_atomically
 from calibration.model.opening import fingerprint
 from calibration.progress import Progress, Silent
+from calibration.shown import Shown
 from calibration.text.crops import TokenBatches
 from ptq.fitting.job import Fit, float_blocks, prepare_fit
 from ptq.fitting.sensitivity import Sweep
-from ptq.planning.job import Options, calibration_windows
+from ptq.planning.groups import with_any_group
+from ptq.planning.job import Options
 from ptq.scheme import QuantScheme, parse_scheme
+from ptq.scheme_names import names_group
 from ptq.session import Session
 from ptq.study.ranks import spearman
 
@@ -64,8 +67,8 @@ class SchemeSensitivity:
     additivity: float
 
 
-@dataclass(frozen=True)
-class SensitivityStudy:
+@dataclass(frozen=True, repr=False)
+class SensitivityStudy(Shown):
     """Everything measured. ``probe_tokens`` are the tokens that divergences are means over."""
 
     model: str
@@ -73,6 +76,13 @@ class SensitivityStudy:
     calibration: dict[str, Any]
     probe_tokens: int
     schemes: tuple[SchemeSensitivity, ...]
+
+    def facts(self) -> Mapping[str, object]:
+        found = {"model": self.model, "measured on": f"{self.probe_tokens} tokens"}
+        for scheme in self.schemes:
+            worst = max(scheme.linears, key=lambda x: x.divergence)
+            found[scheme.scheme] = f"{len(scheme.linears)} linears, most KL {worst.divergence:.4g} nats ({worst.name})"
+        return found
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
@@ -92,7 +102,8 @@ def study_sensitivity(
     """Measure every linear under every scheme; write ``sensitivity.json`` and ``sensitivity.md`` into ``out``.
 
     Args:
-        schemes: weight schemes; a linear that cannot take one (a group that does not divide) is left out there.
+        schemes: weight schemes. One without a group size gets, per linear, one that divides; a linear that cannot take
+            one that was named is left out there.
         options: calibration text, device and dtype.
         windows: calibration windows, from the first on, that divergences are measured on.
         render: the study as Markdown.
@@ -105,7 +116,8 @@ def study_sensitivity(
     session.check(overwrite, resume=False, resumable=False)
     fit = prepare_sensitivity(model, schemes, options)
     session.check(overwrite, resume=False, source=fit.job.reader.folder, resumable=False)
-    tokens = calibration_windows(fit.job, progress)
+    fit.job.tell(progress)
+    tokens = fit.job.windows(progress)
     session.begin({"sensitivity": fingerprint(fit.job.reader)}, resume=False)
     with session.unless_done():
         found = measure_sensitivity(fit, schemes, tokens, windows, progress)
@@ -140,18 +152,26 @@ def measure_sensitivity(
 ) -> tuple[SchemeSensitivity, ...]:
     """One walk over the float blocks per scheme; divergences on the first ``windows`` of the tokens."""
     found = []
-    for scheme in dict.fromkeys(parse_scheme(text) for text in schemes):
-        names = [name for unit in fit.units if scheme in unit.options for name in unit.names]
-        sweep = Sweep(dict.fromkeys(names, (scheme,)), dict.fromkeys(names, scheme), feedback=False, windows=windows)
+    for scheme, any_group in dict.fromkeys((parse_scheme(text), not names_group(text)) for text in schemes):
+        taken = {
+            linear.name: with_any_group(scheme, linear.shape) if any_group else scheme
+            for unit in fit.units
+            for linear in unit.linears
+        }
+        offered = {name: unit.options for unit in fit.units for name in unit.names}
+        taken = {name: own for name, own in taken.items() if own in offered[name]}
+        names = list(taken)
+        sweep = Sweep({n: (own,) for n, own in taken.items()}, taken, feedback=False, windows=windows)
         measured = sweep.run(float_blocks(fit.job), tokens, progress)
         divergences = {n: measured.weights[n] * measured.probed[n] for n in names}
-        found.append(_of_scheme(fit, scheme, measured.probed, divergences, measured.additivity))
+        found.append(_of_scheme(fit, scheme, taken, measured.probed, divergences, measured.additivity))
     return tuple(found)
 
 
 def _of_scheme(
     fit: Fit,
     scheme: QuantScheme,
+    taken: dict[str, QuantScheme],
     objectives: dict[str, float],
     divergences: dict[str, float],
     additivity: float,
@@ -162,7 +182,7 @@ def _of_scheme(
             name=name,
             block=planned[name].block,
             shape=planned[name].shape,
-            bits_per_weight=scheme.bits_per_weight(*planned[name].shape),
+            bits_per_weight=taken[name].bits_per_weight(*planned[name].shape),
             objective=objectives[name],
             divergence=divergences[name],
         )

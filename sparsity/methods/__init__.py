@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from calibration.walk.passes import Pass
+from sparsity.gate import GatePass
 from sparsity.methods.cats import Cats
 from sparsity.methods.chess import Chess, ChessWithAttention
 from sparsity.methods.fatrelu import FatRelu
 from sparsity.methods.scap import Scap
 from sparsity.methods.teal import Teal
 
-METHODS: dict[str, type[Pass]] = {
+METHODS: dict[str, type[GatePass]] = {
     "cats": Cats,
     "chess": Chess,
     "chess-qo": ChessWithAttention,

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from calibration.architectures import ArchitectureSpec, BlockSpec
+from calibration.architectures import BlockSpec
 from calibration.errors import Problem
 from calibration.walk.capture import Watch
 from calibration.walk.context import Context
+from calibration.walk.passes import PlanView
 from calibration.walk.segment import Segment
 from sparsity.gate import GatePass
 from sparsity.pools import Pool, checked, gated
@@ -41,13 +42,13 @@ class Cats(GatePass):
     target: float = 0.5
 
     name: ClassVar[str] = "cats"
+    title: ClassVar[str | None] = "CATS"
+    summary: ClassVar[str] = "prunes the smallest activations of the gate, with one threshold per layer"
 
-    def check(self, view: Any) -> Iterable[Problem]:
+    def check(self, view: PlanView[Any]) -> Iterable[Problem]:
         yield from target_problems(self.target)
-
-    def check_architecture(self, spec: ArchitectureSpec, tokens: int) -> Iterable[Problem]:
-        yield from gate_problems(self.name, spec)
-        yield from token_problems(tokens)
+        yield from gate_problems(self.name, view.spec)
+        yield from token_problems(view.tokens)
 
     def skipped(self, block: BlockSpec) -> tuple[str, ...]:
         return tuple(n for network in block.feed_forward for n in (network.up, network.down))

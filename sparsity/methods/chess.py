@@ -12,10 +12,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from calibration.architectures import ArchitectureSpec, BlockSpec
+from calibration.architectures import BlockSpec
 from calibration.errors import Problem
 from calibration.walk.capture import Watch
 from calibration.walk.context import Context
+from calibration.walk.passes import PlanView
 from calibration.walk.segment import Segment
 from sparsity.gate import GatePass
 from sparsity.methods.cats import gate_groups, gate_pools
@@ -40,16 +41,16 @@ class Chess(GatePass):
     attention: bool = False
 
     name: ClassVar[str] = "chess"
+    title: ClassVar[str | None] = "CHESS"
+    summary: ClassVar[str] = "prunes the gate's activations that matter least, with a threshold per channel"
 
-    def check(self, view: Any) -> Iterable[Problem]:
+    def check(self, view: PlanView[Any]) -> Iterable[Problem]:
         yield from target_problems(self.target)
-
-    def check_architecture(self, spec: ArchitectureSpec, tokens: int) -> Iterable[Problem]:
-        yield from gate_problems(self.name, spec)
-        yield from token_problems(tokens)
-        if self.attention and not query_and_output(spec.block(0)):
+        yield from gate_problems(self.name, view.spec)
+        yield from token_problems(view.tokens)
+        if self.attention and not query_and_output(view.spec.block(0)):
             yield Problem(
-                f"family {spec.family}",
+                f"family {view.spec.family}",
                 "queries are one linear with keys and values, which must stay exact",
                 "use --method chess without the inputs of q and o",
             )
@@ -106,6 +107,8 @@ class ChessWithAttention(Chess):
     attention: bool = True
 
     name: ClassVar[str] = "chess-qo"
+    title: ClassVar[str | None] = "CHESS-QO"
+    summary: ClassVar[str] = "prunes as chess does, and what the query and output projections read"
 
 
 def query_and_output(block: BlockSpec) -> tuple[str, ...]:

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from calibration.architectures import ArchitectureSpec, BlockSpec
+from calibration.architectures import BlockSpec
 from calibration.errors import Problem
 from calibration.walk.context import Context
+from calibration.walk.passes import PlanView
 from calibration.walk.segment import Segment
 from sparsity.gate import GatePass
 from sparsity.methods.cats import gate_groups, gate_pools
@@ -27,19 +28,19 @@ class FatRelu(GatePass):
     target: float = 0.5
 
     name: ClassVar[str] = "fatrelu"
+    title: ClassVar[str | None] = "FATReLU"
+    summary: ClassVar[str] = "raises the threshold of ReLU until the wanted share of its outputs is zero"
 
-    def check(self, view: Any) -> Iterable[Problem]:
+    def check(self, view: PlanView[Any]) -> Iterable[Problem]:
         yield from target_problems(self.target)
-
-    def check_architecture(self, spec: ArchitectureSpec, tokens: int) -> Iterable[Problem]:
-        yield from token_problems(tokens)
-        networks = [network for index in range(spec.n_blocks) for network in spec.block(index).feed_forward]
+        yield from token_problems(view.tokens)
+        networks = [network for index in range(view.spec.n_blocks) for network in view.spec.block(index).feed_forward]
         other = next((n.activation for n in networks if n.activation != "relu"), None)
         if other is not None:
             fix = f"use --method cats or chess where there is a gate, or {ANY_LINEAR}"
-            yield Problem(f"family {spec.family}", f"its activation is {other}, 'fatrelu' raises a ReLU", fix)
+            yield Problem(f"family {view.spec.family}", f"its activation is {other}, 'fatrelu' raises a ReLU", fix)
         elif any(n.gate is not None and n.gate == n.up for n in networks):
-            yield Problem(f"family {spec.family}", "gate and up are one linear", f"use --method {ANY_LINEAR}")
+            yield Problem(f"family {view.spec.family}", "gate and up are one linear", f"use --method {ANY_LINEAR}")
 
     def skipped(self, block: BlockSpec) -> tuple[str, ...]:
         return tuple(n for f in block.feed_forward for n in ((f.up, f.down) if f.gate else (f.down,)))

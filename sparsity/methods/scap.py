@@ -19,6 +19,7 @@ from calibration.architectures import ArchitectureSpec, BlockSpec
 from calibration.errors import Problem
 from calibration.walk.capture import Watch
 from calibration.walk.context import Context
+from calibration.walk.passes import PlanView
 from calibration.walk.segment import Segment
 from sparsity.files import sites_from
 from sparsity.gate import GatePass
@@ -53,12 +54,12 @@ class Scap(GatePass):
     linears: Literal["ffn", "all"] = "ffn"
 
     name: ClassVar[str] = "scap"
+    title: ClassVar[str | None] = "SCAP"
+    summary: ClassVar[str] = "prunes what the feed-forward linears read, around the mode of its distribution"
 
-    def check(self, view: Any) -> Iterable[Problem]:
+    def check(self, view: PlanView[Any]) -> Iterable[Problem]:
         yield from target_problems(self.target, self.targets)
-
-    def check_architecture(self, spec: ArchitectureSpec, tokens: int) -> Iterable[Problem]:
-        yield from token_problems(tokens)
+        yield from token_problems(view.tokens)
 
     def skipped(self, block: BlockSpec) -> tuple[str, ...]:
         ffn = {n for network in block.feed_forward for n in (network.gate, network.up, network.down)}

@@ -11,10 +11,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from calibration.architectures import ArchitectureSpec, BlockSpec
+from calibration.architectures import BlockSpec
 from calibration.errors import Problem
 from calibration.walk.capture import Watch
 from calibration.walk.context import Context
+from calibration.walk.passes import PlanView
 from calibration.walk.segment import Segment
 from sparsity.gate import GatePass
 from sparsity.masking import Masks, block_watches
@@ -87,16 +88,16 @@ class Teal(GatePass):
     batches: int = 1
 
     name: ClassVar[str] = "teal"
+    title: ClassVar[str | None] = "TEAL"
+    summary: ClassVar[str] = "prunes what every linear reads, with shares spread over a block by a greedy search"
 
-    def check(self, view: Any) -> Iterable[Problem]:
+    def check(self, view: PlanView[Any]) -> Iterable[Problem]:
         yield from target_problems(self.target, self.targets)
         if not 0.0 < self.step <= 1.0:
             yield Problem(f"teal.step {self.step:g}", "outside (0, 1]", "use 0.05")
         if self.batches < 1:
             yield Problem(f"teal.batches {self.batches}", "not positive", "use 1")
-
-    def check_architecture(self, spec: ArchitectureSpec, tokens: int) -> Iterable[Problem]:
-        yield from token_problems(tokens)
+        yield from token_problems(view.tokens)
 
     def skipped(self, block: BlockSpec) -> tuple[str, ...]:
         return block.linears

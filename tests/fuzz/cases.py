@@ -21,7 +21,16 @@ from fuzz.mutations import (
 
 SMALL = ["--samples", "2", "--seq-len", "16", "--dataset", "text.txt"]
 FORMATS = ("native", "compressed-tensors", "gptq", "awq")
-RECIPE = 'scheme = "w3a16-g32"\n[[pass]]\nname = "awq"\ngrid = 2\n[[pass]]\nname = "gptq"\n[[rule]]\nmatch = "*.v_proj"\nscheme = "w4a16-g32"\n'
+RECIPE = """scheme = "w3a16-g32"
+[[pass]]
+name = "awq"
+grid = 2
+[[pass]]
+name = "gptq"
+[[rule]]
+match = "*.v_proj"
+scheme = "w4a16-g32"
+"""
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,13 @@ def select(query: KernelQuery, prefer: str | None = None) -> Kernel:
         ToolkitError: no kernel is called ``prefer``, or it cannot run this query (the error has its reason).
     """
     if prefer is None:
-        return next(k for k in KERNELS if k.supports(query) is None and query.device_type not in k.on_request)
+        return next(k for k in KERNELS if k.refusal(query) is None and query.device_type not in k.on_request)
     chosen = next((kernel for kernel in KERNELS if kernel.name == prefer), None)
     if chosen is None:
         raise unknown_value("kernel", prefer, _names())
-    reason = chosen.supports(query)
+    reason = chosen.refusal(query)
     if reason is not None:
-        able = [kernel.name for kernel in KERNELS if kernel.supports(query) is None]
+        able = [kernel.name for kernel in KERNELS if kernel.refusal(query) is None]
         raise ToolkitError(f"kernel: '{prefer}' cannot run this layer: {reason}", f"use one of: {', '.join(able)}")
     return chosen
 
@@ -44,6 +44,6 @@ def refusals(query: KernelQuery, chosen: Kernel) -> dict[str, str]:
 
     def reason(kernel: Kernel) -> str:
         slow = f"it is slow on {query.device_type}" if query.device_type in kernel.on_request else None
-        return kernel.supports(query) or slow or f"'{chosen.name}' was asked for by name"
+        return kernel.refusal(query) or slow or f"'{chosen.name}' was asked for by name"
 
     return {kernel.name: reason(kernel) for kernel in faster}

@@ -27,6 +27,7 @@ class KernelQuery:
         float_format: what codes stand for where they are no integers, else None.
         inputs: the grid of the activations, None where they are not quantized.
         binary: one bit per weight, four in salient columns.
+        float_zeros: zero points are no integers.
     """
 
     bits: int
@@ -41,6 +42,7 @@ class KernelQuery:
     float_format: FloatFormat | None = None
     inputs: ActivationQuant | None = None
     binary: bool = False
+    float_zeros: bool = False
 
     @property
     def channelwise(self) -> bool:
@@ -71,6 +73,7 @@ class KernelQuery:
             float_format=weights.float_format,
             inputs=scheme.inputs,
             binary=weights.salient_percent is not None,
+            float_zeros=weights.float_zeros,
         )
 
 
@@ -92,6 +95,7 @@ class Kernel:
         any_dtype: one packing serves activations of every dtype.
         integer: it quantizes the activations itself and multiplies codes with codes. The others are handed activations
             that are quantized and dequantized already.
+        float_zeros: zero points may be floats.
         on_request: types of devices on which it is not the fastest, so that it runs only where it is asked for.
     """
 
@@ -103,3 +107,10 @@ class Kernel:
     any_dtype: bool = False
     integer: bool = False
     on_request: tuple[str, ...] = ()
+    float_zeros: bool = False
+
+    def refusal(self, query: KernelQuery) -> str | None:
+        """The reason why this kernel cannot run a query, or None where it can."""
+        if query.float_zeros and not self.float_zeros:
+            return "zero points are floats"
+        return self.supports(query)

@@ -73,4 +73,4 @@ def _run(x: torch.Tensor, packed: Packed, query: KernelQuery) -> torch.Tensor:
     return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 
 
-REFERENCE = Kernel("reference", _supports, _pack, _run, any_device=True, any_dtype=True)
+REFERENCE = Kernel("reference", _supports, _pack, _run, any_device=True, any_dtype=True, float_zeros=True)

@@ -1,0 +1,67 @@
+"""How much the command says: ``--quiet`` the result alone, ``--verbose`` also where an error comes from."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result alone: no plan, no progress.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Messages of the libraries below, and the traceback of an error.")
+]
+
+
+@dataclass
+class Verbosity:
+    """Of the command that runs."""
+
+    quiet: bool = False
+    verbose: bool = False
+
+    def reset(self) -> None:
+        self.quiet = self.verbose = False
+
+    def add(self, quiet: bool, verbose: bool) -> None:
+        """What was asked for here, beside what was asked for in front of the command.
+
+        Raises:
+            ToolkitError: both.
+        """
+        self.quiet, self.verbose = self.quiet or quiet, self.verbose or verbose
+        if self.quiet and self.verbose:
+            from calibration.errors import ToolkitError
+
+            raise ToolkitError("--quiet and --verbose exclude each other", "leave one out")
+
+
+verbosity = Verbosity()
+
+
+def detail(text: str) -> None:
+    """Print what is not the result."""
+    if not verbosity.quiet:
+        print(text)
+
+
+def with_verbosity(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with ``--quiet`` and ``--verbose``, which may also stand in front of its name."""
+
+    @functools.wraps(command)
+    def run(*, quiet: bool, verbose: bool, **values: Any) -> Any:
+        verbosity.add(quiet, verbose)
+        return command(**values)
+
+    signature = inspect.signature(command, eval_str=True)
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values()]
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        for name, annotation in (("quiet", Quiet), ("verbose", Verbose))
+    ]
+    run.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in (*own, *added)}
+    return run

@@ -1,0 +1,114 @@
+"""`Fitted`: what a fit chose, beside the best uniform settings; and the steps from a model to it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from calibration.errors import ToolkitError
+from calibration.progress import Progress
+from calibration.shown import Shown
+from ptq.fitting.budget import Budget
+from ptq.fitting.job import Choice, Fit, prepare_fit
+from ptq.fitting.sensitivity import Sensitivities
+from ptq.planning.job import Options
+
+QUARTERS = range(8, 23)
+"""Bits per weight of the frontier that is shown, in quarters of a bit."""
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """The best choice under one number of bits per weight, and the best scheme for all linears (None: none fits)."""
+
+    bpw: float
+    choice: Choice
+    uniform: Choice | None
+
+
+@dataclass(frozen=True, repr=False)
+class Fitted(Shown):
+    """A scheme for every linear.
+
+    Attributes:
+        model: its name.
+        choice: schemes, what they cost, and what they are expected to lose.
+        frontier: what other budgets would give.
+        recipe: TOML for ``quantize(recipe=...)``.
+    """
+
+    model: str
+    budget: Budget
+    choice: Choice
+    frontier: tuple[FrontierPoint, ...]
+    recipe: str
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Scheme -> number of linears that took it, the commonest first."""
+        return dict(Counter(map(str, self.choice.schemes.values())).most_common())
+
+    @property
+    def note(self) -> str:
+        return f"{self.model} under {self.budget}: {_summary(self.choice)}"
+
+    def facts(self) -> Mapping[str, object]:
+        return {
+            "model": self.model,
+            "budget": self.budget,
+            "bits per weight": f"{self.choice.bits_per_weight:.4f}",
+            "file size at most": f"{self.choice.file_bytes / 1e6:.2f} MB",
+            "expected KL": f"{self.choice.divergence:.4f} nats",
+            "expected perplexity": f"+{100 * self.choice.ppl_increase:.2f}%",
+            "chosen": ", ".join(f"{count} x {scheme}" for scheme, count in self.counts.items()),
+        }
+
+
+def fit_model(
+    model: str | Path,
+    budget: Budget,
+    method: str,
+    format: str | None,
+    schemes: Sequence[str],
+    options: Options,
+    out: Path | None,
+    overwrite: bool,
+    progress: Progress,
+) -> Fitted:
+    """Measure every linear, choose under the budget, and write the recipe into the file ``out``.
+
+    Raises:
+        ToolkitError, PlanError: see `prepare_fit`, `Fit.check` and `Fit.solve`; ``out`` exists, or has no folder.
+    """
+    if out is not None and out.exists() and not overwrite:
+        raise ToolkitError(f"--out {out}: exists", "choose another name, or pass --overwrite")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise ToolkitError(f"--out {out}: no such folder", f"make {out.parent} first")
+    fit = prepare_fit(model, method=method, format=format, schemes=schemes, options=options)
+    fit.check(budget)
+    sensitivities = fit.measure(progress)
+    choice = fit.solve(sensitivities, budget)
+    note = f"{fit.job.name} under {budget}: {_summary(choice)}"
+    found = Fitted(fit.job.name, budget, choice, _frontier(fit, sensitivities), fit.recipe(choice, note))
+    if out is not None:
+        out.write_text(found.recipe, encoding="utf-8")
+    return found
+
+
+def _summary(choice: Choice) -> str:
+    return (
+        f"{choice.bits_per_weight:.4f} bits per weight, {choice.file_bytes / 1e6:.2f} MB at most, "
+        f"expected KL {choice.divergence:.4f}, perplexity +{100 * choice.ppl_increase:.2f}%"
+    )
+
+
+def _frontier(fit: Fit, sensitivities: Sensitivities) -> tuple[FrontierPoint, ...]:
+    uniform, lowest = fit.uniform(sensitivities), fit.sizes(fit.smallest())[0]
+    points = []
+    for bpw in (quarter / 4 for quarter in QUARTERS if quarter / 4 >= lowest):
+        within = [u for u in uniform if u.bits_per_weight <= bpw]
+        best = min(within, key=lambda u: u.divergence, default=None)
+        points.append(FrontierPoint(bpw, fit.solve(sensitivities, Budget(bpw=bpw)), best))
+    return tuple(points)

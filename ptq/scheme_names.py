@@ -1,0 +1,44 @@
+"""Schemes by the names that other tools give them, and which texts leave the group size open."""
+
+from __future__ import annotations
+
+import re
+
+NAMES = {
+    "int4": "w4a16",
+    "int8": "w8a8",
+    "w4a16_asym": "w4a16-asym",
+    "w4afp8": "w4afp8",
+    "fp8_dynamic": "fp8",
+    "fp8-dynamic": "fp8",
+    "nvfp4a16": "nvfp4",
+    "mxfp4a16": "mxfp4",
+    "q4_0": "w4a16-g32-sym",
+    "q4_1": "w4a16-g32-asym",
+    "q5_0": "w5a16-g32-sym",
+    "q5_1": "w5a16-g32-asym",
+    "q8_0": "w8a16-g32-sym",
+    "o1": "w8a8-wtensor-atoken",
+    "o2": "w8a8-wtensor-atensor",
+    "o3": "w8a8-wtensor-astatic",
+}
+"""Names that llm-compressor (presets, there in capitals), llama.cpp (the block size and the kind of grid of its plain
+types) and SmoothQuant (the efficiency levels of Xiao et al. 2022) use. Case does not count. W4A16, W8A8, FP8, NVFP4 and
+MXFP4 need no entry: they are schemes here. NVFP4 and MXFP4 quantize weights alone, like llm-compressor's NVFP4A16; FP8
+has a step per row and per token, like its FP8_DYNAMIC."""
+
+_GROUP = re.compile(r"(g|ic)(\d+|channel|tensor)|w(tensor|channel)|salient\d+")
+_FIXED = ("mxfp4", "nvfp4")
+
+
+def plain_name(text: str) -> str:
+    """The scheme that a name stands for; other texts in lower case."""
+    lower = text.strip().lower()
+    return NAMES.get(lower, lower)
+
+
+def names_group(text: str) -> bool:
+    """Whether the text of a scheme says which weights share a step. Where it does not, the group size may be fitted to
+    the matrix."""
+    words = plain_name(text).split("-")
+    return words[0] in _FIXED or any(_GROUP.fullmatch(word) for word in words)
