@@ -28,8 +28,8 @@ def quantize(
         str | None,
         typer.Option(
             help="w{2,3,4,5,6,8}a16-{g32,g64,g128,gchannel}[-sym|-asym|-asym_float], floats (fp4-e2m1-g128, mxfp4, "
-            "nvfp4), with quantized inputs w8a8, w4a8, w4a4, w4a4kv4, fp8; also W4A16, FP8, int4 and so on. Default: "
-            "the method's, mostly w4a16-g128-sym."
+            "nvfp4), with quantized inputs w8a8, w4a8, w4a4, w4a4kv4, fp8; also W4A16, FP8, int4 and the like. "
+            "Default: the method's, mostly w4a16-g128-sym."
         ),
     ] = None,
     format: Annotated[

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -35,6 +35,7 @@ class Gptaq(Gptq):
     name: ClassVar[str] = "gptaq"
     title: ClassVar[str | None] = "GPTAQ"
     summary: ClassVar[str] = "rounds column by column towards the float model's outputs on the float model's inputs"
+    expected_errors: ClassVar[Literal["nearest", "feedback"] | None] = None
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Gram, CrossGram)
 
     def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
