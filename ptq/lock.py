@@ -29,6 +29,7 @@ class Lock:
     """
 
     def __init__(self, target: Path) -> None:
+        self.target = target
         self.path = target.with_name(f".{target.name}.ptq-lock")
         self._descriptor: int | None = None
         self._process = os.getpid()
@@ -66,6 +67,10 @@ class Lock:
                 return descriptor
             os.close(descriptor)  # its owner removed the file between our opening and locking it: once more
 
+    @property
+    def held(self) -> bool:
+        return self._descriptor is not None and self._process == os.getpid()
+
     def release(self) -> None:
         """Let go of it, and remove the file; in a forked process only the copy is closed."""
         if self._descriptor is None:
@@ -79,3 +84,8 @@ class Lock:
 
     def __del__(self) -> None:
         self.release()
+
+
+def locked_targets() -> list[Path]:
+    """The output folders that this process is writing."""
+    return [lock.target for lock in _held.values() if lock.held]

@@ -17,7 +17,7 @@ from typing import Any
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import disk_errors, sync_folder, write_atomically
 from calibration.model.reading import read_json
-from ptq.lock import Lock
+from ptq.lock import Lock, locked_targets
 
 PLAN_FILE = "plan.json"
 BLOCKS = "blocks"
@@ -187,6 +187,13 @@ class Session:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+
+def interrupted() -> Path | None:
+    """The DIR.partial of the run that this process was writing and that can be resumed; None where there is none."""
+    targets = sorted(locked_targets(), key=lambda path: len(path.parts))  # the runs of a study lie inside its own
+    partials = [target.with_name(f"{target.name}.partial") for target in targets]
+    return next((partial for partial in partials if (partial / PLAN_FILE).exists()), None)
 
 
 def _current() -> Path | None:

@@ -8,12 +8,15 @@ import os
 import stat
 import tomllib
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from calibration.errors import ToolkitError
 
 LARGEST_JSON = 500_000_000  # bytes: the tokenizer of a large vocabulary has 30 million
 DEEPEST_JSON = 64  # levels: what a config nests
+
+_T = TypeVar("_T")
 
 
 def regular_file(path: Path, fix: str = "name a file") -> Path:
@@ -76,6 +79,31 @@ def read_json(path: Path, fix: str = "fetch this file again") -> dict[str, Any]:
     if too_deep:
         raise ToolkitError(f"{path}: nested too deeply", fix)
     return data
+
+
+def built(kind: type[_T], data: Any) -> _T:
+    """A dataclass from what was read for its fields, nested ones made already.
+
+    Raises:
+        TypeError: unknown or missing fields, or a value that is not of the type of its field.
+    """
+    made = kind(**data)
+    hints = get_type_hints(kind)
+    for name, hint in hints.items():
+        if not _fits(value := getattr(made, name), hint):
+            raise TypeError(f"'{name}' is {str(value)[:80]!r}")
+    return made
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is of a field's type; what lists and objects hold is not looked at."""
+    if hint is Any:
+        return True
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, one) for one in get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, get_origin(hint) or hint) and (hint is bool or not isinstance(value, bool))
 
 
 def _depth(data: Any) -> int:

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from calibration.architectures import ArchitectureSpec
-from calibration.errors import ToolkitError
+from calibration.errors import ToolkitError, foreign
 from calibration.model.checkpoint import write_atomically
 from calibration.model.contents import check_weights, small_digest
 from calibration.model.opening import load_tokenizer
+from calibration.model.reading import built, read_json
 from calibration.progress import Progress, Silent
 from calibration.record import Evaluation, Protocol
 from calibration.scoring.perplexity import score
@@ -219,7 +220,9 @@ def _measure(
     runs: list[CalibrationRun] = []
     finished = session.partial / RUNS_FILE
     if finished.exists():
-        runs = [CalibrationRun(**entry) for entry in json.loads(finished.read_text(encoding="utf-8"))]
+        fix = "pass --overwrite without --resume to start again"
+        with foreign(f"{finished}: damaged", fix):
+            runs = [built(CalibrationRun, entry) for entry in read_json(finished, fix)["runs"]]
     done = {(run.dataset, run.samples, run.seq_len, run.fingerprint): run for run in runs}
     runs = []
     progress.stage("study", len(jobs))
@@ -233,7 +236,7 @@ def _measure(
             kl, delta = found.divergence.kl_mean, found.divergence.delta_nll
             done[key] = CalibrationRun(*key[:3], o.seed, int(source["tokens"]), key[3], found.perplexity, kl, delta)
         runs.append(dataclasses.replace(done[key], seed=o.seed))
-        write_atomically(finished, json.dumps([dataclasses.asdict(run) for run in done.values()]).encode())
+        write_atomically(finished, json.dumps({"runs": [dataclasses.asdict(r) for r in done.values()]}).encode())
         progress.advance(f"{job.dataset}, {o.samples} x {job.seq_len}, seed {o.seed}")
     return runs
 
