@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from calibration.architectures import ArchitectureSpec
+from calibration.bounds import check_counts
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, write_atomically
 from calibration.model.opening import fingerprint
@@ -138,6 +139,7 @@ def prepare_checkpoint(
         raise ToolkitError(
             f"--steps {training.steps} --batch {training.batch}: nothing to train on", "use at least 1 of each"
         )
+    check_counts(steps=training.steps, batch=training.batch)
     samples = training.steps * training.batch
     options = TextOptions(
         dataset, samples, seq_len, training.seed, device, "float32", trust_remote_code=trust_remote_code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,22 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[Checkpoin
     with foreign(f"{folder}/config.json: describes no model that can be built", fix):
         spec = resolve(config)
     reader.add_base_prefix(spec.base_prefix, (*(stored for stored, _ in spec.root_renames), "lm_head."))
+    _check_blocks(reader, spec)
     return reader, config, spec
+
+
+def _check_blocks(reader: CheckpointReader, spec: ArchitectureSpec) -> None:
+    """Refuse a config that counts other blocks than are stored: half a model would pass for a whole one. Layers that
+    predict further tokens lie behind the counted ones, and the config says how many they are."""
+    pattern = re.compile(rf"{re.escape(spec.blocks)}\.(\d+)\.")
+    stored = 1 + max((int(m[1]) for name in reader.infos if (m := pattern.match(name))), default=-1)
+    further = reader.config.get("num_nextn_predict_layers")
+    most = spec.n_blocks + (further if isinstance(further, int) else 0)
+    if spec.n_blocks < 1 or (stored and not spec.n_blocks <= stored <= most):
+        raise ToolkitError(
+            f"{reader.folder}/config.json: counts {spec.n_blocks} layers, the checkpoint stores {stored}",
+            "compare it with the model's original config, and fetch shards that are missing",
+        )
 
 
 def _known_types() -> tuple[str, ...]:

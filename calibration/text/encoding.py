@@ -81,6 +81,20 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: boo
         return list(encoded["input_ids"])
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
+    """A prompt as the tokenizer gives it to the model, int64 ``[1, n]``.
+
+    Raises:
+        ToolkitError: it is not text (a lone surrogate, as the shell makes of bytes that are not UTF-8), or has no
+            tokens.
+    """
+    with foreign("prompt: the tokenizer refuses it", NOT_TEXT):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+    if ids.shape[1] == 0:
+        raise ToolkitError(f"prompt: '{prompt}' has no tokens", "give a prompt of at least one word")
+    return ids  # type: ignore[no-any-return]
+
+
 def wanted_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The BOS id if the tokenizer puts one at the start of a text by default, else None."""
     ids = token_ids(tokenizer, "", special_tokens=True)

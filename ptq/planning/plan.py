@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from calibration.architectures import ArchitectureSpec
+from calibration.bounds import setting_problems
 from calibration.errors import PlanError, Problem, ToolkitError, unknown_value
 from calibration.model.checkpoint import CheckpointReader
 from calibration.walk.passes import Phase, PlanView, check_order, forwards_per_block
@@ -23,6 +24,7 @@ from ptq.planning.activation_plan import activation_problems
 from ptq.planning.groups import fit_groups, group_remarks
 from ptq.planning.recipe import Recipe
 from ptq.planning.sizes import Sizes, estimate
+from ptq.planning.stored import some, stored_problems
 from ptq.quantized import BINARY
 from ptq.scheme import QuantScheme
 
@@ -103,6 +105,9 @@ def make_plan(
             f"{reader.folder}: already quantized (quant_method '{method}')",
             "start from the float checkpoint; `ptq export` changes the format of a quantized one",
         )
+    refused = [*setting_problems(recipe.passes), *stored_problems(reader, spec)]
+    if refused:
+        raise PlanError(refused)  # nothing can be planned from such numbers
     linears, problems = _resolve_linears(reader, spec, recipe)
     problems += check_order(recipe.passes)
     changes = {key: value for p in recipe.passes for key, value in p.config_changes(config).items()}
@@ -192,10 +197,10 @@ def _resolve_linears(
     problems = []
     table = "compare the checkpoint with its original; if it is a variant, extend calibration/architectures/"
     if missing:
-        problems.append(Problem(_some(missing), "in the architecture table, but not in the checkpoint", table))
+        problems.append(Problem(some(missing), "in the architecture table, but not in the checkpoint", table))
     if unknown:
         problems.append(
-            Problem(_some(unknown), "a linear of the blocks that the architecture table does not name", table)
+            Problem(some(unknown), "a linear of the blocks that the architecture table does not name", table)
         )
     for rule in recipe.rules[:-1]:
         if not any(rule.matches(linear.name) for linear in linears):
@@ -207,10 +212,6 @@ def _resolve_linears(
 
 def _part_bits(recipe: Recipe, shape: tuple[int, int]) -> int:
     return sum(p.part_bits(*shape) for p in recipe.passes)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _size_problems(reader: CheckpointReader, layout: ModelLayout) -> Iterable[Problem]:
