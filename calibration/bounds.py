@@ -13,7 +13,7 @@ from calibration.walk.passes import Pass
 MOST = 1_000_000  # samples, tokens, steps, epochs, points of a grid
 LARGEST_SEED = 2**63 - 1  # of torch's generators
 FINEST, COARSEST = 1e-12, 1e6  # of float settings other than 0
-FINEST_STEP = 1e-4  # of a search: more than 10 000 of them
+FINEST_STEP = 1e-4  # of a search: 10 000 of them are enough
 
 
 def setting_problems(passes: Sequence[Pass]) -> Iterable[Problem]:
@@ -23,17 +23,17 @@ def setting_problems(passes: Sequence[Pass]) -> Iterable[Problem]:
             value = getattr(step, field.name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            where, fix = f"{step.name}.{field.name}", f"use {field.default}"
-            if isinstance(value, int):
-                largest = LARGEST_SEED if field.name == "seed" else MOST
-                if not -largest <= value <= largest:
-                    yield Problem(where, f"{value:.3g} is not within {-largest}..{largest}", fix)
-            elif not math.isfinite(value):
-                yield Problem(where, f"{value} is not a finite number", fix)
-            elif (
-                value != 0 and not (finest := FINEST_STEP if field.name == "step" else FINEST) <= abs(value) <= COARSEST
-            ):
-                yield Problem(where, f"{value} is not within {finest:g}..{COARSEST:g}", fix)
+            low, high = _range(field.name, isinstance(value, int))
+            if not math.isfinite(value) or (value != 0 and not low <= abs(value) <= high):
+                said = f"{str(value)[:40]} is not within {low:g}..{high:g}"
+                yield Problem(f"{step.name}.{field.name}", said, f"use {field.default}")
+
+
+def _range(name: str, integer: bool) -> tuple[float, float]:
+    """The least (but for 0) and the most that the absolute value of a setting may be."""
+    if integer:
+        return 1, LARGEST_SEED if name == "seed" else MOST
+    return FINEST_STEP if name == "step" else FINEST, COARSEST
 
 
 def check_counts(**options: int | None) -> None:
@@ -46,5 +46,6 @@ def check_counts(**options: int | None) -> None:
         largest = LARGEST_SEED if name == "seed" else MOST
         if value is not None and not -largest <= value <= largest:
             raise ToolkitError(
-                f"--{name.replace('_', '-')} {value}: not within {-largest}..{largest}", "use a smaller number"
+                f"--{name.replace('_', '-')} {str(value)[:40]}: not within {-largest}..{largest}",
+                "use a smaller number",
             )

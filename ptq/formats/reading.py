@@ -151,7 +151,12 @@ def _native(scheme: QuantScheme, shape: tuple[int, int], scales: tuple[int, int]
         }
     codes = Stored((torch.uint8,), (shape,)) if w.bits == 8 else Stored(WORDS, ((out, words_per_row(columns, w.bits)),))
     numel = scales[0] * scales[1]
-    zero = Stored((torch.uint8,), (scales,)) if w.bits == 8 else Stored(WORDS, ((words_per_row(numel, w.bits),),))
+    if w.float_zeros:
+        zero = Stored((torch.float16,), (scales,))
+    elif w.bits == 8:
+        zero = Stored((torch.uint8,), (scales,))
+    else:
+        zero = Stored(WORDS, ((words_per_row(numel, w.bits),),))
     return {"codes": codes, "scale": scale, "zero": zero, "global_scale": Stored((torch.float32,), ((1,),))}
 
 
@@ -169,8 +174,10 @@ def check_values(name: str, q: QuantizedTensor, shape: tuple[int, int]) -> None:
         raise ToolkitError(f"{name}: scales that are NaN or Inf", FIX)
     if q.global_scale is not None and not bool((torch.isfinite(q.global_scale) & (q.global_scale > 0)).all()):
         raise ToolkitError(f"{name}: a scale of the whole tensor of {float(q.global_scale)}", FIX)
-    if q.zero is not None and w.salient_percent is None and int(q.zero.max()) > w.levels:
-        raise ToolkitError(f"{name}: a zero point of {int(q.zero.max())} in {w.bits} bits", FIX)
+    if q.zero is not None and w.salient_percent is None:
+        outside = q.zero[~((q.zero >= 0) & (q.zero <= w.levels))]  # NaN is outside
+        if outside.numel() and (not w.float_zeros or not bool(torch.isfinite(outside).all())):
+            raise ToolkitError(f"{name}: a zero point of {float(outside[0]):g} in {w.bits} bits", FIX)
     index = q.group_index
     if index is not None and not bool(((index >= 0) & (index < q.scale.shape[1])).all()):
         raise ToolkitError(f"{name}: group indices outside 0..{q.scale.shape[1] - 1}", FIX)
