@@ -24,7 +24,7 @@ def setting_problems(passes: Sequence[Pass]) -> Iterable[Problem]:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             low, high = _range(field.name, isinstance(value, int))
-            if not math.isfinite(value) or (value != 0 and not low <= abs(value) <= high):
+            if (isinstance(value, float) and not math.isfinite(value)) or (value != 0 and not low <= abs(value) <= high):
                 said = f"{str(value)[:40]} is not within {low:g}..{high:g}"
                 yield Problem(f"{step.name}.{field.name}", said, f"use {field.default}")
 

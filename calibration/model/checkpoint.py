@@ -140,7 +140,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ToolkitError: missing, or not JSON.
     """
-    return read_json(folder / "config.json", "name a folder that holds a Hugging Face checkpoint")
+    return read_json(folder / "config.json", missing="name a folder that holds a Hugging Face checkpoint")
 
 
 @contextmanager

@@ -61,13 +61,13 @@ def read_text(path: Path, fix: str = "name a text file", largest: int = LARGEST_
         raise ToolkitError(f"{path}: cannot be read ({error.strerror})", "check its permissions") from error
 
 
-def read_json(path: Path, fix: str = "fetch this file again") -> dict[str, Any]:
-    """A JSON object.
+def read_json(path: Path, fix: str = "fetch this file again", missing: str = "") -> dict[str, Any]:
+    """A JSON object; ``missing`` is the fix where there is no such file.
 
     Raises:
         ToolkitError: as `read_text`, or not JSON, not an object, nested deeper than any config.
     """
-    text = read_text(path, fix)
+    text = read_text(regular_file(path, missing or fix), fix)
     try:
         data = json.loads(text)
         too_deep = _depth(data) > DEEPEST_JSON

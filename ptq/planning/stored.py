@@ -17,7 +17,7 @@ SCALES = (".weight_scale", ".weight_scale_inv", ".weight_zero_point")
 def stored_problems(reader: CheckpointReader, spec: ArchitectureSpec) -> Iterable[Problem]:
     """Weights that are no floats (of the blocks, the embeddings, the norms and the head), and steps beside
     them."""
-    wrong = [n for n, i in reader.infos.items() if n.endswith((".weight", ".bias")) and i.dtype not in FLOATS]
+    wrong = [n for n, i in reader.infos.items() if n.endswith(".weight") and i.dtype not in FLOATS]
     if wrong:
         kinds = ", ".join(sorted({str(reader.infos[n].dtype).removeprefix("torch.") for n in wrong}))
         yield Problem(
