@@ -151,7 +151,7 @@ def plant(
     out.mkdir(parents=True)
     skeleton = Skeleton(config, spec, torch.float32, torch.device("cpu"))
     writer = ShardWriter(out)
-    for name, tensor in outside_blocks(reader, spec.blocks):
+    for name, tensor in outside_blocks(reader, spec):
         writer.add(name, tensor.float() if tensor.is_floating_point() else tensor)
     with tempfile.TemporaryDirectory() as blocks:
         walk = Walk(FloatBlocks(reader, skeleton, (step,)), encode_segment, lambda t, s, d: dict(t), Path(blocks))

@@ -82,7 +82,7 @@ def main() -> None:
     verbosity.reset()
     try:
         with terminable():
-            app()
+            app(prog_name="ptq")
     except ToolkitError as error:
         if verbosity.verbose:
             traceback.print_exception(error)

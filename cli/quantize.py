@@ -55,6 +55,9 @@ def quantize(
     unseen_experts: Annotated[
         str, typer.Option(help="Experts without calibration tokens: error, or rtn to round them without data.")
     ] = "error",
+    token_weights: Annotated[
+        str, typer.Option(help="What calibration tokens count: norm (as if all vectors were equally long), or none.")
+    ] = "norm",
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from OUT.partial.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, read no weights, write nothing.")] = False,
@@ -96,6 +99,7 @@ def quantize(
         "evaluate": eval,
         "eval_windows": eval_windows,
         "unseen_experts": unseen_experts,
+        "token_weights": token_weights,
         "trust_remote_code": trust_remote_code,
     }
     if dry_run or out is None:

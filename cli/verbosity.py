@@ -36,6 +36,7 @@ class Verbosity:
         """
         self.quiet, self.verbose = self.quiet or quiet, self.verbose or verbose
         if self.quiet and self.verbose:
+            self.verbose = False
             from calibration.errors import ToolkitError
 
             raise ToolkitError("--quiet and --verbose exclude each other", "leave one out")

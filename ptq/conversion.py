@@ -93,13 +93,15 @@ def export_model(
     blocks = without_low_rank(everything) if adapter else everything
     with session.unless_done():
         progress.stage("export", (1 + adapter) * len(layout.quantized))
-        outside = outside_blocks(reader, spec.blocks)
-        fmt, _ = write_checkpoint(blocks, outside, layout, FORMATS[format], session.partial, progress.advance)
+        outside = outside_blocks(reader, spec)
+        fmt, _ = write_checkpoint(
+            blocks, outside, layout, FORMATS[format], session.partial, progress.advance, reader.stored_name
+        )
         if adapter:
             write_adapter(everything, session.partial / FOLDER, progress.advance)
         copy_small_files(folder, session.partial)
         progress.stage("verify", len(layout.quantized))
-        verified = verify_checkpoint(blocks, fmt, session.partial, progress.advance)
+        verified = verify_checkpoint(blocks, fmt, session.partial, progress.advance, reader.stored_name)
         reader.close()
         if sparsity is not None:  # the codes are the same, so the thresholds fit
             with CheckpointReader(session.partial) as written:

@@ -11,6 +11,7 @@ import torch
 
 from calibration.architectures import resolve
 from calibration.errors import ToolkitError
+from calibration.model.classes import text_config
 from calibration.model.opening import context_length, load_tokenizer, locate
 from calibration.progress import Progress, Silent
 from calibration.record import Evaluation
@@ -131,10 +132,10 @@ def evaluate(
         dtype=str(width).removeprefix("torch."),
     )
     if corpus is None:
-        text = _windows_of_ids(Path(dataset), scoring, int(config.vocab_size))
+        text = _windows_of_ids(Path(dataset), scoring, int(text_config(config).vocab_size))
     else:
         tokenizer = load_tokenizer(folder, trust_remote_code)
-        check_tokenizer(tokenizer, int(config.vocab_size))
+        check_tokenizer(tokenizer, int(text_config(config).vocab_size))
         text = encode_text(corpus, tokenizer)
     other = None
     if reference is not None:

@@ -108,6 +108,21 @@ def without_tokenizer(place: Path) -> None:
         path.unlink()
 
 
+def adapter_alone(place: Path) -> None:
+    missing_folder(place)
+    (place / "m").mkdir()
+    (place / "m/adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+
+
+def adapter_beside(place: Path) -> None:
+    (place / "m/adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+
+
+def tokenizer_alone(place: Path) -> None:
+    (place / "m/model.safetensors").unlink()
+    (place / "m/config.json").unlink()
+
+
 DOWN = "model.layers.1.mlp.down_proj.weight"
 MODELS = {
     "missing folder": (missing_folder, "m: no such folder", "check the path"),
@@ -120,8 +135,11 @@ MODELS = {
     "corrupt header": (corrupt_header, "model.safetensors: corrupt safetensors header", "fetch this file again"),
     "huge header": (huge_header, "model.safetensors: truncated or corrupt", "fetch this file again"),
     "missing shard": (missing_shard, "model-00002-of-00002.safetensors: missing shard", "fetch the missing file"),
-    "corrupt index": (corrupt_index, "index.json: corrupt index", "fetch this file again"),
+    "corrupt index": (corrupt_index, "index.json: not readable as JSON", "fetch this file again"),
     "no config": (no_config, "config.json: no such file", "Hugging Face checkpoint"),
+    "adapter alone": (adapter_alone, "m: an adapter of org/base, not a model", "merge it first"),
+    "adapter beside the model": (adapter_beside, "adapter beside it", "would be lost", "merge the adapter"),
+    "tokenizer alone": (tokenizer_alone, "m: a tokenizer without a model", "Hugging Face checkpoint"),
     "corrupt config": (corrupt_config, "config.json: not readable as JSON", "fetch this file again"),
     "config is no object": (list_config, "config.json: holds a list", "fetch this file again"),
     "config of a wrong type": (config_changes(hidden_size="wide"), "config.json", "wide", "original config"),
@@ -138,7 +156,8 @@ MODELS = {
     "other tensors": (tensor_changes(lambda t: (t.clear(), t.update(x=torch.ones(2)))), "in the architecture table"),
     "unknown architecture": (
         config_changes(model_type="llamo"),
-        "model_type 'llamo' is not in the architecture table", "model.layers.0.mlp.down_proj.weight",
+        "model_type 'llamo' is not in the architecture table, and transformers has no",
+        "model.layers.0.mlp.down_proj.weight",
         "did you mean 'llama'?", "To add it", "FAMILIES",
     ),
     "quantized already": (

@@ -90,15 +90,8 @@ def test_eval_says_which_path_it_scored(model, tmp_path):
 def test_static_ranges_are_those_of_the_calibration_inputs(model, tmp_path):
     """The first block's q_proj sees the same inputs in the float model."""
     out = run(model, tmp_path / "out", "w8a8-astatic", "ranges+rtn", format="native")
-    tokens = ptq.planning.job.calibration_windows(
-        ptq.planning.job.prepare(
-            model,
-            method="gptq",
-            scheme="w8a8",
-            options=ptq.planning.job.Options(dataset=str(text_file(tmp_path)), samples=8, seq_len=32),
-        ),
-        Silent(),
-    )
+    job = ptq.plan(model, method="gptq", scheme="w8a8", dataset=str(text_file(tmp_path)), samples=8, seq_len=32)
+    tokens = job.windows(Silent())
     seen = []
     plain = load_model(model, dtype=torch.float32).model
     plain.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calibration.errors import ToolkitError
-from calibration.model.checkpoint import DTYPES, CheckpointReader, read_config, save_tensors, write_atomically
+from calibration.model.checkpoint import CheckpointReader, read_config, save_tensors, write_atomically
+from calibration.model.headers import DTYPES
 from calibration.model.shards import ShardWriter
 
 INDEX = "model.safetensors.index.json"

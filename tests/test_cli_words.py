@@ -116,4 +116,4 @@ def test_few_windows(place: Path) -> None:
     out = done("eval", place / "few", "--dataset", place / "text.txt", "--seq-len", 24, "--max-windows", 3)
     assert "69 tokens of 3 windows scored" in out
     assert "less than 1" in refused("eval", place / "few", "--dataset", place / "text.txt", "--max-windows", 0)
-    assert "nothing to score" in refused(*words[:-4][:8], "--eval-windows", 2, "--out", place / "none")
+    assert "nothing to score" in refused("quantize", place / "llama", *FAST, "--eval-windows", 2, "--out", place / "no")

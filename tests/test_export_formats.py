@@ -10,7 +10,7 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.quantization import QuantizationScheme
 
 from calibration.errors import ToolkitError
-from calibration.model.checkpoint import TensorInfo
+from calibration.model.headers import TensorInfo
 from ptq.formats.gptq import Gptq
 from ptq.formats.readback import compare
 from ptq.formats.registry import FORMATS, format_of

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from calibration.errors import ToolkitError
-from calibration.model.checkpoint import TensorInfo
+from calibration.model.headers import TensorInfo
 from ptq.formats.checks import stored_scale, summary
 from ptq.formats.readback import compare
 from ptq.formats.registry import FORMATS, choose, format_of

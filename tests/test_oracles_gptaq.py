@@ -142,7 +142,9 @@ def drifted(states: HiddenStates) -> HiddenStates:
 
 def two_streams(segment, states, float_states) -> Context:
     segment.keep_originals = True
-    return Context(segment, states, KINDS, False, False, lambda _: None, float_states=float_states)
+    return Context(
+        segment, states, KINDS, False, False, lambda _: None, token_weights="none", float_states=float_states
+    )
 
 
 @torch.no_grad()
@@ -237,7 +239,9 @@ def test_the_walk_carries_the_float_stream(passes, tmp_path, monkeypatch):
     """x_float of the second block is what the float model has there, and forward passes are as the plan counts them."""
     seen, calls = [], []
     update, output = CrossGram.update_pair, HiddenStates.output
-    monkeypatch.setattr(CrossGram, "update_pair", lambda self, x, y: (seen.append(y.clone()), update(self, x, y))[1])
+    monkeypatch.setattr(
+        CrossGram, "update_pair", lambda self, x, y, w: (seen.append(y.clone()), update(self, x, y, w))[1]
+    )
     monkeypatch.setattr(HiddenStates, "output", lambda self, b, i, *a: (calls.append(i), output(self, b, i, *a))[1])
     blocks = open_blocks(save_tiny("llama", tmp_path), torch.float32)
     schemes = [dict.fromkeys(blocks.skeleton.spec.block(i).linears, scheme(2)) for i in range(len(blocks))]

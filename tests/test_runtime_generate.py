@@ -41,6 +41,28 @@ def test_greedy_tokens_are_those_of_transformers(family):
     assert tokens == expected and len(times) == len(tokens) + 1 and times == sorted(times)
 
 
+def long_rope():
+    """A Phi-3 that changes its frequencies at 16 positions."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
+    rope |= {"original_max_position_embeddings": 16, "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    sizes = {"max_position_embeddings": 64, "intermediate_size": 64, "original_max_position_embeddings": 16}
+    model = tiny("phi3", **sizes, num_key_value_heads=4, rope_parameters=rope)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():  # attention must matter, or frequencies do not
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt", [5, 15, 16, 17, 20])
+def test_long_rope_generates_what_recomputation_gives(prompt):
+    model, ids = long_rope(), torch.randint(1, 256, (1, prompt), generator=torch.Generator().manual_seed(1))
+    found, _ = decode_tokens(model, ids, 24)
+    for _ in range(24):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert found == ids[0, prompt:].tolist()
+
+
 def test_it_stops_at_an_end_token_and_counts_it():
     model = tiny()
     ids = torch.randint(1, 256, (1, 7))

@@ -16,7 +16,8 @@ from calibration.text.crops import TokenBatches
 from calibration.walk.context import Context
 from calibration.walk.passes import forwards_per_block
 from calibration.walk.states import HiddenStates
-from calibration.walk.statistics import AbsMean, Gram
+from calibration.walk.statistics import AbsMean, Gram, Mean
+from calibration.walk.token_weights import weights_by_norm
 from calibration.walk.walk import Walk
 from ptq.methods import Awq, Gptq, Rtn
 from ptq.scheme import Grouping, QuantScheme, TensorQuant
@@ -42,8 +43,9 @@ def open_block(family, folder, *, dtype=torch.float32, scheme=None, data=None, c
     return segment, HiddenStates.from_tokens(blocks.skeleton, data or tokens(), batch_size=2)
 
 
-def new_context(segment, states, kinds=(Gram, AbsMean), propagate=False, allow_unseen=False, log=None):
-    return Context(segment, states, kinds, propagate, allow_unseen, (log if log is not None else []).append)
+def new_context(segment, states, kinds=(Gram, AbsMean), propagate=False, allow_unseen=False, log=None, weights="none"):
+    log = log if log is not None else []
+    return Context(segment, states, kinds, propagate, allow_unseen, log.append, token_weights=weights)
 
 
 def inputs_of(segment, states, linear):
@@ -102,6 +104,45 @@ def test_rescale_is_a_closed_form():
         fresh.update(x / s)
         assert torch.allclose(read(rescaled), read(fresh), rtol=1e-6)
         assert rescaled.tokens == 50 and (read(kind(8, CPU)) == 0).all()
+
+
+def test_a_token_of_weight_two_counts_twice():
+    """Sums over tokens with weights 2, 1 and 0 are those of the tokens repeated so often; rescaling stays exact."""
+    generator = torch.Generator().manual_seed(0)
+    x, s = torch.randn(30, 8, generator=generator), torch.rand(8, generator=generator) + 0.1
+    weight = torch.tensor([2.0, 1.0, 0.0]).repeat(10)
+    repeated = x.repeat_interleave(weight.long(), dim=0)
+    for kind, read in ((Gram, lambda g: g.matrix), (Mean, lambda m: m.mean()), (AbsMean, lambda a: a.mean())):
+        weighed, counted = kind(8, CPU), kind(8, CPU)
+        weighed.update(x, weight)
+        weighed.rescale(s)
+        counted.update(repeated / s)
+        assert torch.allclose(read(weighed), read(counted), rtol=1e-4, atol=1e-6)
+        assert weighed.tokens == 30
+
+
+def test_weights_by_norm_make_tokens_equally_long():
+    """Every token's share of the Gram matrix's trace is the same, the median token's own is unchanged; a silent token
+    gets a finite weight, and so do tokens of which none says anything."""
+    x = torch.randn(101, 16, generator=torch.Generator().manual_seed(0))
+    x[0] *= 1000
+    lengths = (x.square().sum(1) * weights_by_norm(x)).double()
+    assert torch.allclose(lengths, x.square().sum(1).median().double().expand(101), rtol=1e-5)
+    x[1] = 0
+    assert bool(torch.isfinite(weights_by_norm(x)).all())
+    assert bool(torch.isfinite(weights_by_norm(torch.zeros(3, 4))).all())
+
+
+@torch.no_grad()
+def test_context_weighs_tokens_by_default(tmp_path):
+    segment, states = open_block("llama", tmp_path)
+    context = new_context(segment, states, weights="norm")
+    x = inputs_of(segment, states, DOWN)
+    per_batch = [b * weights_by_norm(b).sqrt()[:, None] for b in x.split(32)]  # two windows of 16 tokens
+    expected = torch.cat(per_batch).T @ torch.cat(per_batch)
+    found = context.statistic(DOWN, Gram).matrix.double()
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
+    assert not torch.allclose(found, x.T @ x, rtol=1e-2)
 
 
 @pytest.mark.parametrize("kind", [Gram, AbsMean])

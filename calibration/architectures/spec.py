@@ -115,6 +115,8 @@ class BlockSpec:
             poor guide for fine choices such as clipping.
         unbalanced: reasons why a usual pair is absent, for the plan.
         feed_forward: its feed-forward network, or those of its experts.
+        inner_norms: norms in ``balance`` that do not read the residual stream.
+        kept: further modules with matrices, which stay as they are: convolutions, linears that are never called.
     """
 
     inputs: tuple[SharedInput, ...]
@@ -124,6 +126,8 @@ class BlockSpec:
     scores: tuple[str, ...] = ()
     unbalanced: tuple[str, ...] = ()
     feed_forward: tuple[FeedForward, ...] = ()
+    inner_norms: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -181,6 +185,9 @@ class ArchitectureSpec:
             stream and feeds linears only. Else the reason why not.
         bias_switches: entry of ``config.json`` -> the block's linears whose biases it switches on.
         attention: implementation used to run calibration; ``sdpa`` where the family supports it.
+        derived: found by `derive`, not written by hand: names are those of the model class.
+        other_linears: full names of linears that no block's spec names: those of vision towers, and what blocks keep.
+        offsets: norm -> what it adds to its stored gain, for norms that differ from ``norm`` in that.
     """
 
     family: str
@@ -196,10 +203,25 @@ class ArchitectureSpec:
     bias_switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     residual: Residual | str = "the architecture table names nothing around its residual stream"
     attention: Literal["sdpa", "eager"] = "sdpa"
+    derived: bool = False
+    other_linears: tuple[str, ...] = ()
+    offsets: Mapping[str, float] = field(default_factory=dict)
+
+    def offset(self, norm: str) -> float:
+        """What a norm adds to its stored gain."""
+        return self.offsets.get(norm, 1.0 if self.norm == "rms_plus_one" else 0.0)
 
     def prefix(self, index: int) -> str:
         """``model.layers.7.``"""
         return f"{self.blocks}.{index}."
+
+    def block_of(self, name: str) -> int | None:
+        """Index of the block that a full checkpoint name belongs to; None outside the blocks, and in further layers
+        that the model class does not have (multi-token prediction)."""
+        if not name.startswith(self.blocks + "."):
+            return None
+        index = name[len(self.blocks) + 1 :].partition(".")[0]
+        return int(index) if index.isdigit() and int(index) < self.n_blocks else None
 
     @property
     def base_prefix(self) -> str:
@@ -222,6 +244,12 @@ class ArchitectureSpec:
             if name.startswith(stored):
                 return module + name[len(stored) :]
         return name
+
+
+def described(spec: ArchitectureSpec) -> str:
+    """How much was found, per kind of block: ``4 inputs, 4 pairs``."""
+    kinds = dict.fromkeys(spec.block(i) for i in range(spec.n_blocks))
+    return "; ".join(f"{len({s.stage for s in k.inputs})} inputs, {len(k.balance)} pairs" for k in kinds)
 
 
 Family = Callable[[Any], ArchitectureSpec]

@@ -1,11 +1,11 @@
-"""Safetensors checkpoints: headers without tensors, one tensor at a time, shards that appear whole or not at all."""
+"""Safetensors checkpoints: one tensor at a time, shards that appear whole or not at all."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -16,22 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from calibration.errors import ToolkitError
-from calibration.model.header import DTYPES, INDEX_FILE, SINGLE_FILE, TensorInfo, read_header, shards
+from calibration.model.float8 import dequantized
+from calibration.model.headers import TensorInfo, read_header, shards_of
 from calibration.model.reading import read_json
-
-__all__ = [
-    "DTYPES",
-    "INDEX_FILE",
-    "SINGLE_FILE",
-    "CheckpointReader",
-    "TensorInfo",
-    "TensorSource",
-    "disk_errors",
-    "read_config",
-    "save_tensors",
-    "sync_folder",
-    "write_atomically",
-]
 
 
 class TensorSource(Protocol):
@@ -59,9 +46,9 @@ class CheckpointReader:
             raise ToolkitError(f"{folder}: no such folder", "name a folder with config.json and *.safetensors")
         self.folder = folder
         self.config: dict[str, Any] = read_config(folder)
-        self._stored: dict[str, str] = {}  # name of the model class -> name in the file
         self.infos: dict[str, TensorInfo] = {}
-        for shard in shards(folder):
+        self._in_file: dict[str, str] = {}  # names that differ, see `rename`
+        for shard in shards_of(folder):
             for name, info in read_header(folder / shard).items():
                 if name in self.infos:
                     other = self.infos[name].shard
@@ -69,7 +56,6 @@ class CheckpointReader:
                         f"{folder}: {name} is in {other} and in {shard}", "remove the shard that is not of it"
                     )
                 self.infos[name] = info
-                self._stored[name] = name
         self._open: dict[str, Any] = {}
 
     @classmethod
@@ -77,8 +63,7 @@ class CheckpointReader:
         """One safetensors file without a config."""
         reader = cls.__new__(cls)
         reader.folder, reader.config, reader._open = path.parent, {}, {}
-        reader.infos = read_header(path)
-        reader._stored = {name: name for name in reader.infos}
+        reader.infos, reader._in_file = read_header(path), {}
         return reader
 
     def add_base_prefix(self, prefix: str, outside: tuple[str, ...] = ("lm_head.",)) -> None:
@@ -87,20 +72,51 @@ class CheckpointReader:
             return
         names = {n: n if n.startswith(outside) else prefix + n for n in self.infos}
         self.infos = {names[n]: info for n, info in self.infos.items()}
-        self._stored = {names[n]: stored for n, stored in self._stored.items()}
+
+    def rename(self, new_name: Callable[[str], str]) -> None:
+        """Call every tensor by the name that ``new_name`` makes of its own.
+
+        Raises:
+            ToolkitError: two tensors would have one name.
+        """
+        names = {n: new_name(n) for n in self.infos}
+        taken: dict[str, str] = {}
+        for old, new in names.items():
+            if new in taken:
+                raise ToolkitError(
+                    f"{self.folder}: {taken[new]} and {old} are both '{new}' in the model class",
+                    "remove the one that does not belong to this model",
+                )
+            taken[new] = old
+        self.infos = {names[n]: info for n, info in self.infos.items()}
+        self._in_file = {new: self.stored_name(old) for new, old in taken.items()}
+
+    def stored_name(self, name: str) -> str:
+        """What the file calls a tensor, or would call another tensor of the same module."""
+        if name in self._in_file:
+            return self._in_file[name]
+        module, _, leaf = name.rpartition(".")
+        beside = self._in_file.get(f"{module}.weight")
+        return name if beside is None else f"{beside.removesuffix('weight')}{leaf}"
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor in its stored dtype, read and not mapped: pages of a mapped shard count as resident memory."""
+        """One tensor, read and not mapped: pages of a mapped shard count as resident memory. In its stored dtype, but
+        for float8 codes, which come multiplied by their scales."""
         info = self.infos[name]
-        return self._read(name, info.nbytes).view(info.dtype).view(info.shape)
+        if info.codes is None or info.scale is None:
+            return self._read(name, info, info.nbytes).view(info.dtype).view(info.shape)
+        codes = self._read(name, info, info.numel).view(info.codes).view(info.shape)
+        scale = self._read(name, info.scale, info.scale.nbytes).view(info.scale.dtype).view(info.scale.shape)
+        return dequantized(name, codes, scale).to(info.dtype)
 
     def first_bytes(self, name: str, count: int) -> bytes:
-        """The first ``count`` bytes of a tensor, or all where it has fewer."""
-        return self._read(name, min(count, self.infos[name].nbytes)).numpy().tobytes()
-
-    def _read(self, name: str, n_bytes: int) -> torch.Tensor:
-        """uint8 ``[n_bytes]`` from the start of a tensor."""
+        """The first ``count`` bytes of a tensor as stored, or all where it has fewer."""
         info = self.infos[name]
+        stored = info.nbytes if info.codes is None else info.numel
+        return self._read(name, info, min(count, stored)).numpy().tobytes()
+
+    def _read(self, name: str, info: TensorInfo, n_bytes: int) -> torch.Tensor:
+        """uint8 ``[n_bytes]`` from the start of a tensor."""
         data = torch.empty(n_bytes, dtype=torch.uint8)
         try:
             if info.shard not in self._open:
@@ -140,7 +156,27 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ToolkitError: missing, or not JSON.
     """
-    return read_json(folder / "config.json", missing="name a folder that holds a Hugging Face checkpoint")
+    if not (folder / "config.json").exists():
+        raise _no_config(folder)
+    return read_json(folder / "config.json")
+
+
+def _no_config(folder: Path) -> ToolkitError:
+    """What a folder without ``config.json`` holds instead of a model, as far as it shows."""
+    fix = "name a folder that holds a Hugging Face checkpoint"
+    adapter = folder / "adapter_config.json"
+    if adapter.exists():
+        try:
+            base = str(read_json(adapter).get("base_model_name_or_path"))
+        except ToolkitError:
+            base = "its base model"
+        return ToolkitError(
+            f"{folder}: an adapter of {base}, not a model",
+            f"merge it first: PeftModel.from_pretrained(base, '{folder.name}').merge_and_unload().save_pretrained(...)",
+        )
+    if any(folder.glob("tokenizer*")) and not any(folder.glob("*.safetensors")):
+        return ToolkitError(f"{folder}: a tokenizer without a model (no config.json, no *.safetensors)", fix)
+    return ToolkitError(f"{folder / 'config.json'}: no such file", fix)
 
 
 @contextmanager

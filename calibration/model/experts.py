@@ -60,3 +60,9 @@ class ExpertList(nn.ModuleList):
                 y = expert(hidden_states[token]) * top_k_weights[token, slot, None]
                 total.index_add_(0, token, y.to(total.dtype))
         return total
+
+
+def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put ``module`` at ``path`` below ``root``."""
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)

@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 
-from calibration.architectures import ArchitectureSpec, check_family, resolve
+from calibration.architectures import ArchitectureSpec, check_family, known_type, resolve
 from calibration.errors import ToolkitError, foreign
 from calibration.model.checkpoint import CheckpointReader, read_config
+from calibration.model.classes import empty_model, renaming, text_config
+from calibration.model.float8 import FLOATS, check_dtypes, with_scales
+from calibration.model.float8 import METHODS as FLOAT8_METHODS
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
@@ -61,20 +64,37 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[Checkpoin
         ToolkitError: broken folder, unknown architecture, code of the checkpoint's own without permission.
     """
     data = read_config(folder)
-    if "auto_map" in data and not trust_remote_code and data.get("model_type") not in _known_types():
+    if "auto_map" in data and not trust_remote_code and not known_type(str(data.get("model_type"))):
         raise ToolkitError(
             f"{folder}: model_type '{data.get('model_type')}' needs Python code that comes with the checkpoint",
             "read that code, then pass --trust-remote-code",
         )
+    if (folder / "adapter_config.json").exists():
+        raise ToolkitError(
+            f"{folder}: a model with an adapter beside it (adapter_config.json), which would be lost",
+            "merge the adapter into the model first, or move its files away to work on the base model alone",
+        )
     reader = CheckpointReader(folder)
+    quantized = data.get("quantization_config")
+    if quantized is None or quantized.get("quant_method") in FLOAT8_METHODS:
+        reader.infos = with_scales(reader.infos, _named_dtype(data))
+        reader.config = {key: value for key, value in data.items() if key != "quantization_config"}
     check_family(str(data.get("model_type")), reader.infos)
     from transformers import AutoConfig
 
     fix = "compare it with the model's original config"
     with foreign(f"{folder}/config.json", fix):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if "quantization_config" not in reader.config and hasattr(config, "quantization_config"):
+        del config.quantization_config
     with foreign(f"{folder}/config.json: describes no model that can be built", fix):
         spec = resolve(config)
+        if "quantization_config" not in reader.config:
+            check_dtypes(reader.infos, spec.blocks)
+        if spec.derived:
+            model = empty_model(config, torch.float32, torch.device("meta"), spec.attention)
+            rename, known = renaming(model), model.state_dict().keys()
+            reader.rename(lambda name: name if name in known else rename(name))
     reader.add_base_prefix(spec.base_prefix, (*(stored for stored, _ in spec.root_renames), "lm_head."))
     _check_blocks(reader, spec)
     return reader, config, spec
@@ -94,10 +114,11 @@ def _check_blocks(reader: CheckpointReader, spec: ArchitectureSpec) -> None:
         )
 
 
-def _known_types() -> tuple[str, ...]:
-    from calibration.architectures import FAMILIES
-
-    return tuple(FAMILIES)
+def _named_dtype(data: dict[str, Any]) -> torch.dtype:
+    """The dtype that ``config.json`` gives; bfloat16 where it gives none."""
+    named = str(data.get("dtype") or data.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    found = getattr(torch, named, torch.bfloat16)
+    return found if found in FLOATS else torch.bfloat16
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -145,7 +166,7 @@ def forward_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
 def context_length(config: Any) -> int:
     """The longest window that a model takes; 2048 where its config names none (ALiBi)."""
     for name in ("max_position_embeddings", "n_positions", "seq_length"):
-        value = getattr(config, name, None)
+        value = getattr(text_config(config), name, None)
         if value:
             return int(value)
     return 2048

@@ -125,7 +125,7 @@ def read_toml(path: Path, fix: str = "mend the line it names") -> dict[str, Any]
     text = read_text(path, "name a TOML file", largest=10_000_000)
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ToolkitError(f"{path}: not readable as TOML ({error})", fix) from error
 
 

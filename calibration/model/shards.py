@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from calibration.model.checkpoint import INDEX_FILE, SINGLE_FILE, save_tensors, sync_folder, write_atomically
+from calibration.model.checkpoint import save_tensors, sync_folder, write_atomically
+from calibration.model.headers import INDEX_FILE, SINGLE_FILE
 
 SHARD_BYTES = 500_000_000  # safetensors copies a shard to write it: twice this is less than one block needs
 

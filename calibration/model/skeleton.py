@@ -10,29 +10,17 @@ from torch import nn
 
 from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError, foreign
-from calibration.model.checkpoint import TensorInfo
-from calibration.model.experts import ExpertList
+from calibration.model.classes import empty_model
+from calibration.model.experts import ExpertList, set_submodule
+from calibration.model.headers import TensorInfo
 
 
 def build_model(config: Any, spec: ArchitectureSpec, dtype: torch.dtype, device: torch.device) -> Any:
-    """A transformers causal language model without weights.
-
-    Parameters are on meta; buffers that no file stores (rotary frequencies, Gemma's embedding scale) are computed on
-    ``device``; experts are `ExpertList` modules. In eval mode.
-    """
-    from transformers import AutoModelForCausalLM
-
+    """A transformers language model without weights, see `empty_model`, whose experts are `ExpertList` modules."""
     kind = getattr(config, "model_type", "unknown")
     what = f"config.json: the class of model_type '{kind}' cannot be built from it"
-    with foreign(what, "compare it with the model's original config"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=spec.attention)
-    model.eval()
-    for module in model.modules():
-        missing = [n for n, b in module.named_buffers(recurse=False) if b.is_meta]
-        for name in missing:
-            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
-        if missing:
-            model._init_weights(module)  # transformers' own computation of these buffers
+    with foreign(what, "compare it with the model's original config"):
+        model = empty_model(config, dtype, device, spec.attention)
     blocks = model.get_submodule(spec.blocks)
     for index in range(spec.n_blocks):
         experts = spec.experts(index)
@@ -41,12 +29,6 @@ def build_model(config: Any, spec: ArchitectureSpec, dtype: torch.dtype, device:
                 replacement = ExpertList(experts).to(dtype)
             set_submodule(blocks[index], experts.module, replacement)
     return model
-
-
-def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put ``module`` at ``path`` below ``root``."""
-    parent, _, name = path.rpartition(".")
-    setattr(root.get_submodule(parent), name, module)
 
 
 def load_parameters(root: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -68,6 +50,40 @@ def load_parameters(root: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Non
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:
             module._buffers[leaf] = tensor
+
+
+def places(model: nn.Module) -> frozenset[str]:
+    """Names of parameters and of the buffers that files store."""
+    return frozenset(model.state_dict())
+
+
+def check_placed(infos: Mapping[str, TensorInfo], model: nn.Module, spec: ArchitectureSpec) -> None:
+    """Refuse a checkpoint whose blocks hold tensors that the model class has no place for: they would vanish.
+
+    Masks and frequencies that older classes stored and today's compute are left out.
+
+    Raises:
+        ToolkitError: names them.
+    """
+    known = places(model)
+    lost = [
+        name
+        for name, info in infos.items()
+        if spec.block_of(name) is not None and spec.root_module_name(name) not in known and not _computed(name, info)
+    ]
+    if lost:
+        more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
+        raise ToolkitError(
+            f"{', '.join(lost[:4])}{more}: in the checkpoint, but {type(model).__name__} of config.json has no place "
+            "for it, and it would be lost",
+            "compare config.json (biases, model_type) with the model's original; if the model class is too old, update "
+            "transformers",
+        )
+
+
+def _computed(name: str, info: TensorInfo) -> bool:
+    leaf = name.rpartition(".")[2]
+    return leaf in ("inv_freq", "masked_bias", "original_inv_freq") or (leaf == "bias" and len(info.shape) == 4)
 
 
 def _misfit(name: str, stored: Sequence[int], expected: Sequence[int]) -> ToolkitError:
@@ -99,6 +115,7 @@ class Skeleton:
         self.dtype = dtype
         self.device = device
         self.model = build_model(config, spec, dtype, device)
+        self._places = places(self.model)
 
     def block(self, index: int) -> nn.Module:
         return self.model.get_submodule(self.spec.blocks)[index]
@@ -125,23 +142,20 @@ class Skeleton:
                 "fetch the checkpoint again; if it is complete, load it with AutoModelForCausalLM.from_pretrained and "
                 "save it with save_pretrained, which writes every tensor under today's name",
             )
+        check_placed(infos, self.model, self.spec)
         for name, parameter in self.model.named_parameters():
             if name in stored and stored[name].shape != tuple(parameter.shape):
                 raise _misfit(name, stored[name].shape, parameter.shape)
 
     def stem_names(self, names: Iterable[str]) -> list[str]:
         """Of the checkpoint names, those that must be in memory to run everything before the blocks."""
-        outside = (n for n in names if not n.startswith(self.spec.blocks + "."))
+        outside = (n for n in names if self.spec.block_of(n) is None)
         return [n for n in outside if not self.spec.root_module_name(n).startswith("lm_head.") and self._has(n)]
 
     def _has(self, name: str) -> bool:
-        """Checkpoints carry buffers that today's classes compute (``attn.bias`` masks): those are not loaded."""
-        try:
-            self.model.get_parameter(self.spec.root_module_name(name))
-        except AttributeError:
-            return False
-        return True
+        """Whether the class has a parameter or a stored buffer of this name."""
+        return self.spec.root_module_name(name) in self._places
 
     def block_has(self, index: int, name: str) -> bool:
-        """Whether the block has a parameter for this block-relative checkpoint name."""
+        """The same for a block-relative checkpoint name."""
         return self._has(self.spec.prefix(index) + name)

@@ -12,6 +12,7 @@ import torch
 from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader
+from calibration.model.classes import rope_switch
 from calibration.text.crops import TokenBatches, tokens_fingerprint
 from calibration.text.encoding import wanted_bos
 
@@ -127,7 +128,7 @@ def _write(
     """Continue ``ids [n, 1 or 2]`` to ``[n, seq_len]``; row i is greedy up to its token number ``greedy[i]``.
 
     What is not among the ids ``text`` (special tokens, rows of a padded vocabulary) is replaced by ``restart``."""
-    past, step = None, ids
+    past, step, switch = None, ids, rope_switch(model.config)
     while ids.shape[1] < seq_len:
         output = model(step.to(model.device), past_key_values=past, use_cache=True)
         past, logits = output.past_key_values, output.logits[:, -1].float().cpu()
@@ -136,4 +137,6 @@ def _write(
         for row in torch.isin(step[:, 0], text, invert=True).nonzero()[:, 0].tolist():
             step[row, 0] = restart()
         ids = torch.cat((ids, step), dim=1)
+        if ids.shape[1] - 1 == switch:  # keys in the cache have the frequencies of shorter texts
+            past, step = None, ids
     return ids

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.memory import return_freed
+from calibration.model.classes import text_config
 from calibration.model.opening import load_tokenizer
 from calibration.text.corpora import load_corpus
 from calibration.text.crops import TokenBatches, calibration_tokens, check_tokenizer, read_tokens
@@ -24,7 +25,7 @@ def model_tokens(
     Raises:
         ToolkitError: unknown or unreadable data set, text that is too short, a tokenizer that does not fit.
     """
-    vocabulary = int(config.vocab_size)
+    vocabulary = int(text_config(config).vocab_size)
     path = Path(dataset)
     if path.suffix == ".safetensors" and path.is_file():
         return read_tokens(path, samples, seq_len, vocabulary)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -129,6 +129,45 @@ def _rows(block: nn.Module, path: str) -> torch.Tensor | None:
     return parent.rows if isinstance(parent, Expert) else None
 
 
+@dataclass(frozen=True)
+class Seen:
+    """One call of a submodule: its path, the tensors that were given to it and the tensor it returned (the first one
+    of a tuple; None where it returned something else)."""
+
+    path: str
+    entered: tuple[torch.Tensor, ...]
+    left: torch.Tensor | None
+
+
+@contextmanager
+def trace(block: nn.Module) -> Iterator[list[Seen]]:
+    """While open, every call of every submodule, in the order in which the calls began."""
+    calls: list[Seen] = []
+    places: list[int] = []
+
+    def before(path: str):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            places.append(len(calls))
+            calls.append(Seen(path, tuple(a for a in (*args, *kwargs.values()) if torch.is_tensor(a)), None))
+
+        return hook
+
+    def after(module: nn.Module, args: Any, result: Any) -> None:
+        place, first = places.pop(), result[0] if isinstance(result, tuple) and result else result
+        calls[place] = replace(calls[place], left=first if torch.is_tensor(first) else None)
+
+    handles: list[RemovableHandle] = []
+    for path, module in block.named_modules():
+        if path:
+            handles.append(module.register_forward_pre_hook(before(path), with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @contextmanager
 def record_inputs(block: nn.Module, paths: Iterable[str]) -> Iterator[Inputs]:
     """While open, the last input of every submodule at these paths that was called."""
@@ -163,13 +202,17 @@ def _paired(x: torch.Tensor, rows: torch.Tensor | None, other: Inputs, path: str
 
 @contextmanager
 def accumulate(
-    block: nn.Module, statistics: Mapping[str, Iterable[Statistic]], other: Inputs | None = None
+    block: nn.Module,
+    statistics: Mapping[str, Iterable[Statistic]],
+    weigh: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    other: Inputs | None = None,
 ) -> Iterator[None]:
     """While open, every forward pass of ``block`` folds the inputs of the named submodules into their statistics.
 
     Args:
         statistics: module path below ``block`` -> accumulators of its input. Linears that share an input need one
             entry, under the name of any of them.
+        weigh: ``x [tokens, in]`` of one forward pass -> what each token counts, ``[tokens]``; None: all alike.
         other: for statistics of two streams, what the same submodules see in the float model, for one batch.
     """
 
@@ -182,14 +225,15 @@ def accumulate(
     def hook_for(path: str, accumulators: tuple[Statistic, ...]):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0].flatten(0, -2)
+            weight = weigh(x) if weigh is not None and x.shape[0] else None
             for accumulator in accumulators if x.shape[0] else ():
                 if isinstance(accumulator, BySequence) and x.shape[0] % length == 0:
                     accumulator.update_sequences(x.unflatten(0, (-1, length)))
                 elif isinstance(accumulator, TwoStreams):
                     assert other is not None, "this gathering has one stream"
-                    accumulator.update_pair(x, _paired(x, _rows(block, path), other, path))
+                    accumulator.update_pair(x, _paired(x, _rows(block, path), other, path), weight)
                 else:
-                    accumulator.update(x)
+                    accumulator.update(x, weight)
 
         return hook
 

@@ -13,6 +13,7 @@ from calibration.walk.capture import Call, Inputs, Watch, accumulate, record_cal
 from calibration.walk.segment import Segment
 from calibration.walk.states import HiddenStates, Reference
 from calibration.walk.statistics import Gram, Statistic, TwoStreams
+from calibration.walk.token_weights import TokenWeights, weights_by_norm
 
 S = TypeVar("S", bound=Statistic)
 
@@ -34,6 +35,7 @@ class Context:
         references: outputs of the float block, a tensor per batch, of every kind that a pass trains towards.
         advance: called after every batch and every rounded linear with what was done, for the progress display.
         show: called with what is at work and does not count: the searches before rounding.
+        token_weights: what tokens count in statistics.
         float_states: hidden states of the float model entering the block, where a kind watches two streams.
     """
 
@@ -47,6 +49,7 @@ class Context:
         advance: Callable[[str], None],
         references: Mapping[Reference, Sequence[torch.Tensor]] | None = None,
         show: Callable[[str], None] = lambda _: None,
+        token_weights: TokenWeights = "norm",
         float_states: HiddenStates | None = None,
     ) -> None:
         self.segment = segment
@@ -57,6 +60,7 @@ class Context:
         self._propagate = propagate
         self._allow_unseen = allow_unseen
         self._references = references or {}
+        self._weigh = weights_by_norm if token_weights == "norm" else None
         self._float_states = float_states
         self._float_outputs: list[torch.Tensor] = []
         self._store: dict[tuple[SharedInput, type[Any]], Statistic] = {}
@@ -129,16 +133,24 @@ class Context:
         """The float block's output on one batch, ``[batch, seq_len, hidden]``, as it was before the first edit."""
         return self._references[kind][batch]
 
-    def output(self, batch: int, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The block as it now is on one batch of the quantized stream, ``[batch, seq_len, hidden]``, with these
-        block-relative parameters, as the file stores them, in place of its own; differentiable in them."""
+    @property
+    def windows(self) -> int:
+        """Calibration windows in all batches."""
+        assert self._states is not None, "this run has no calibration samples"
+        return sum(batch.shape[0] for batch in self._states.batches)
+
+    def output(self, batch: int, parameters: Mapping[str, torch.Tensor], row: int | None = None) -> torch.Tensor:
+        """The block as it now is on one batch of the quantized stream, or on one window of it, ``[windows, seq_len,
+        hidden]``, with these block-relative parameters, as the file stores them, in place of its own; differentiable
+        in them. A whole batch counts as progress."""
         assert self._states is not None and not self._propagate, "this stream does not keep the inputs of the block"
         segment = self.segment
         segment.sync()
         rename = segment.architecture.module_name
         cast = {rename(name): tensor.to(self._product_dtype) for name, tensor in parameters.items()}
-        result = self._states.output(segment.module, segment.index, batch, cast)
-        self.advance("train")
+        result = self._states.output(segment.module, segment.index, batch, cast, row)
+        if row is None:
+            self.advance("train")
         return result
 
     def rescale(self, linears: Sequence[str], s: torch.Tensor) -> None:
@@ -174,7 +186,7 @@ class Context:
         if any(issubclass(kind, TwoStreams) for kind in kinds):
             self._run_pairs(states, hooks)
         else:
-            with accumulate(segment.module, hooks):
+            with accumulate(segment.module, hooks, self._weigh):
                 states.run(segment.module, segment.index, keep=self._propagate, advance=self.advance)
             self.forwards += 1
         self._store.update(fresh)
@@ -193,7 +205,7 @@ class Context:
         original = self._float_parameters()
         for batch in self.batches:
             other = self._float_inputs(batch, hooks, original)
-            with accumulate(self.segment.module, hooks, other):
+            with accumulate(self.segment.module, hooks, self._weigh, other):
                 states.output(self.segment.module, self.segment.index, batch)
             self.advance("forward")
         self.forwards += 2

@@ -10,7 +10,7 @@ import torch
 
 from calibration.memory import return_freed
 from calibration.model.checkpoint import TensorSource
-from calibration.model.skeleton import Skeleton, load_parameters, release
+from calibration.model.skeleton import Skeleton, load_parameters, places, release
 from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
 from calibration.walk.capture import transform_input
@@ -83,19 +83,24 @@ class FloatBlocks:
         for name in stem:
             parent, _, leaf = name.rpartition(".")
             module = self.skeleton.model.get_submodule(parent)
+            if leaf in module._buffers:
+                continue
             module._parameters[leaf] = torch.nn.Parameter(stem[name].to("meta"), requires_grad=False)
         progress.advance("embed")
         return states
 
     def outside_parameters(self) -> dict[str, torch.Tensor]:
-        """Every parameter that is in no block, in the dtype of the forward pass, by its name in the model."""
-        parameters = dict(self.skeleton.model.named_parameters(remove_duplicate=False))
+        """Parameters and stored buffers that are in no block, in the dtype of the forward pass, by module path."""
+        known = places(self.skeleton.model)
         names = {self.skeleton.spec.root_module_name(name): name for name in self.outside.names}
-        found = {t: self.cast(self.outside.tensor(name)) for t, name in names.items() if t in parameters}
+        found = {t: self.cast(self.outside.tensor(name)) for t, name in names.items() if t in known}
         self.reader.close()
         return found
 
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Into the dtype of the forward pass; indices stay integers."""
+        if not tensor.is_floating_point():
+            return tensor.to(self.skeleton.device)
         return tensor.to(self.skeleton.device, self.skeleton.dtype)
 
     def stored(self, index: int, without: Container[str] = ()) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ class Outside:
     """
 
     def __init__(self, reader: TensorSource, architecture: ArchitectureSpec, passes: Sequence[Pass]) -> None:
-        self.names = [n for n in reader.infos if not n.startswith(architecture.blocks + ".")]
+        self.names = [n for n in reader.infos if architecture.block_of(n) is None]
         self._read: Read = reader.tensor
         for step in passes:
             rewritten = dict(step.outside(architecture, self.names))

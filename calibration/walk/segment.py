@@ -86,17 +86,12 @@ class Segment:
 
     def gain(self, norm: str) -> torch.Tensor:
         """What a norm multiplies by, ``[channels]``."""
-        return self._gain(self.masters[f"{norm}.weight"], self._offset).clone()
+        return self._gain(self.masters[f"{norm}.weight"], self.architecture.offset(norm)).clone()
 
     def remove_gain(self, norm: str) -> None:
         """Let a norm multiply by one; the caller moves its gain elsewhere."""
         name = f"{norm}.weight"
-        self.replace(name, torch.full_like(self.masters[name], 1.0 - self._offset))
-
-    @property
-    def _offset(self) -> float:
-        """Norms that store g - 1 add this."""
-        return 1.0 if self.architecture.norm == "rms_plus_one" else 0.0
+        self.replace(name, torch.full_like(self.masters[name], 1.0 - self.architecture.offset(norm)))
 
     def original(self, linear: str) -> torch.Tensor:
         """The weight ``[out, in]`` before it was rounded (a view)."""
@@ -170,7 +165,7 @@ class Segment:
     def _divide_norm(self, norm: str, s: torch.Tensor) -> torch.Tensor:
         name = f"{norm}.weight"
         stored = self.masters[name]
-        offset = self._offset
+        offset = self.architecture.offset(norm)
         gain = self._gain(stored, offset).clone()
         rounded = (gain / s - offset).to(self.stored_dtypes[name]).to(stored.dtype)
         kept = (gain == 0) | (self._gain(rounded, offset) == 0)  # a dead channel carries nothing: leave it alone
@@ -200,7 +195,8 @@ class Segment:
     def sync(self) -> None:
         """Bring edited parameters into the module, in the dtype of the forward pass."""
         for name in self._stale:
-            target = self.module.get_parameter(self.architecture.module_name(name)).data
+            path, _, leaf = self.architecture.module_name(name).rpartition(".")
+            target = getattr(self.module.get_submodule(path), leaf).data
             if target.data_ptr() != self.masters[name].data_ptr():
                 target.copy_(self.masters[name])
         self._stale.clear()

@@ -48,7 +48,7 @@ class HiddenStates:
             if not calls:
                 entering.append(hidden)
             calls.append((args, kwargs))
-            return (hidden,) if skeleton.spec.tuple_output else hidden
+            return (hidden, None) if skeleton.spec.tuple_output else hidden
 
         for block in blocks:
             block.forward = recorder
@@ -58,6 +58,9 @@ class HiddenStates:
                 skeleton.model.base_model(ids.to(skeleton.device), use_cache=False)
                 states._calls.setdefault(ids.shape[0], list(calls))
                 states.batches.append(entering.pop())
+            calls.clear()
+            skeleton.model.base_model(tokens.input_ids[:1].to(skeleton.device), use_cache=False)
+            states._calls.setdefault(1, list(calls))
         finally:
             for block in blocks:
                 del block.forward
@@ -74,15 +77,24 @@ class HiddenStates:
             advance("forward")
 
     def output(
-        self, block: nn.Module, index: int, batch: int, parameters: Mapping[str, torch.Tensor] | None = None
+        self,
+        block: nn.Module,
+        index: int,
+        batch: int,
+        parameters: Mapping[str, torch.Tensor] | None = None,
+        row: int | None = None,
     ) -> torch.Tensor:
-        """``block`` on one batch, ``[batch, seq_len, hidden]``. ``parameters``, by their names in the block's class,
-        stand in for its own; gradients reach them where autograd is on."""
-        hidden = self.batches[batch]
+        """``block`` on one batch, or one window of it, ``[windows, seq_len, hidden]``. ``parameters``, by their names
+        in the block's class, stand in for its own; gradients reach them where autograd is on."""
+        hidden = self.batches[batch] if row is None else self.batches[batch][row : row + 1]
         args, kwargs = self._calls[hidden.shape[0]][index]
         output = functional_call(block, dict(parameters or {}), (hidden, *args), kwargs)
         result: torch.Tensor = output[0] if self._tuple_output else output
         return result
+
+    def call(self, batch: int, index: int) -> Call:
+        """What the model passes to a block beside the hidden states, for batches of this size."""
+        return self._calls[batch][index]
 
     def copy(self) -> HiddenStates:
         """A stream of its own that starts from the same states. Tensors are shared until a block replaces them."""

@@ -1,4 +1,8 @@
-"""Streaming accumulators over the inputs of linears. Each sees a batch, folds it in, and forgets it."""
+"""Streaming accumulators over the inputs of linears. Each sees a batch, folds it in, and forgets it.
+
+Tokens may have weights: one of weight 2 counts like two equal ones, in every statistic that sums over tokens. Ranges
+hold every token, whatever it weighs.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,8 @@ class Statistic(Protocol):
 
     def __init__(self, in_features: int, device: torch.device) -> None: ...
 
-    def update(self, x: torch.Tensor) -> None:
-        """Fold in ``x [tokens, in]`` (the dtype of the forward pass)."""
+    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
+        """Fold in ``x [tokens, in]`` (the dtype of the forward pass); ``weight`` float32 ``[tokens]``, None: all 1."""
 
     def rescale(self, s: torch.Tensor) -> None:
         """What the statistic becomes when the input is divided by ``s [in]``: exact, no forward pass."""
@@ -26,7 +30,7 @@ class Statistic(Protocol):
 
 
 class Gram:
-    """G = sum over tokens of x^T x, float32 ``[in, in]``.
+    """G = sum over tokens of weight x^T x, float32 ``[in, in]``.
 
     The product of one batch is made in the dtype of the forward pass (bfloat16 products accumulate in float32 and
     round once per batch and entry, a relative error below 2^-8 that averages out over batches); batches add up in
@@ -37,11 +41,13 @@ class Gram:
         self.matrix = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.tokens = 0
 
-    def update(self, x: torch.Tensor) -> None:
+    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
         if x.dtype == torch.float64:
             self.matrix = self.matrix.double()
         elif x.dtype == torch.float16:
             x = x.float()  # squares of outliers overflow float16
+        if weight is not None:
+            x = x * weight.sqrt().to(x.dtype)[:, None]  # on both sides, so that rounding keeps the product symmetric
         self.matrix += x.T @ x
         self.tokens += x.shape[0]
 
@@ -58,28 +64,32 @@ class TwoStreams(Protocol):
     """A statistic of an input beside the one that the float model has there, for the same tokens. A pass that reads one
     works on the quantized stream; the walk then carries that of the float model along."""
 
-    def update_pair(self, x: torch.Tensor, x_float: torch.Tensor) -> None:
+    def update_pair(self, x: torch.Tensor, x_float: torch.Tensor, weight: torch.Tensor | None = None) -> None:
         """Fold in ``x [tokens, in]`` and the float model's ``x_float [tokens, in]``, instead of `Statistic.update`."""
 
 
 class CrossGram:
-    """D = sum over tokens of (x_float - x)^T x, float32 ``[in, in]``: rows are channels of the difference. Products and
-    sums as in `Gram`."""
+    """D = sum over tokens of weight (x_float - x)^T x, float32 ``[in, in]``: rows are channels of the difference.
+    Products and sums as in `Gram`."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.matrix = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.tokens = 0
 
-    def update(self, x: torch.Tensor) -> None:
+    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
         """Tokens whose float input is not known count as if it were the same."""
         self.tokens += x.shape[0]
 
-    def update_pair(self, x: torch.Tensor, x_float: torch.Tensor) -> None:
+    def update_pair(self, x: torch.Tensor, x_float: torch.Tensor, weight: torch.Tensor | None = None) -> None:
         if x.dtype == torch.float64:
             self.matrix = self.matrix.double()
         elif x.dtype == torch.float16:
             x, x_float = x.float(), x_float.float()
-        self.matrix += (x_float - x).T @ x
+        difference = x_float - x
+        if weight is not None:
+            root = weight.sqrt().to(x.dtype)[:, None]
+            difference, x = difference * root, x * root
+        self.matrix += difference.T @ x
         self.update(x)
 
     def rescale(self, s: torch.Tensor) -> None:
@@ -91,14 +101,16 @@ class CrossGram:
 
 
 class Mean:
-    """Sum over tokens of x per input channel, float32 ``[in]``; `mean` divides by the number of tokens."""
+    """Sum over tokens of weight x per input channel, float32 ``[in]``, and the sum of the weights; `mean` divides."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.total = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self.weight = 0.0
         self.tokens = 0
 
-    def update(self, x: torch.Tensor) -> None:
-        self.total += x.sum(dim=0, dtype=torch.float32)
+    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
+        self.total += x.sum(dim=0, dtype=torch.float32) if weight is None else weight.float() @ x.float()
+        self.weight += x.shape[0] if weight is None else float(weight.sum(dtype=torch.float64))
         self.tokens += x.shape[0]
 
     def rescale(self, s: torch.Tensor) -> None:
@@ -109,14 +121,14 @@ class Mean:
 
     def mean(self) -> torch.Tensor:
         """``[in]``; zeros where no token was seen."""
-        return self.total / max(self.tokens, 1)
+        return self.total / self.weight if self.weight > 0 else torch.zeros_like(self.total)
 
 
 class AbsMean(Mean):
-    """Sum over tokens of |x| per input channel, float32 ``[in]``; `mean` divides by the number of tokens."""
+    """`Mean` of |x|."""
 
-    def update(self, x: torch.Tensor) -> None:
-        super().update(x.abs())
+    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
+        super().update(x.abs(), weight)
 
 
 class AbsMax:
@@ -126,7 +138,7 @@ class AbsMax:
         self.maximum = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.tokens = 0
 
-    def update(self, x: torch.Tensor) -> None:
+    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
         seen = x.abs().amax(dim=0)
         seen = seen if x.dtype == torch.float64 else seen.float()
         self.maximum = torch.maximum(self.maximum.to(seen.dtype), seen)
@@ -150,7 +162,7 @@ class Sample:
         self.rows = torch.zeros(0, in_features, dtype=torch.float32, device=device)
         self.tokens = 0
 
-    def update(self, x: torch.Tensor) -> None:
+    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
         wanted = min(self.PER_BATCH, self.LIMIT - self.rows.shape[0])
         if wanted > 0:
             self.rows = torch.cat([self.rows, x[:: max(1, -(-x.shape[0] // wanted))].float()])
@@ -179,7 +191,7 @@ class EqualBins:
         self.low, self.high = torch.inf, -torch.inf
         self.tokens = 0
 
-    def update(self, x: torch.Tensor) -> None:
+    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
         low, high = (float(v) for v in torch.aminmax(x))
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.tokens += x.shape[0]
@@ -209,7 +221,7 @@ class Extremes:
         self.high = torch.full((in_features,), -torch.inf, device=device)
         self.tokens = 0
 
-    def update(self, x: torch.Tensor) -> None:
+    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
         low, high = torch.aminmax(x.float(), dim=0)
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         self.tokens += x.shape[0]
@@ -242,7 +254,7 @@ class Midpoints:
         self.sequences = 0
         self.tokens = 0
 
-    def update(self, x: torch.Tensor) -> None:
+    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
         self.update_sequences(x[None])
 
     def update_sequences(self, x: torch.Tensor) -> None:

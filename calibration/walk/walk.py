@@ -25,6 +25,7 @@ from calibration.walk.passes import Phase, forwards_per_block, references_of, st
 from calibration.walk.segment import Segment
 from calibration.walk.states import HiddenStates, Reference
 from calibration.walk.statistics import Statistic
+from calibration.walk.token_weights import TokenWeights
 
 Transforms = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
 """What happens to the inputs of linears, by name."""
@@ -47,6 +48,7 @@ class Walk:
         folder: where finished blocks go.
         allow_unseen: experts without calibration tokens are rounded without data instead of stopping the run.
         inputs: as ``restore``, to what a user's runtime does to the inputs of linears.
+        token_weights: what tokens count in statistics.
     """
 
     blocks: FloatBlocks
@@ -55,6 +57,7 @@ class Walk:
     folder: Path
     allow_unseen: bool = False
     inputs: Callable[[Tensors, Mapping[str, str]], Transforms] = no_transforms
+    token_weights: TokenWeights = "norm"
 
     @property
     def finished(self) -> FinishedBlocks:
@@ -172,6 +175,7 @@ class Walk:
             advance=advance,
             references=self._references(segment, states, model_states, advance),
             show=lambda detail: progress.advance(f"{where} {detail}", units=0),
+            token_weights=self.token_weights,
             float_states=float_states,
         )
         for step in self.blocks.passes:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from calibration.architectures import ArchitectureSpec
+from calibration.model.classes import text_config
 from calibration.record import Evaluation
 from calibration.scoring.perplexity import score
 from calibration.scoring.windows import Scoring
@@ -83,7 +84,7 @@ class Bench:
 
     def __init__(self, model: Any, spec: ArchitectureSpec, tokens: TokenBatches, windows: int) -> None:
         self.model, self.spec, self.tokens, self.windows = model, spec, tokens, windows
-        self.heads = int(model.config.num_attention_heads)
+        self.heads = int(text_config(model.config).num_attention_heads)
         self.rule: Probabilities = SoftmaxRule()
         self.own: dict[int, Probabilities] = {}
         self.rows: RowCounts | None = None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from calibration.walk.token_weights import TokenWeights
 from ptq.api.inputs import Display, Model, Text, checkpoint, display, text_file
 from ptq.fitting.budget import parse_budget
 from ptq.fitting.result import Fitted, fit_model
@@ -40,6 +41,7 @@ def plan(
     evaluate: str | Path | None = None,
     eval_windows: int | None = None,
     unseen_experts: str = "error",
+    token_weights: TokenWeights = "norm",
     trust_remote_code: bool = False,
 ) -> Job:
     """What `quantize` would do, from headers alone: schemes, sizes, memory, forward passes. Nothing is written.
@@ -60,6 +62,7 @@ def plan(
         evaluate=_name(evaluate),
         eval_windows=eval_windows,
         unseen_experts=unseen_experts,
+        token_weights=token_weights,
     )
     return prepare_job(
         model, method=method, scheme=scheme, recipe=recipe, format=format, target=target, options=options
@@ -84,6 +87,7 @@ def quantize(
     evaluate: Text | None = None,
     eval_windows: int | None = None,
     unseen_experts: str = "error",
+    token_weights: TokenWeights = "norm",
     overwrite: bool = False,
     resume: bool = False,
     trust_remote_code: bool = False,
@@ -110,6 +114,7 @@ def quantize(
         evaluate: text to score the result and the float model on.
         eval_windows: score the first so many of its windows only; None: all.
         unseen_experts: ``error``, or ``rtn`` to round experts without calibration tokens without data.
+        token_weights: what calibration tokens count: ``norm`` (as if all vectors were equally long) or ``none``.
         overwrite, resume: replace what is in ``out``; go on with an interrupted run.
         progress: called with (stage, done, total, detail).
         planned: called with the plan before any work.
@@ -135,6 +140,7 @@ def quantize(
             evaluate=scored,
             eval_windows=eval_windows,
             unseen_experts=unseen_experts,
+            token_weights=token_weights,
             command=command,
         )
         job = prepare_job(

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from calibration.errors import Problem, ToolkitError
-from calibration.model.checkpoint import TensorInfo
+from calibration.model.headers import TensorInfo
 from ptq.formats import checks
 from ptq.linears import ModelLayout
 from ptq.numerics.bitstream import pack, unpack

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 
 from calibration.errors import Problem, ToolkitError
-from calibration.model.checkpoint import TensorInfo
+from calibration.model.headers import TensorInfo
 from ptq.formats import checks, packed_floats, plain_codes
 from ptq.formats.config_groups import describe, kind_of, scheme_of
 from ptq.linears import ModelLayout

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from calibration.errors import Problem, ToolkitError
-from calibration.model.checkpoint import TensorInfo
+from calibration.model.headers import TensorInfo
 from ptq.formats import checks
 from ptq.linears import ModelLayout, PlannedLinear
 from ptq.numerics.bitstream import pack, unpack

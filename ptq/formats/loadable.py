@@ -13,12 +13,13 @@ import torch
 
 from calibration.errors import ToolkitError
 from calibration.model.opening import open_model
-from calibration.model.skeleton import build_model
+from calibration.model.skeleton import build_model, places
 from ptq.formats.registry import format_of
 
 
 def check_keys(out: Path, source: Collection[str], trust_remote_code: bool = False) -> None:
-    """Compare the names in a written checkpoint with those of its model class, on the meta device.
+    """Compare the names in a written checkpoint with those of its model class, on the meta device: parameters, and
+    buffers that the source stores.
 
     Args:
         source: names in the checkpoint it was made from: leftovers there (masks that today's classes compute) may stay.
@@ -31,12 +32,14 @@ def check_keys(out: Path, source: Collection[str], trust_remote_code: bool = Fal
     schemes = fmt.schemes(reader.config, reader.infos, reader.tensor) if fmt else {}
     reader.close()
     model = build_model(config, spec, torch.float32, torch.device("meta"))
-    places = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known = places(model)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = (known - parameters) & {spec.root_module_name(name) for name in source}
     packed = {f"{name}.{suffix}" for name in schemes for suffix in (fmt.suffixes if fmt else ())}
     plain = {spec.root_module_name(name): name for name in reader.infos if name not in packed}
-    lost = [name for path, name in plain.items() if path not in places and name not in source]
+    lost = [name for path, name in plain.items() if path not in known and name not in source]
     held = {spec.root_module_name(f"{name}.weight") for name in schemes} | set(plain)
-    missing = [path for path in places - held if model.all_tied_weights_keys.get(path) not in held]
+    missing = [path for path in (parameters | buffers) - held if model.all_tied_weights_keys.get(path) not in held]
     for names, what in ((lost, "has no place in the model class"), (missing, "has no tensor in the written files")):
         if names:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""

@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 import torch
 
 from calibration.errors import Problem, ToolkitError
-from calibration.model.checkpoint import TensorInfo
+from calibration.model.headers import TensorInfo
 from ptq.formats.checks import group_problems, stored_scale
 from ptq.formats.narrow_scales import decode_scale, encode_scale
 from ptq.linears import ModelLayout

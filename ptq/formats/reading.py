@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from calibration.errors import ToolkitError, foreign
-from calibration.model.checkpoint import CheckpointReader, TensorInfo
+from calibration.model.checkpoint import CheckpointReader
+from calibration.model.headers import TensorInfo
 from ptq.formats.registry import Format, format_of
 from ptq.numerics.bitstream import words_per_row
 from ptq.quantized import PARTS, QuantizedTensor

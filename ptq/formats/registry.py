@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from calibration.errors import Problem, ToolkitError
-from calibration.model.checkpoint import TensorInfo
+from calibration.model.headers import TensorInfo
 from ptq.formats.awq import Awq
 from ptq.formats.compressed_tensors import CompressedTensors
 from ptq.formats.gptq import Gptq

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, disk_errors, write_atomically
 from calibration.model.contents import small_files
@@ -41,12 +42,14 @@ def write_checkpoint(
     fmt: Format,
     out: Path,
     advance: Callable[[str], None],
+    stored_name: Callable[[str], str] = str,
 ) -> tuple[Format, int]:
     """Write shards, index and config.json into the existing folder ``out``.
 
     Args:
         source: gives blocks of (quantized linears, float tensors); called twice where zero points decide the variant.
         outside: (name, tensor) of everything outside the blocks.
+        stored_name: what the source's files call a tensor; the output's files call it the same.
 
     Returns:
         the format as written (GPTQ settles on version 1 or 2), and the bytes of all tensors.
@@ -57,13 +60,13 @@ def write_checkpoint(
         stale.unlink()
     writer = ShardWriter(out)
     for name, tensor in outside:
-        writer.add(name, tensor)
+        writer.add(stored_name(name), tensor)
     for quantized, others in source():
         for name, tensor in others.items():
-            writer.add(name, tensor)
+            writer.add(stored_name(name), tensor)
         for name, q in quantized.items():
             for suffix, tensor in variant.encode(q, dtype).items():
-                writer.add(f"{name}.{suffix}", tensor)
+                writer.add(stored_name(f"{name}.{suffix}"), tensor)
             advance(name)
     writer.finish()
     settings = variant.config(layout)
@@ -84,7 +87,13 @@ def _smallest_zero(source: Source) -> int:
     return min(zeros, default=2)
 
 
-def verify_checkpoint(source: Source, fmt: Format, out: Path, advance: Callable[[str], None]) -> int:
+def verify_checkpoint(
+    source: Source,
+    fmt: Format,
+    out: Path,
+    advance: Callable[[str], None],
+    stored_name: Callable[[str], str] = str,
+) -> int:
     """Read every quantized linear back from the shards with the independent reader; returns how many.
 
     Raises:
@@ -94,7 +103,8 @@ def verify_checkpoint(source: Source, fmt: Format, out: Path, advance: Callable[
     with CheckpointReader(out) as reader:
         for quantized, _ in source():
             for name, q in quantized.items():
-                found = {s: f"{name}.{s}" for s in fmt.suffixes if f"{name}.{s}" in reader.infos}
+                named = {s: stored_name(f"{name}.{s}") for s in fmt.suffixes}
+                found = {s: full for s, full in named.items() if full in reader.infos}
                 if not found:
                     raise ToolkitError(
                         f"{name}: missing from the written files", "this is a bug of ptq: please report it"
@@ -115,8 +125,8 @@ def copy_small_files(source: Path, out: Path) -> None:
                 shutil.copyfile(path, out / path.relative_to(source))
 
 
-def outside_blocks(reader: CheckpointReader, blocks: str) -> Iterator[tuple[str, torch.Tensor]]:
+def outside_blocks(reader: CheckpointReader, spec: ArchitectureSpec) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors outside the blocks, in the order of their names."""
     for name in sorted(reader.infos):
-        if not name.startswith(blocks + "."):
+        if spec.block_of(name) is None:
             yield name, reader.tensor(name)

@@ -22,6 +22,7 @@ from ptq.methods.repquant import RepQuant
 from ptq.methods.rotate import Rotate
 from ptq.methods.rs import Rs
 from ptq.methods.rtn import Rtn
+from ptq.methods.signround import SignRound
 from ptq.methods.smoothquant import SmoothQuant
 
 METHODS: dict[str, type[Pass]] = {
@@ -37,6 +38,7 @@ METHODS: dict[str, type[Pass]] = {
     "ptq1.61": Ptq161,
     "equalize": Equalize,
     "exponent-shift": ExponentShift,
+    "signround": SignRound,
     "lorc": Lorc,
     "norm-tweak": NormTweak,
     "smoothquant": SmoothQuant,
@@ -79,5 +81,6 @@ __all__ = [
     "Rotate",
     "Rs",
     "Rtn",
+    "SignRound",
     "SmoothQuant",
 ]

@@ -112,5 +112,6 @@ class Awq(Pass):
 
 def _channel_mean(statistics: Sequence[AbsMean]) -> torch.Tensor:
     """Mean |x| over all tokens of all inputs; experts of one layer together see every token top-k times."""
-    tokens = sum(s.tokens for s in statistics)
-    return torch.stack([s.total for s in statistics]).sum(dim=0) / max(tokens, 1)
+    weight = sum(s.weight for s in statistics)
+    total = torch.stack([s.total for s in statistics]).sum(dim=0)
+    return total / weight if weight > 0 else total

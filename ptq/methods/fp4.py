@@ -12,8 +12,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from calibration.errors import Problem
 from calibration.walk.context import Context
 from calibration.walk.passes import Pass, Phase, PlanView, Stream
@@ -22,7 +20,7 @@ from calibration.walk.statistics import Gram, Statistic
 from ptq.formats.checks import matching, refuse
 from ptq.linears import ModelLayout
 from ptq.methods.rounding import global_scales
-from ptq.numerics.float_search import COARSE, SHORTLIST, search_bounds
+from ptq.numerics.float_search import search_bounds
 from ptq.numerics.grids import grid_of
 from ptq.numerics.objective import rounding_error
 from ptq.scheme import QuantScheme, float_formats
@@ -34,11 +32,9 @@ class Fp4(Pass):
 
     Attributes:
         formats: try every ExMy with as many bits as the planned one; otherwise keep it. (Hardware formats are kept.)
-        shortlist: candidate scales per group that are scored with the Gram matrix itself, after its diagonal.
     """
 
     formats: bool = True
-    shortlist: int = SHORTLIST
 
     name: ClassVar[str] = "fp4"
     summary: ClassVar[str] = "chooses a float format per linear and a scale per group by the error of the output"
@@ -48,8 +44,6 @@ class Fp4(Pass):
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Gram,)
 
     def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
-        if not 1 <= self.shortlist <= 64:
-            yield Problem("fp4.shortlist", f"{self.shortlist} is outside 1 to 64", f"use {SHORTLIST}")
         integers = matching(view.layout, lambda linear: linear.scheme.weights.float_format is None)  # type: ignore[union-attr]
         named = ", ".join(dict.fromkeys(str(linear.scheme) for linear in integers))
         yield from refuse(integers, f"{named}: fp4 chooses among floats", "use --scheme fp4-e2m1-g128, mxfp4 or nvfp4")
@@ -72,19 +66,14 @@ class Fp4(Pass):
                 continue
             w, gram = segment.weight(linear), context.product_gram(linear)
             options = self.alternatives(scheme, (w.shape[0], w.shape[1]))
-            best = options[0]
+            bounds = (search_bounds(w, gram, option.weights, shared.get(linear)) for option in options)
+            grids = [grid_of(w, o.weights, b, shared.get(linear)) for o, b in zip(options, bounds, strict=True)]
+            best = 0
             if len(options) > 1:
-                errors = [_coarse_error(w, gram, option) for option in options]
-                best = options[min(range(len(options)), key=errors.__getitem__)]
+                errors = [float(rounding_error(w, gram, o.weights, g)) for o, g in zip(options, grids, strict=True)]
+                best = min(range(len(options)), key=errors.__getitem__)
                 names = (str(option.weights.float_format) for option in options)
                 segment.note(linear, **{f"fp4.{name}": e for name, e in zip(names, errors, strict=True)})
-            bounds = search_bounds(w, gram, best.weights, shared.get(linear), shortlist=self.shortlist)
-            segment.schemes[linear] = best
-            segment.grids[linear] = grid_of(w, best.weights, bounds, shared.get(linear))
+            segment.schemes[linear] = options[best]
+            segment.grids[linear] = grids[best]
             context.show(linear)
-
-
-def _coarse_error(w: torch.Tensor, gram: torch.Tensor, scheme: QuantScheme) -> float:
-    """||(Q(W) - W) X^T||^2 with scales of a coarse search, to compare formats."""
-    bounds = search_bounds(w, gram, scheme.weights, offsets=COARSE, shortlist=2)
-    return float(rounding_error(w, gram, scheme.weights, grid_of(w, scheme.weights, bounds)))

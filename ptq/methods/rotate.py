@@ -104,7 +104,7 @@ class Rotate(Pass):
         table, norm, head = f"{around.embeddings[0]}.weight", around.final_norm, f"{around.head}.weight"
         source = head if head in names else table
         bias = f"{norm}.bias" if f"{norm}.bias" in names else None
-        offset = 1.0 if architecture.norm == "rms_plus_one" else 0.0
+        offset = architecture.offset(norm)
 
         def turn(tensor: torch.Tensor) -> torch.Tensor:
             return self._stream_rotation(architecture, tensor.shape[-1])(tensor)
@@ -151,7 +151,7 @@ class Rotate(Pass):
 
     def _turn_residual(self, segment: Segment) -> None:
         for group in segment.spec.balance:
-            if group.kind == "norm":
+            if group.kind == "norm" and group.producer not in segment.spec.inner_norms:
                 fuse_gain(segment, group)
                 turn = self._stream_rotation(segment.architecture, segment.weight(group.consumers[0]).shape[1])
                 for linear in group.consumers:

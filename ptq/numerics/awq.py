@@ -82,6 +82,10 @@ def clip_bounds(
     Candidates are c0 * (1 - shrink * i / steps), i = 0 .. steps - 1, c0 = max|w| of the group; ties keep the larger.
     The error of group k is d G_kk d^T with G_kk the diagonal block of the Gram matrix.
 
+    The bound clips the range that the step is taken from, not the weight (the published code clamps the weight itself).
+    A weight beyond the bound still rounds to the outermost code; one within half a step of it may land one code higher
+    than the clamped weight would.
+
     Args:
         w: ``[out, in]``, gram ``[in, in]`` float32.
 

@@ -39,11 +39,12 @@ def fit_groups(layout: ModelLayout, recipe: Recipe, fmt: Format) -> ModelLayout:
             experts.setdefault(linear.block, []).append(linear.shape)
     together = {n.name: [n.shape] if n.expert is None else experts[n.block] for n in free}
     fitted = _with_groups(layout, free, together)
-    if not fmt.check(fitted):
+    refused = len(list(fmt.check(fitted)))
+    if not refused:
         return fitted
     everything = [linear.shape for linear in free]
     uniform = _with_groups(layout, free, dict.fromkeys(together, everything))
-    return fitted if fmt.check(uniform) else uniform
+    return uniform if len(list(fmt.check(uniform))) < refused else fitted
 
 
 def group_remarks(before: Sequence[PlannedLinear], after: Sequence[PlannedLinear]) -> Iterable[str]:

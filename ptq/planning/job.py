@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import get_args
+
+import torch
 
 from calibration.errors import ToolkitError, unknown_value
+from calibration.model.skeleton import build_model, check_placed
 from calibration.shown import Shown
 from calibration.text.corpora import check_name
 from calibration.text.generated import GENERATED
+from calibration.walk.token_weights import TokenWeights
 from ptq.planning.plan import Plan, make_plan
 from ptq.planning.recipe import method_recipe, read_recipe
 from ptq.planning.source import Source, TextOptions, open_source
 from ptq.sparse.methods import refuse_sparse
+
+META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -24,11 +31,13 @@ class Options(TextOptions):
         evaluate: data set to score the result and the float model on, or None.
         eval_windows: score the first so many of its windows only; None: all.
         unseen_experts: ``error``, or ``rtn`` to round experts without calibration tokens without data.
+        token_weights: what calibration tokens count, see `calibration.walk.token_weights`.
         command: the command line, for the record.
     """
 
     evaluate: str | None = None
     unseen_experts: str = "error"
+    token_weights: TokenWeights = "norm"
     command: str = ""
     eval_windows: int | None = None
 
@@ -76,6 +85,8 @@ def prepare(
         ToolkitError, PlanError: whatever can be refused; a model that has activation thresholds, among others.
     """
     options = options or Options()
+    if options.token_weights not in get_args(TokenWeights):
+        raise unknown_value("--token-weights", options.token_weights, get_args(TokenWeights))
     if (method is None) == (recipe is None):
         raise ToolkitError("needs either a method or a recipe", "pass --method awq, or --recipe FILE.toml")
     if target is not None and recipe is not None:
@@ -104,6 +115,7 @@ def prepare(
         batch_size=source.batch_size,
         forward_itemsize=source.dtype.itemsize,
     )
+    check_placed(source.reader.infos, build_model(source.config, source.spec, torch.float32, META), source.spec)
     if plan.needs_data:
         source.check_text()
     if plan.needs_data and source.dataset == GENERATED:

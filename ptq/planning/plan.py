@@ -21,10 +21,10 @@ from ptq.formats.checks import matching, refuse
 from ptq.formats.registry import FORMATS, PREFERRED, Format, choose
 from ptq.linears import ModelLayout, PlannedLinear, float_linears
 from ptq.planning.activation_plan import activation_problems
+from ptq.planning.architecture_remarks import architecture_remarks
 from ptq.planning.groups import fit_groups, group_remarks
 from ptq.planning.recipe import Recipe
 from ptq.planning.sizes import Sizes, estimate
-from ptq.planning.stored import some, stored_problems
 from ptq.quantized import BINARY
 from ptq.scheme import QuantScheme
 
@@ -105,7 +105,7 @@ def make_plan(
             f"{reader.folder}: already quantized (quant_method '{method}')",
             "start from the float checkpoint; `ptq export` changes the format of a quantized one",
         )
-    refused = [*setting_problems(recipe.passes), *stored_problems(reader, spec)]
+    refused = list(setting_problems(recipe.passes))
     if refused:
         raise PlanError(refused)  # nothing can be planned from such numbers
     linears, problems = _resolve_linears(reader, spec, recipe)
@@ -136,7 +136,7 @@ def make_plan(
     tokens = samples * seq_len, batch_size * seq_len
     sizes = estimate(reader, config, spec, layout, recipe, forwards, tokens, forward_itemsize)
     remarks = list(group_remarks(linears, layout.linears))
-    remarks += [f"not balanced: {r}" for i in range(spec.n_blocks) for r in spec.block(i).unbalanced]
+    remarks += architecture_remarks(reader, spec)
     remarks += [r for p in recipe.passes for r in p.remarks(view)]
     biases = tuple(f"{name}.bias" for name in added)
     return Plan(recipe, spec, layout, fmt, reason, sizes, forwards > 0, tuple(dict.fromkeys(remarks)), biases)
@@ -185,7 +185,7 @@ def _resolve_linears(
             for group in block.balance
             if f"{prefix}{group.producer}.weight" not in reader.infos
         ]
-        known = {*block.linears, *block.routers}
+        known = {*block.linears, *block.routers, *block.kept}
         unknown += [
             n
             for n, info in reader.infos.items()
@@ -197,10 +197,10 @@ def _resolve_linears(
     problems = []
     table = "compare the checkpoint with its original; if it is a variant, extend calibration/architectures/"
     if missing:
-        problems.append(Problem(some(missing), "in the architecture table, but not in the checkpoint", table))
+        problems.append(Problem(_some(missing), "in the architecture table, but not in the checkpoint", table))
     if unknown:
         problems.append(
-            Problem(some(unknown), "a linear of the blocks that the architecture table does not name", table)
+            Problem(_some(unknown), "a linear of the blocks that the architecture table does not name", table)
         )
     for rule in recipe.rules[:-1]:
         if not any(rule.matches(linear.name) for linear in linears):
@@ -212,6 +212,10 @@ def _resolve_linears(
 
 def _part_bits(recipe: Recipe, shape: tuple[int, int]) -> int:
     return sum(p.part_bits(*shape) for p in recipe.passes)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _size_problems(reader: CheckpointReader, layout: ModelLayout) -> Iterable[Problem]:
@@ -275,5 +279,6 @@ def other_linears(config: Any, spec: ArchitectureSpec) -> Iterable[str]:
     for index in range(spec.n_blocks):
         for router in spec.block(index).routers:
             yield spec.prefix(index) + router
+    yield from spec.other_linears
     if getattr(config, "word_embed_proj_dim", None) not in (None, getattr(config, "hidden_size", None)):
         yield from ("model.decoder.project_in", "model.decoder.project_out")

@@ -7,6 +7,7 @@ from typing import Any
 
 from calibration.architectures import ArchitectureSpec, Residual
 from calibration.model.checkpoint import CheckpointReader
+from calibration.model.classes import text_config
 from calibration.walk.outside import Outside
 from calibration.walk.passes import keeps_originals, references_of, watches_float
 from calibration.walk.statistics import CrossGram, Gram
@@ -39,7 +40,7 @@ def _untied_bytes(reader: CheckpointReader, spec: ArchitectureSpec, recipe: Reci
     if not isinstance(spec.residual, Residual):
         return 0
     added = [n for n in Outside(reader, spec, recipe.passes).names if n not in reader.infos]
-    return len(added) * reader.infos[f"{spec.residual.embeddings[0]}.weight"].nbytes
+    return len(added) * reader.infos[f"{spec.residual.embeddings[0]}.weight"].nbytes if added else 0
 
 
 def estimate(
@@ -65,7 +66,7 @@ def estimate(
     quantized_bytes = round(layout.quantized_bits / 8)
     output = reader.total_bytes - replaced + quantized_bytes + _untied_bytes(reader, spec, recipe)
     block = sum(info.numel for n, info in reader.infos.items() if n.startswith(spec.prefix(0)))
-    hidden = int(getattr(config, "hidden_size", None) or config.n_embd)
+    hidden = int(text_config(config).hidden_size)
     statistics = 0
     grams = {kind for p in recipe.passes for kind in p.statistics} & {Gram, CrossGram}
     if grams:
@@ -81,7 +82,8 @@ def estimate(
     graph = 2 * batch_tokens * widths * itemsize if references else 0  # one batch, what its backward pass needs
     graph += batch_tokens * widths * itemsize if pairs else 0  # one batch, what the float block's linears see
     peak = block * copies + statistics + states + graph + 6 * ROW_BYTES
-    stem = sum(i.nbytes for n, i in reader.infos.items() if not n.startswith(spec.blocks + "."))
+    beyond = f"{spec.blocks}."  # blocks behind the last one are copied, a tensor at a time
+    stem = sum(i.nbytes for n, i in reader.infos.items() if spec.block_of(n) is None and not n.startswith(beyond))
     return Sizes(
         float_bytes=reader.total_bytes,
         output_bytes=output,

@@ -18,6 +18,7 @@ from calibration.bounds import check_counts
 from calibration.errors import ToolkitError
 from calibration.memory import return_freed
 from calibration.model.checkpoint import CheckpointReader
+from calibration.model.classes import text_config
 from calibration.model.opening import (
     DEMO,
     DEMO_FOLDER,
@@ -135,7 +136,7 @@ class Source:
         """Text of the model's own; the model is gone again afterwards."""
         o = self.options
         tokenizer = load_tokenizer(self.folder, o.trust_remote_code)
-        check_tokenizer(tokenizer, int(self.config.vocab_size))
+        check_tokenizer(tokenizer, int(text_config(self.config).vocab_size))
         progress.stage("write", -(-o.samples // BATCH))
         loaded = load_model(self.folder, dtype=self.dtype, device=self.device, trust_remote_code=o.trust_remote_code)
         tokens = generate_tokens(loaded.model, tokenizer, o.samples, self.seq_len, seed, progress.advance)

@@ -28,6 +28,7 @@ def run_identity(job: Job, tokens: TokenBatches | None, weights: str) -> dict[st
         "forward": f"{job.dtype} on {job.device.type}, {job.batch_size} sequences at a time",
         "threads": torch.get_num_threads(),
         "unseen_experts": job.options.unseen_experts,
+        "token_weights": job.options.token_weights,
         "evaluate": job.options.evaluate,
         "eval_windows": job.options.eval_windows,
     }

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from calibration.errors import ToolkitError
+from calibration.model.classes import text_config
 from calibration.model.contents import check_weights
 from calibration.model.skeleton import Skeleton
 from calibration.progress import Progress, Silent
@@ -13,6 +14,7 @@ from calibration.record import RunRecord
 from calibration.text.crops import TokenBatches
 from calibration.walk.float_blocks import FloatBlocks
 from calibration.walk.passes import Phase
+from calibration.walk.proof import needs_proof, prove
 from calibration.walk.walk import Walk
 from ptq.committed import CommittedBlocks, Restore, encode_segment, input_quantizers
 from ptq.evaluation import check_text
@@ -55,13 +57,18 @@ def run(
         weights = check_weights(job.reader, progress.advance)
     session.begin(run_identity(job, tokens, weights), resume)
     session.keep(frozenset({BLOCKS}))
+    floats = FloatBlocks(job.reader, skeleton, job.plan.recipe.passes, job.plan.schemes, job.batch_size)
+    if needs_proof(job.plan.recipe.passes) and not resume:
+        with watch("prove"):
+            prove(floats, progress)
     walk = Walk(
-        FloatBlocks(job.reader, skeleton, job.plan.recipe.passes, job.plan.schemes, job.batch_size),
+        floats,
         encode=encode_segment,
         restore=Restore(job.plan.layout),
         inputs=input_quantizers,
         folder=session.blocks,
         allow_unseen=job.options.unseen_experts == "rtn",
+        token_weights=job.options.token_weights,
     )
     resumed = walk.finished.count()
     with watch("quantize"):
@@ -81,7 +88,7 @@ def _check(
     _check_disk(session, job.plan)
     options = job.options
     if options.evaluate is not None:
-        words = int(job.config.vocab_size)
+        words = int(text_config(job.config).vocab_size)
         check_text(job.folder, options.evaluate, job.seq_len, words, options.trust_remote_code)
     return (tokens or job.windows(progress)) if job.plan.needs_data else tokens
 
@@ -97,12 +104,15 @@ def _export(
     with watch("export"):
         progress.stage("export", len(layout.quantized))
         outside = walk.blocks.outside.tensors()
-        fmt, written = write_checkpoint(blocks.blocks, outside, layout, plan.format, session.partial, progress.advance)
+        names = job.reader.stored_name
+        fmt, written = write_checkpoint(
+            blocks.blocks, outside, layout, plan.format, session.partial, progress.advance, names
+        )
         job.reader.close()
         copy_small_files(job.folder, session.partial)
     with watch("verify"):
         progress.stage("verify", len(layout.quantized))
-        verified = verify_checkpoint(blocks.blocks, fmt, session.partial, progress.advance)
+        verified = verify_checkpoint(blocks.blocks, fmt, session.partial, progress.advance, job.reader.stored_name)
         check_keys(session.partial, job.reader.infos, job.options.trust_remote_code)
     gating = [step for step in plan.recipe.passes if Phase.GATE in step.phases]
     if gating:

@@ -9,7 +9,8 @@ import torch
 
 from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
-from calibration.model.checkpoint import CheckpointReader, TensorInfo, TensorSource
+from calibration.model.checkpoint import CheckpointReader, TensorSource
+from calibration.model.headers import TensorInfo
 from ptq.formats.adapter import read_adapter
 from ptq.formats.reading import quantized_linears, read_linear
 from ptq.formats.registry import format_of

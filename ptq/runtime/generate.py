@@ -17,6 +17,7 @@ import torch
 
 from calibration.bounds import check_counts
 from calibration.errors import ToolkitError
+from calibration.model.classes import rope_switch
 from calibration.shown import Shown
 from calibration.text.encoding import prompt_ids
 from ptq.devices import peak_rss_bytes
@@ -155,6 +156,8 @@ def decode_tokens(
 ) -> tuple[list[int], list[float]]:
     """Token by token after ``input_ids`` int64 ``[1, n]``, with a key-value cache.
 
+    Where a model changes its rotary frequencies at some length (LongRoPE), the cache is made anew there, once.
+
     Returns:
         The new tokens, the end token included, and times: the start, then one for each new token.
     """
@@ -166,6 +169,7 @@ def decode_tokens(
     generator = torch.Generator(device=input_ids.device).manual_seed(seed)
     tokens: list[int] = []
     times = [time.perf_counter()]
+    switch, sequence = rope_switch(model.config), input_ids
     with torch.inference_mode():
         for _ in range(max_new_tokens):
             logits = model(input_ids=input_ids, **arguments).logits[0, -1]
@@ -182,6 +186,9 @@ def decode_tokens(
             if token in end_tokens:
                 break
             input_ids = choice[None]
+            sequence = torch.cat([sequence, input_ids], dim=1)
+            if sequence.shape[1] - 1 == switch:
+                input_ids, arguments["past_key_values"] = sequence, DynamicCache(config=model.config)
     return tokens, times
 
 

@@ -15,7 +15,7 @@ from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader
 from calibration.model.opening import locate, open_model
-from calibration.model.skeleton import build_model, load_parameters, set_submodule
+from calibration.model.skeleton import build_model, check_placed, load_parameters, places, set_submodule
 from calibration.shown import Shown
 from ptq.formats.adapter import read_adapter
 from ptq.formats.reading import quantized_linears, read_linear
@@ -150,12 +150,15 @@ def load_model(
                 activations.update([linear.activations] if linear.activations else [])
                 reasons.update((k, r) for k, r in linear.reasons.items())
             _replace(network, path, layer, name)
-        parameters = dict(network.named_parameters(remove_duplicate=False))  # a tied head has its name too
+        if fmt is None:
+            check_placed(reader.infos, network, spec)
+        known = places(network)  # a tied head has its name too
         plain = {}
         for name in reader.infos:
             target = spec.root_module_name(name)
-            if name not in taken and target in parameters:
-                plain[target] = reader.tensor(name).to(device, dtype)
+            if name not in taken and target in known:
+                tensor = reader.tensor(name)
+                plain[target] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
         load_parameters(network, plain)
     # as in from_pretrained: head and embedding that are both stored and differ are not tied, whatever the config says
     absent = {n for n, p in network.named_parameters(remove_duplicate=False) if p.is_meta}

@@ -44,12 +44,20 @@ DAMAGED = "the download or copy was cut short, or another program wrote it wrong
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor; ``start`` is the offset of its first byte in the shard."""
+    """What a header says of one tensor.
+
+    Attributes:
+        dtype: in which it is read.
+        start: offset of its first byte in the shard.
+        codes: of the stored values, where they are float8 codes that are multiplied by ``scale`` on reading.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     shard: str
     start: int = 0
+    codes: torch.dtype | None = None
+    scale: TensorInfo | None = None
 
     @property
     def numel(self) -> int:
@@ -126,7 +134,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def shards(folder: Path) -> list[str]:
+def shards_of(folder: Path) -> list[str]:
     """File names of the shards: ``model.safetensors`` comes before the index, as in transformers. Other files beside
     them (Mistral's ``consolidated.safetensors``) are other copies of the weights, and not read.
 
