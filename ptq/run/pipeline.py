@@ -21,6 +21,7 @@ from ptq.evaluation import check_text
 from ptq.formats.loadable import check_keys
 from ptq.formats.write import copy_small_files, verify_checkpoint, write_checkpoint
 from ptq.planning.job import Job
+from ptq.planning.memory import tell_short_memory
 from ptq.planning.plan import Plan
 from ptq.run.identity import run_identity
 from ptq.run.reporting import Outcome, Stopwatch, write_reports
@@ -86,6 +87,7 @@ def _check(
     session.check(overwrite, resume, job.folder)
     job.tell(progress)
     _check_disk(session, job.plan)
+    tell_short_memory(job, progress)
     options = job.options
     if options.evaluate is not None:
         words = int(text_config(job.config).vocab_size)
