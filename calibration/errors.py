@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -40,6 +41,24 @@ class PlanError(ToolkitError):
         Exception.__init__(self, "\n".join(str(p) for p in self.problems))
         self.message = "; ".join(f"{p.subject}: {p.reason}" for p in self.problems)
         self.fix = "; ".join(p.fix for p in self.problems)
+
+
+@contextmanager
+def foreign(what: str, fix: str) -> Iterator[None]:
+    """The border to a library that reads what users bring: whatever it raises becomes a `ToolkitError` that begins with
+    ``what`` and ends with its first line; the cause is kept. (Tokenizers raise plain `Exception`, config classes their
+    own kinds: no list of types is complete.)"""
+    try:
+        yield
+    except ToolkitError:
+        raise
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyError | AttributeError | IndexError | RecursionError):
+            reason = f"{type(error).__name__}: {reason}"
+        raise ToolkitError(f"{what}: {reason[:300]}", fix) from error
 
 
 def nearest(value: str, known: Iterable[str]) -> str:

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calibration.errors import ToolkitError
+from calibration.errors import ToolkitError, foreign
+from calibration.model.reading import built, read_json
 from calibration.shown import Shown
 
 SCHEMA_VERSION = 1
 REPORT_FILE = "report.json"
 TIMINGS_FILE = "timings.json"
+_NO_RUN = "name the output folder of a finished `ptq quantize` run"
 
 
 @dataclass(frozen=True)
@@ -209,46 +211,40 @@ class Timings:
 def evaluation_from_json(data: dict[str, Any]) -> Evaluation:
     """The inverse of ``dataclasses.asdict`` for one `Evaluation`."""
     divergence = data.get("divergence")
-    return Evaluation(
-        **{
+    return built(
+        Evaluation,
+        {
             **data,
-            "protocol": Protocol(**data["protocol"]),
-            "divergence": None if divergence is None else Divergence(**divergence),
-        }
+            "protocol": built(Protocol, data["protocol"]),
+            "divergence": None if divergence is None else built(Divergence, divergence),
+        },
     )
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ToolkitError(f"{path}: no such file", "name the output folder of a finished `ptq quantize` run") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ToolkitError(f"{path}: not readable as JSON ({error})", "run `ptq quantize` again") from None
-    assert isinstance(data, dict)
-    return data
 
 
 def read_record(run: Path) -> RunRecord:
     """``report.json`` of a run (its folder, or the file itself).
 
     Raises:
-        ToolkitError: no such file, not JSON, or written by a newer schema.
+        ToolkitError: no such file, not JSON, written by a newer schema, or damaged.
     """
     path = run if run.suffix == ".json" else run / REPORT_FILE
-    data = _load_json(path)
+    data = read_json(path, _NO_RUN)
     if data.get("schema_version") != SCHEMA_VERSION:
         raise ToolkitError(
             f"{path}: schema version {data.get('schema_version')}, this version reads {SCHEMA_VERSION}",
             "compare runs written by the same version of ptq, or repeat the run",
         )
-    linears = tuple(LinearRecord(**{**entry, "shape": tuple(entry["shape"])}) for entry in data["linears"])
-    evaluations = tuple(evaluation_from_json(entry) for entry in data["evaluations"])
-    return RunRecord(**{**data, "linears": linears, "left": tuple(data["left"]), "evaluations": evaluations})
+    with foreign(f"{path}: damaged", _NO_RUN):
+        linears = tuple(built(LinearRecord, {**entry, "shape": tuple(entry["shape"])}) for entry in data["linears"])
+        evaluations = tuple(evaluation_from_json(entry) for entry in data["evaluations"])
+        return built(RunRecord, {**data, "linears": linears, "left": tuple(data["left"]), "evaluations": evaluations})
 
 
 def read_timings(run: Path) -> Timings | None:
     """``timings.json`` beside a record, or None where there is none."""
     folder = run.parent if run.suffix == ".json" else run
     path = folder / TIMINGS_FILE
-    return Timings(**_load_json(path)) if path.exists() else None
+    if not path.exists():
+        return None
+    with foreign(f"{path}: damaged", _NO_RUN):
+        return built(Timings, read_json(path, _NO_RUN))

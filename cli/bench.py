@@ -32,6 +32,7 @@ def bench(
     import torch
 
     from calibration.model.opening import load_tokenizer, locate
+    from calibration.text.encoding import prompt_ids
     from ptq.devices import parse_dtype, resolve_device
     from ptq.runtime.bench import measure_speed
     from ptq.runtime.generate import decode_tokens, read_bandwidth
@@ -42,7 +43,7 @@ def bench(
     folder, where = locate(model), resolve_device(device)
     width = torch.bfloat16 if dtype == "auto" else parse_dtype(dtype)
     sparsity = load_sparsity(folder)
-    ids = load_tokenizer(folder, trust_remote_code)(prompt, return_tensors="pt").input_ids.to(where)
+    ids = prompt_ids(load_tokenizer(folder, trust_remote_code), prompt).to(where)
     peak = read_bandwidth() if where.type == "cpu" else None
     machine = f"{torch.get_num_threads()} threads" + ("" if peak is None else f", read bandwidth {peak / 1e9:.1f} GB/s")
     print(f"{ids.shape[1]} tokens of prompt, {new_tokens} decoded, fastest step of {repeats} runs; {machine}")

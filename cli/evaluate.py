@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.json_output import Json, json_output
 from cli.options import Dense, Device, Model, TrustRemoteCode, quiet_libraries
 from cli.verbosity import detail
+
+if TYPE_CHECKING:
+    from calibration.record import Evaluation
 
 
 def evaluate(
@@ -33,7 +36,7 @@ def evaluate(
     tasks: Annotated[
         str | None, typer.Option(help="lm-eval tasks, comma-separated (pip install 'ptq\\[eval]').")
     ] = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+    json: Json = None,
     device: Device = "auto",
     dtype: Annotated[
         str, typer.Option(help="auto (float32 on CPU, bfloat16 on GPU), float32, bfloat16, float16.")
@@ -76,48 +79,55 @@ def evaluate(
     The last line printed is `perplexity N.NNNN`.
     """
     quiet_libraries()
-    from calibration.errors import ToolkitError
-
-    if json is not None and not json.absolute().parent.is_dir():
-        raise ToolkitError(f"--json {json}: no such folder", "name a file in an existing folder")
     import dataclasses
-    import json as json_module
 
     import ptq
-    from calibration.model.checkpoint import write_atomically
     from calibration.record import SCHEMA_VERSION
     from cli.progress import TerminalProgress
 
-    with TerminalProgress() as progress:
-        result = ptq.evaluate(
-            model,
-            dataset=dataset,
-            seq_len=seq_len,
-            protocol=protocol,
-            stride=stride,
-            max_windows=max_windows,
-            reference=reference,
-            device=device,
-            dtype=dtype,
-            kernel=kernel,
-            probabilities=probabilities,
-            mlp_values=mlp_values,
-            softmax=softmax,
-            calibration=calibration,
-            trust_remote_code=trust_remote_code,
-            sparse=not dense,
-            progress=progress,
-        )
-    task_run = None
-    if tasks:
-        task_run = ptq.evaluate_tasks(
-            model,
-            tasks.split(","),
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            sparse=not dense,
-        )
+    with json_output(json) as write_json:
+        with TerminalProgress() as progress:
+            result = ptq.evaluate(
+                model,
+                dataset=dataset,
+                seq_len=seq_len,
+                protocol=protocol,
+                stride=stride,
+                max_windows=max_windows,
+                reference=reference,
+                device=device,
+                dtype=dtype,
+                kernel=kernel,
+                probabilities=probabilities,
+                mlp_values=mlp_values,
+                softmax=softmax,
+                calibration=calibration,
+                trust_remote_code=trust_remote_code,
+                sparse=not dense,
+                progress=progress,
+            )
+        task_run = None
+        if tasks:
+            task_run = ptq.evaluate_tasks(
+                model,
+                tasks.split(","),
+                device=device,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                sparse=not dense,
+            )
+        _tell(result)
+        for t in task_run.scores if task_run else ():
+            error = f" +- {t.standard_error:.4f}" if t.standard_error is not None else ""
+            print(f"{t.task}: {t.metric} {t.value:.4f}{error} ({t.samples} items, {t.shots} shots)")
+        tasks_json = dataclasses.asdict(task_run) if task_run else {}
+        evaluations = [dataclasses.asdict(result)]
+        write_json({"schema_version": SCHEMA_VERSION, "model": model, "evaluations": evaluations, "tasks": tasks_json})
+        print(f"perplexity {result.perplexity:.4f}")
+
+
+def _tell(result: Evaluation) -> None:
+    """Everything but the result."""
     p = result.protocol
     detail(
         f"text {p.dataset} (sha256 {p.text_fingerprint}), rows joined by {p.join!r}, special tokens: {p.special_tokens}"
@@ -137,15 +147,3 @@ def evaluate(
         detail(f"reference perplexity {d.reference_perplexity:.4f}")
         detail(f"KL mean {d.kl_mean:.6f}, 99th percentile {d.kl_p99:.6f} nats; top-1 agreement {d.top1_agreement:.4%}")
         detail(f"NLL difference {d.delta_nll:+.6f} +- {d.delta_nll_se:.6f} nats per token")
-    for t in task_run.scores if task_run else ():
-        error = f" +- {t.standard_error:.4f}" if t.standard_error is not None else ""
-        print(f"{t.task}: {t.metric} {t.value:.4f}{error} ({t.samples} items, {t.shots} shots)")
-    if json is not None:
-        data = {
-            "schema_version": SCHEMA_VERSION,
-            "model": model,
-            "evaluations": [dataclasses.asdict(result)],
-            "tasks": dataclasses.asdict(task_run) if task_run else {},
-        }
-        write_atomically(json, (json_module.dumps(data, indent=1, sort_keys=True) + "\n").encode())
-    print(f"perplexity {result.perplexity:.4f}")

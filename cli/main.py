@@ -27,6 +27,7 @@ from cli import (
     sparsify,
     study,
 )
+from cli.interrupts import Interrupted, terminable, what_is_kept
 from cli.scheme_hint import Command
 from cli.verbosity import Quiet, Verbose, verbosity, with_verbosity
 
@@ -77,18 +78,19 @@ def everywhere(
 
 
 def main() -> None:
-    """Entry point. What a user can fix ends with one message and exit code 2; an interrupt with 130."""
+    """Entry point. What a user can fix ends with one message and exit code 2; SIGINT with 130, SIGTERM with 143."""
     verbosity.reset()
     try:
-        app(prog_name="ptq")
+        with terminable():
+            app(prog_name="ptq")
     except ToolkitError as error:
         if verbosity.verbose:
             traceback.print_exception(error)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: what is finished is kept; run again with --resume to continue", file=sys.stderr)
-        sys.exit(130)
+    except Interrupted as interrupt:
+        print(what_is_kept(sys.argv[1:]), file=sys.stderr)
+        sys.exit(128 + interrupt.number)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from cli.json_output import Json, json_output
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +32,7 @@ def predict(
     bits: Annotated[
         str, typer.Option(help="Stored bits per weight, comma-separated. With scales: w4a16-g128 has 4.125.")
     ] = "2,3,4,5,6,8",
-    json: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+    json: Json = None,
 ) -> None:
     """What rounding to so many bits will add to the loss, by the precision scaling law (Kumar et al. 2024).
 
@@ -40,22 +42,18 @@ def predict(
 
       ptq predict runs/w2 runs/w3 runs/w4 --tokens 15e12 --bits 2.25,5
     """
-    from calibration.errors import ToolkitError
-
-    if json is not None and not json.absolute().parent.is_dir():
-        raise ToolkitError(f"--json {json}: no such folder", "name a file in an existing folder")
     widths = _numbers(bits)
-    import ptq
+    with json_output(json) as write_json:
+        import ptq
 
-    found = ptq.predict(runs or (), params=params, tokens=tokens, bits=widths)
-    print(f"{found.parameters:.3g} parameters without embeddings, {found.tokens:.3g} training tokens\n")
-    for line in _table(found.predictions):
-        print(line)
-    print()
-    for line in _source(found.fit, found.outside):
-        print(line)
-    if json is not None:
-        _write(json, found)
+        found = ptq.predict(runs or (), params=params, tokens=tokens, bits=widths)
+        print(f"{found.parameters:.3g} parameters without embeddings, {found.tokens:.3g} training tokens\n")
+        for line in _table(found.predictions):
+            print(line)
+        print()
+        for line in _source(found.fit, found.outside):
+            print(line)
+        write_json(_as_json(found))
 
 
 def _numbers(text: str) -> list[float]:
@@ -106,14 +104,12 @@ def _source(fitted: Fit | None, far: Sequence[str]) -> list[str]:
     return lines
 
 
-def _write(path: Path, found: Forecast) -> None:
+def _as_json(found: Forecast) -> dict[str, Any]:
     import dataclasses
-    import json
 
-    from calibration.model.checkpoint import write_atomically
     from ptq.study.precision_law import PrecisionLaw
 
-    data = {
+    return {
         "parameters": found.parameters,
         "tokens": found.tokens,
         "law": dataclasses.asdict(found.fit.law if found.fit else PrecisionLaw()),
@@ -121,4 +117,3 @@ def _write(path: Path, found: Forecast) -> None:
         "outside": [] if found.fit else list(found.outside),
         "predictions": [dataclasses.asdict(p) for p in found.predictions],
     }
-    write_atomically(path, (json.dumps(data, indent=1, sort_keys=True) + "\n").encode())

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from cli.interrupts import passed_on
+
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result alone: no plan, no progress.")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Messages of the libraries below, and the traceback of an error.")
@@ -55,7 +57,8 @@ def with_verbosity(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def run(*, quiet: bool, verbose: bool, **values: Any) -> Any:
         verbosity.add(quiet, verbose)
-        return command(**values)
+        with passed_on():
+            return command(**values)
 
     signature = inspect.signature(command, eval_str=True)
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values()]

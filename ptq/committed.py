@@ -19,6 +19,7 @@ from calibration.walk.walk import Tensors, Transforms
 from ptq.formats.registry import FORMATS
 from ptq.linears import ModelLayout
 from ptq.numerics.activations import fake_quantize_inputs
+from ptq.numerics.integers import LARGEST_SCALE, SMALLEST_SCALE
 from ptq.quantized import INPUT_GRID, QuantizedTensor
 from ptq.scheme import parse_scheme
 
@@ -51,6 +52,9 @@ class CommittedBlocks:
             yield quantized, {n: t for n, t in tensors.items() if n not in taken}
 
 
+SATURATED = "saturated scales"  # the note of a linear that has some
+
+
 def encode_segment(segment: Segment) -> dict[str, torch.Tensor]:
     """A finished segment as the tensors of its file: native codes, and the rest in its stored dtype."""
     quantized: dict[str, QuantizedTensor] = {}
@@ -72,9 +76,25 @@ def encode_segment(segment: Segment) -> dict[str, torch.Tensor]:
     for name, tensor in others.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ToolkitError(f"{name}: NaN or Inf after {segment.index + 1} blocks", "try --dtype float32")
+    for name in segment.quantized:
+        if count := saturated_scales(quantized[segment.full_name(name)]):
+            segment.note(name, **{SATURATED: count})
     for name, q in quantized.items():
         others.update({f"{name}.{s}": t for s, t in NATIVE.encode(q, torch.bfloat16).items()})
     return others
+
+
+def saturated_scales(q: QuantizedTensor) -> int:
+    """How many steps are the largest that 16 bits hold, and lines (rows, or columns for axis "out") that are not zero
+    with some of the smallest: their weights are cut off or lose digits."""
+    w = q.scheme.weights
+    if w.scale_format != "half" or w.salient_percent is not None:
+        return 0
+    lost = (q.scale <= SMALLEST_SCALE).any(dim=1)
+    if bool(lost.any()):
+        weights = q.dequantize(torch.float32)
+        lost &= ((weights if w.grouping.axis == "in" else weights.T) != 0).any(dim=1)
+    return int((q.scale >= LARGEST_SCALE).sum()) + int(lost.sum())
 
 
 class Restore:

@@ -20,13 +20,14 @@ from ptq.formats.checks import NATIVE
 from ptq.formats.gguf import check_target
 from ptq.formats.gguf_file import check_file
 from ptq.formats.native import WEIGHTS_KEY
-from ptq.formats.registry import FORMATS, Format, format_of
+from ptq.formats.reading import quantized_linears, read_linear
+from ptq.formats.registry import FORMATS, Format
 from ptq.formats.write import Origin, copy_small_files, outside_blocks, verify_checkpoint, write_checkpoint
 from ptq.linears import ModelLayout, PlannedLinear, float_linears
 from ptq.planning.outside_plan import outside_problems, quantized_outside, rounded_outside
 from ptq.planning.plan import other_linears
 from ptq.quantized import QuantizedTensor
-from ptq.runtime.load import read_linear
+from ptq.scheme import QuantScheme
 from ptq.session import Session
 from sparsity.files import Sparsity, load_sparsity, save_sparsity
 
@@ -81,8 +82,8 @@ def export_model(
     session = Session(Path(out))
     session.check(overwrite, resume=False, source=folder, resumable=False)
     reader, config, spec = open_model(folder, trust_remote_code)
-    source_format = format_of(reader.config)
-    if source_format is None:
+    found = quantized_linears(reader)
+    if found is None:
         raise ToolkitError(
             f"{folder}: a float checkpoint", "run `ptq quantize` on it; export changes the format of quantized ones"
         )
@@ -91,7 +92,7 @@ def export_model(
             f"{folder}: has a low-rank adapter beside it, which would be lost",
             "export from the native checkpoint that it came from",
         )
-    schemes = source_format.schemes(reader.config, reader.infos, reader.tensor)
+    source_format, schemes = found
     layout = quantized_layout(reader, config, spec, source_format, schemes)
     problems = adapter_problems(layout) if adapter else []
     outside = Outside(reader, source_format, spec, schemes)
@@ -136,12 +137,16 @@ def move_thresholds(sparsity: Sparsity, folder: Path) -> None:
 
 
 def quantized_layout(
-    reader: CheckpointReader, config: Any, spec: ArchitectureSpec, fmt: Format, schemes: Mapping[str, Any]
+    reader: CheckpointReader,
+    config: Any,
+    spec: ArchitectureSpec,
+    fmt: Format,
+    schemes: Mapping[str, tuple[QuantScheme, tuple[int, int]]],
 ) -> ModelLayout:
     """The layout that a quantized checkpoint was written from. Every quantized linear is read once.
 
     Args:
-        schemes: what `Format.schemes` says of the checkpoint.
+        fmt, schemes: of `quantized_linears`.
     """
     linears = []
     reordered, parts, last = False, dict[str, None](), 0
@@ -215,7 +220,7 @@ class QuantizedBlocks:
             quantized = {
                 linear.name: read_linear(self.reader, self.format, linear.name, linear.scheme, linear.shape)
                 for linear in self.layout.quantized
-                if linear.block == index
+                if linear.block == index and linear.scheme is not None
             }
             taken = {f"{name}.{s}" for name in quantized for s in self.format.suffixes}
             prefix = f"{self.layout.blocks}.{index}."

@@ -56,6 +56,15 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def available_bytes() -> int | None:
+    """Memory that this machine can still give, None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
 def evaluation_dtype(name: str, device: torch.device) -> torch.dtype:
     """``auto``: float32 on CPUs, so that numbers compare between machines; bfloat16 on GPUs."""
     if name == "auto":

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from calibration.architectures import ArchitectureSpec
+from calibration.bounds import check_counts
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, write_atomically
 from calibration.model.opening import fingerprint
@@ -28,10 +29,11 @@ from calibration.progress import Progress, Silent
 from calibration.shown import Shown
 from calibration.text.crops import TokenBatches
 from ptq.formats.native import WEIGHTS_KEY
+from ptq.formats.reading import read_linear
 from ptq.formats.registry import Format, format_of
 from ptq.formats.write import copy_small_files
 from ptq.planning.source import TextOptions, open_source
-from ptq.runtime.load import checkpoint_dtype, read_linear
+from ptq.runtime.load import checkpoint_dtype
 from ptq.session import Session
 
 RECORD_FILE = "preparation.json"
@@ -138,6 +140,7 @@ def prepare_checkpoint(
         raise ToolkitError(
             f"--steps {training.steps} --batch {training.batch}: nothing to train on", "use at least 1 of each"
         )
+    check_counts(steps=training.steps, batch=training.batch)
     samples = training.steps * training.batch
     options = TextOptions(
         dataset, samples, seq_len, training.seed, device, "float32", trust_remote_code=trust_remote_code

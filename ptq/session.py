@@ -1,7 +1,7 @@
 """The output of a run: work happens in ``DIR.partial``, and DIR (or the one file of GGUF) appears whole or not at all.
 
 ``plan.json`` says which run a folder belongs to. It stays in DIR: were it removed before the rename, a run killed
-between the two could not be resumed.
+between the two could not be resumed; and ``--overwrite`` replaces nothing that does not carry one.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import disk_errors, sync_folder, write_atomically
+from calibration.model.reading import read_json
+from ptq.lock import Lock, locked_targets
 
 PLAN_FILE = "plan.json"
 BLOCKS = "blocks"
@@ -25,23 +26,29 @@ SINGLE_FILE = "model.gguf"
 """The name of that file inside DIR.partial."""
 BESIDE = ("report.json", "report.html")
 """What goes beside a result of one file, under its name: ``FILE.report.json``."""
+PROGRAM = ("program", "ptq")  # the entry by which a plan.json of ours is known
 _MISSING = "nothing"
 
 
-@dataclass(frozen=True)
 class Session:
-    """One run's folders.
+    """One run's folders, locked for other processes as long as it lives.
 
     Attributes:
         out: DIR, as the user named it.
+        target: DIR without ``.``, ``..`` and links, resolved once: the current folder may be renamed on the way.
+        partial: where the work happens.
+        replaced: where an old DIR waits while the new one takes its name.
     """
 
-    out: Path
-
-    @property
-    def target(self) -> Path:
-        """DIR without ``.``, ``..`` and links, so that it can be renamed and has neighbours."""
-        return self.out.resolve()
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        try:
+            self.target = out.resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, an impossible name
+            raise ToolkitError(f"--out {str(out)[:200]}: not a possible folder ({error})", "name another") from None
+        self.partial = self.target.with_name(self.target.name + ".partial") if self.target.name else self.target
+        self.replaced = self.target.with_name(f".{self.target.name}.ptq-replaced") if self.target.name else self.target
+        self._lock: Lock | None = None
 
     @property
     def single(self) -> bool:
@@ -49,66 +56,84 @@ class Session:
         return self.out.suffix == SINGLE_SUFFIX
 
     @property
-    def partial(self) -> Path:
-        return self.target.with_name(self.target.name + ".partial")
-
-    @property
-    def replaced(self) -> Path:
-        """Where an old DIR waits while the new one takes its name."""
-        return self.target.with_name(f".{self.target.name}.ptq-replaced")
-
-    @property
     def blocks(self) -> Path:
         """Committed blocks, removed at the end."""
         return self.partial / BLOCKS
 
     def check(self, overwrite: bool, resume: bool, source: Path | None = None, resumable: bool = True) -> None:
-        """Refuse folders that hold something, before any work.
+        """Lock the folder, and refuse one that holds something, before any work.
 
         Args:
             source: the model's folder, which must outlive the run.
             resumable: whether the command has a ``--resume``.
 
         Raises:
-            ToolkitError: DIR is not empty, DIR.partial is there without ``resume``, or is not there with it; DIR is
-                or holds ``source``.
+            ToolkitError: another process writes there; DIR is not empty, or is no output of ours with ``overwrite``;
+                DIR.partial is there without ``resume``, or is not there with it; DIR is or holds ``source``.
         """
         if not self.target.name:
             raise ToolkitError(f"--out {self.out}: cannot be replaced", "name a folder below it")
-        for folder in (*([] if self.single else [self.target]), *self.target.parents):
-            if folder.exists():
-                if not folder.is_dir():
-                    raise ToolkitError(f"--out {self.out}: {folder} is a file", "name a folder")
-                break
+        with disk_errors(self.target):
+            for folder in (*([] if self.single else [self.target]), *self.target.parents):
+                if folder.exists():
+                    if not folder.is_dir():
+                        raise ToolkitError(f"--out {self.out}: {folder} is a file", "name a folder")
+                    break
         if source is not None and source.resolve().is_relative_to(self.target):
             raise ToolkitError(
                 f"--out {self.out}: the model that is read ({source}) is there", "choose another output folder"
             )
+        self._lock = self._lock or Lock(self.target)
         if self.single and self.target.is_file() and not overwrite:
             raise ToolkitError(f"--out {self.out}: is there already", "choose another file, or pass --overwrite")
-        if self.target.is_dir() and any(self.target.iterdir()) and not overwrite:
-            raise ToolkitError(
-                f"--out {self.out}: the folder is not empty", "choose another folder, or pass --overwrite to replace it"
-            )
-        if self.partial.exists() and not (resume or overwrite):
-            restart = "--overwrite to start again"
-            raise ToolkitError(
-                f"{self.partial}: an interrupted run is here",
-                f"pass --resume to continue it, or {restart}" if resumable else f"pass {restart}",
-            )
+        if self.replaced.exists() and not self.target.exists() and not self.partial.exists():
+            self.replaced.rename(self.target)  # an old run was killed between its two renames: nothing else has it
+        if self.target.is_dir() and any(self.target.iterdir()) and not resume:
+            if not overwrite:
+                raise ToolkitError(
+                    f"--out {self.out}: the folder is not empty",
+                    "choose another folder, or pass --overwrite to replace it",
+                )
+            self._ours(self.target)
         if resume and not (self.partial / PLAN_FILE).exists():
             raise ToolkitError(f"--resume: {self.partial} holds no interrupted run", "leave --resume out to start one")
+        if not self._empty(self.partial) and not resume:
+            if not overwrite and (self.partial / PLAN_FILE).exists():
+                restart = "--overwrite to start again"
+                raise ToolkitError(
+                    f"{self.partial}: an interrupted run is here",
+                    f"pass --resume to continue it, or {restart}" if resumable else f"pass {restart}",
+                )
+            self._ours(self.partial)
+
+    @staticmethod
+    def _empty(folder: Path) -> bool:
+        """Whether nothing is lost with a folder: it is not there, or a run was killed before it wrote anything."""
+        return not folder.exists() or (folder.is_dir() and all(p.name.endswith(".tmp") for p in folder.iterdir()))
+
+    def _ours(self, folder: Path) -> None:
+        """Refuse to replace what no run of ours has written."""
+        with suppress(ToolkitError):
+            if read_json(folder / PLAN_FILE).get(PROGRAM[0]) == PROGRAM[1]:
+                return
+        raise ToolkitError(
+            f"{folder}: holds files that no run of ptq has written (its {PLAN_FILE} is missing or of another program)",
+            "choose another --out, or empty the folder yourself",
+        )
 
     def begin(self, identity: Mapping[str, Any], resume: bool) -> None:
         """Create DIR.partial for this run, or make sure that the one there is of the same run.
+
+        What lies in a DIR.partial that is resumed and is made again anyway, or is no work of ours, is removed.
 
         Raises:
             ToolkitError: it is of another run; names the field that differs.
         """
         path = self.partial / PLAN_FILE
+        plan = {**identity, PROGRAM[0]: PROGRAM[1]}
         if resume:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            for field, new, old in _differences("", json.loads(json.dumps(identity)), before):
+            before = read_json(path, "pass --overwrite without --resume to start again")
+            for field, new, old in _differences("", json.loads(json.dumps(plan)), before):
                 raise ToolkitError(
                     f"--resume: '{field}' differs from the interrupted run: {new!r}, was {old!r}",
                     "repeat the command of the interrupted run, or pass --overwrite without --resume to start again",
@@ -118,7 +143,13 @@ class Session:
             if self.partial.exists():
                 shutil.rmtree(self.partial)
             self.partial.mkdir(parents=True)
-        write_atomically(path, (json.dumps(identity, indent=1, sort_keys=True) + "\n").encode())
+        write_atomically(path, (json.dumps(plan, indent=1, sort_keys=True) + "\n").encode())
+
+    def keep(self, names: frozenset[str]) -> None:
+        """Remove from DIR.partial all but the plan and ``names``: what a resumed run makes again, and strangers."""
+        for path in sorted(self.partial.iterdir()):
+            if path.name != PLAN_FILE and path.name not in names:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     @contextmanager
     def unless_done(self) -> Iterator[None]:
@@ -127,10 +158,12 @@ class Session:
             yield
         except BaseException:
             shutil.rmtree(self.partial, ignore_errors=True)
+            self.release()
             raise
 
     def finish(self) -> None:
-        """Remove what only the run needed and rename DIR.partial to DIR; an old DIR is deleted last."""
+        """Remove what only the run needed and rename DIR.partial to DIR. An old DIR is deleted last, and comes back
+        where the new one cannot take its name."""
         shutil.rmtree(self.blocks, ignore_errors=True)
         for path in sorted(self.partial.iterdir()):
             if path.name.startswith(".tmp") or path.name.endswith(".tmp"):
@@ -144,15 +177,26 @@ class Session:
         sync_folder(self.partial)
         if self.single:
             self._finish_file()
+            self.release()
             return
-        if self.target.exists():
+        here = _current()
+        with disk_errors(self.target):
+            if self.target.exists():
+                if self.replaced.exists():
+                    shutil.rmtree(self.replaced)
+                self.target.rename(self.replaced)
+            try:
+                self.partial.rename(self.target)
+            except OSError:
+                if self.replaced.exists() and not self.target.exists():
+                    self.replaced.rename(self.target)
+                raise
+            sync_folder(self.target.parent)
+            if here is not None and here.is_relative_to(self.target) and here.is_dir():
+                os.chdir(here)  # `--out .`: the folder that was current is the one that is deleted now
             if self.replaced.exists():
                 shutil.rmtree(self.replaced)
-            self.target.rename(self.replaced)
-        self.partial.rename(self.target)
-        sync_folder(self.target.parent)
-        if self.replaced.exists():
-            shutil.rmtree(self.replaced)
+        self.release()
 
     def _finish_file(self) -> None:
         """The file takes its name last, when all else is in place."""
@@ -162,6 +206,27 @@ class Session:
         (self.partial / SINGLE_FILE).replace(self.target)
         sync_folder(self.target.parent)
         shutil.rmtree(self.partial)
+
+    def release(self) -> None:
+        """Let other processes write to DIR again."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+
+def interrupted() -> Path | None:
+    """The DIR.partial of the run that this process was writing and that can be resumed; None where there is none."""
+    targets = sorted(locked_targets(), key=lambda path: len(path.parts))  # the runs of a study lie inside its own
+    partials = [target.with_name(f"{target.name}.partial") for target in targets]
+    return next((partial for partial in partials if (partial / PLAN_FILE).exists()), None)
+
+
+def _current() -> Path | None:
+    """The current folder, None where it was deleted."""
+    try:
+        return Path.cwd()
+    except OSError:
+        return None
 
 
 def _differences(field: str, new: Any, old: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -11,6 +11,7 @@ import torch
 
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import disk_errors
+from calibration.model.contents import checkpoint_files
 from calibration.model.opening import fingerprint
 from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
@@ -19,7 +20,7 @@ from ptq.evaluation import logits_of
 from ptq.planning.source import BATCH_TOKENS, Source, TextOptions, open_source
 from ptq.runtime.dequantized import float_weights
 from ptq.runtime.load import load_model
-from ptq.session import BLOCKS, Session
+from ptq.session import Session
 from ptq.sparse.methods import Target
 from sparsity.budget import ROUNDS, Profile, choose
 from sparsity.coverage import with_bytes_skipped
@@ -102,9 +103,11 @@ def run_sparsify(
             choice = choose(gates, spec, options.max_increase, Increase(source, held_out, progress))
             gates = site_tensors(choice.sites)
         with disk_errors(session.partial):
-            shutil.copytree(
-                folder, session.partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*NOT_COPIED, BLOCKS)
-            )
+            for path in checkpoint_files(source.folder):
+                if path.name not in NOT_COPIED:
+                    target = session.partial / path.relative_to(source.folder)
+                    target.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(path, target)
         sparsity = write(session.partial, [step], gates, tokens.source, source.provenance, choice)
         session.finish()
     return sparsity

@@ -15,9 +15,10 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file
 
-from calibration.errors import ToolkitError
+from calibration.errors import ToolkitError, foreign
 from calibration.model.checkpoint import CheckpointReader, save_tensors, write_atomically
 from calibration.model.opening import weights_fingerprint
+from calibration.model.reading import built, read_json
 from calibration.shown import Shown
 from sparsity.sites import MODES, Mode, Site
 
@@ -149,8 +150,8 @@ def load_sparsity(folder: Path) -> Sparsity | None:
     path = folder / SETTINGS_FILE
     if not path.exists():
         return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+    data = read_json(path, AGAIN)
+    with foreign(f"{path}: damaged", AGAIN):
         version = data["schema_version"]
         if version != SCHEMA_VERSION:
             raise ToolkitError(
@@ -160,8 +161,6 @@ def load_sparsity(folder: Path) -> Sparsity | None:
         shared = tuple(f"{s['linear']}.{s['mode']}" for s in data["sites"] if s["shared"])
         settings = {key: data[key] for key in ("method", "target", "base", "settings", "calibration")}
         settings["model"] = data.get("model", {})
-    except (ValueError, KeyError, TypeError) as error:
-        raise ToolkitError(f"{path}: damaged ({error!r})", AGAIN) from None
     with CheckpointReader(folder) as reader:
         found = weights_fingerprint(reader)
     if found != settings["base"]:
@@ -173,14 +172,18 @@ def load_sparsity(folder: Path) -> Sparsity | None:
     if set(sites) != set(listed):
         raise ToolkitError(f"{folder}: {SETTINGS_FILE} and {TENSORS_FILE} name different sites", AGAIN)
     reached = {name: share for name, share in listed.items() if share is not None}
-    return Sparsity(sites=tuple(sites[name] for name in listed), reached=reached, shared=shared, **settings)
+    with foreign(f"{path}: damaged", AGAIN):
+        given = {"sites": tuple(sites[name] for name in listed), "reached": reached, "shared": shared}
+        if not all(isinstance(share, int | float) for share in reached.values()):
+            raise TypeError("'reached' is no number")
+        return built(Sparsity, {**given, **settings})
 
 
 def made_of(folder: Path) -> dict[str, str]:
     """`Sparsity.model` of a sparse checkpoint, without a look at its weights; empty where it is not known."""
     try:
-        found = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")).get("model", {})
-    except (OSError, ValueError, AttributeError):
+        found = read_json(folder / SETTINGS_FILE).get("model", {})
+    except ToolkitError:
         return {}  # no sparse checkpoint, or a damaged file, which `load_sparsity` refuses
     return found if isinstance(found, dict) else {}
 

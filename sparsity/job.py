@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from calibration.architectures import ArchitectureSpec
+from calibration.bounds import setting_problems
 from calibration.errors import PlanError
 from calibration.model.checkpoint import CheckpointReader, TensorSource
 from calibration.model.opening import weights_fingerprint
@@ -44,7 +45,7 @@ def check_plan(step: Pass, spec: ArchitectureSpec, config: Any, tokens: int) -> 
     Raises:
         PlanError: every problem at once.
     """
-    problems = list(step.check(PlanView(None, spec, config, (step,), tokens)))
+    problems = list(setting_problems((step,))) or list(step.check(PlanView(None, spec, config, (step,), tokens)))
     if problems:
         raise PlanError(dict.fromkeys(problems))
 

@@ -135,7 +135,7 @@ MODELS = {
     "corrupt header": (corrupt_header, "model.safetensors: corrupt safetensors header", "fetch this file again"),
     "huge header": (huge_header, "model.safetensors: truncated or corrupt", "fetch this file again"),
     "missing shard": (missing_shard, "model-00002-of-00002.safetensors: missing shard", "fetch the missing file"),
-    "corrupt index": (corrupt_index, "index.json: corrupt index", "fetch this file again"),
+    "corrupt index": (corrupt_index, "index.json: not readable as JSON", "fetch this file again"),
     "no config": (no_config, "config.json: no such file", "Hugging Face checkpoint"),
     "adapter alone": (adapter_alone, "m: an adapter of org/base, not a model", "merge it first"),
     "adapter beside the model": (adapter_beside, "adapter beside it", "would be lost", "merge the adapter"),

@@ -12,10 +12,11 @@ import ptq
 from calibration.errors import PlanError
 from calibration.model.checkpoint import CheckpointReader
 from calibration.progress import Silent
+from ptq.formats.reading import read_linear
 from ptq.formats.registry import format_of
 from ptq.numerics.activations import fake_quantize_inputs
 from ptq.runtime.linear import QuantLinear
-from ptq.runtime.load import load_model, read_linear
+from ptq.runtime.load import load_model
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96}
 

@@ -200,7 +200,7 @@ def test_missing_shards_and_damaged_indices(tmp_path):
         CheckpointReader(tmp_path / "a")
     for content in ("{", "[]", "{}", '{"weight_map": 3}'):
         (tmp_path / "a" / INDEX).write_text(content)
-        with pytest.raises(ToolkitError, match="corrupt index"):
+        with pytest.raises(ToolkitError, match=r"index.json: (corrupt index|not readable as JSON|holds a list)"):
             CheckpointReader(tmp_path / "a")
 
 

@@ -21,7 +21,8 @@ from tiny_runs import (
 from transformers import AutoModelForCausalLM
 
 from calibration.errors import ToolkitError
-from calibration.model.opening import check_finite, open_model
+from calibration.model.contents import check_weights
+from calibration.model.opening import open_model
 from ptq.runtime.load import load_model
 
 Tensors = dict[str, torch.Tensor]
@@ -236,7 +237,7 @@ def test_scalars_need_not_be_finite(tmp_path):
         tiny_checkpoint("gpt_neox", tmp_path / "a"),
         lambda t: {**t, "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-torch.inf)},
     )
-    check_finite(open_model(source)[0])
+    check_weights(open_model(source)[0])
     rewrite(source, lambda t: {**t, "gpt_neox.final_layer_norm.bias": torch.full((64,), torch.nan)})
     with pytest.raises(ToolkitError, match=r"final_layer_norm\.bias .* 64 of 64 values"):
-        check_finite(open_model(source)[0])
+        check_weights(open_model(source)[0])

@@ -12,10 +12,10 @@ from command import done, process, refused, run_ptq, text_file, tiny
 
 from calibration.model.checkpoint import CheckpointReader
 from calibration.record import read_record, read_timings
+from ptq.formats.reading import read_linear
 from ptq.formats.registry import FORMATS, format_of
 from ptq.methods import COMBINATIONS, METHODS
 from ptq.quantized import QuantizedTensor
-from ptq.runtime.load import read_linear
 from sparsity.methods import METHODS as SPARSIFIERS
 
 FAST = ("--samples", "3", "--seq-len", "24", "--scheme", "w4a16-g32")

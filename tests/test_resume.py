@@ -21,7 +21,7 @@ import ptq.formats.write
 import ptq.run.pipeline
 import ptq.session
 from calibration.record import read_timings
-from ptq.session import Session
+from ptq.session import PLAN_FILE, Session
 
 METHODS = ("rtn", "gptq", "gptaq", "awq", "awq+gptq")
 MODELS = ("llama", "qwen3_moe")
@@ -195,12 +195,14 @@ def test_overwrite_keeps_the_old_folder_until_the_new_one_is_whole(place, tmp_pa
     out.mkdir()
     (out / "old.txt").write_text("old")
     words = [*command(place, "gptq", "llama", out), "--overwrite"]
+    assert "holds files that no run of ptq has written" in refused(*words)
+    (out / PLAN_FILE).write_text('{"program": "ptq"}')
     for owner, name in ((calibration.walk.finished, "save_tensors"), (Session, "finish")):
         kill_after(monkeypatch, owner, name, 0)
         with pytest.raises(Killed):
             run_ptq(*words)
         monkeypatch.undo()
-        assert [p.name for p in out.iterdir()] == ["old.txt"]
+        assert sorted(p.name for p in out.iterdir()) == ["old.txt", PLAN_FILE]
     kill_after(monkeypatch, Path, "rename", count_renames(place, tmp_path))
     with pytest.raises(Killed):  # between the two renames at the very end: the old folder waits beside
         run_ptq(*words)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from calibration.errors import ToolkitError
 from calibration.model.float8 import dequantized
 from calibration.model.headers import TensorInfo, read_header, shards_of
+from calibration.model.reading import read_json
 
 
 class TensorSource(Protocol):
@@ -49,6 +50,11 @@ class CheckpointReader:
         self._in_file: dict[str, str] = {}  # names that differ, see `rename`
         for shard in shards_of(folder):
             for name, info in read_header(folder / shard).items():
+                if name in self.infos:
+                    other = self.infos[name].shard
+                    raise ToolkitError(
+                        f"{folder}: {name} is in {other} and in {shard}", "remove the shard that is not of it"
+                    )
                 self.infos[name] = info
         self._open: dict[str, Any] = {}
 
@@ -150,16 +156,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ToolkitError: missing, or not JSON.
     """
-    path = folder / "config.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise _no_config(folder) from None
-    except ValueError as error:
-        raise ToolkitError(f"{path}: not readable as JSON ({error})", "fetch this file again") from None
-    if not isinstance(data, dict):
-        raise ToolkitError(f"{path}: holds a {type(data).__name__}, not an object", "fetch this file again")
-    return data
+    if not (folder / "config.json").exists():
+        raise _no_config(folder)
+    return read_json(folder / "config.json")
 
 
 def _no_config(folder: Path) -> ToolkitError:
@@ -168,8 +167,8 @@ def _no_config(folder: Path) -> ToolkitError:
     adapter = folder / "adapter_config.json"
     if adapter.exists():
         try:
-            base = str(json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path"))
-        except (ValueError, AttributeError):
+            base = str(read_json(adapter).get("base_model_name_or_path"))
+        except ToolkitError:
             base = "its base model"
         return ToolkitError(
             f"{folder}: an adapter of {base}, not a model",
@@ -205,14 +204,33 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write a file under a temporary name, fsync, rename. Every file of ours that is no checkpoint is written here.
+
+    Links are followed, so that the file they name is replaced and not the link. What is there and no regular file (a
+    pipe, ``/dev/stdout``) is written to: renaming over it would turn it into a file.
+
+    Raises:
+        ToolkitError: ``path`` is a folder, or the disk does not take it; nothing is left behind.
+    """
     with disk_errors(path):
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        path = path.resolve() if path.is_symlink() else path
+        mode = path.stat().st_mode if path.exists() else stat.S_IFREG
+        if stat.S_ISDIR(mode):
+            raise ToolkitError(f"{path}: is a folder", "name a file in it")
+        if not stat.S_ISREG(mode):
+            with path.open("wb", buffering=0) as device:
+                device.write(data)
+            return
+        temporary = path.with_name(f"{path.name}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
         sync_folder(path.parent)
 
 

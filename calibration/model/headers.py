@@ -1,4 +1,4 @@
-"""Headers of safetensors files: names, dtypes, shapes and places of tensors, without the tensors."""
+"""The headers of safetensors files, and which files of a folder hold the weights."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from calibration.errors import ToolkitError
+from calibration.model.reading import read_json, regular_file
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+LONGEST_HEADER = 100_000_000  # bytes; the library's own limit
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -35,6 +39,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+DAMAGED = "the download or copy was cut short, or another program wrote it wrongly: fetch this file again"
 
 
 @dataclass(frozen=True)
@@ -67,15 +72,22 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The header of one shard, checked against the size of the file."""
-    damaged = "the download or copy was cut short: fetch this file again"
+    """The header of one shard.
+
+    The library opens the file first and judges it (offsets without gaps and overlaps, shapes, types, size of the file);
+    what it accepts is read again here for the offsets, which it does not tell.
+
+    Raises:
+        ToolkitError: not a regular file, truncated, corrupt, the same name twice, or a dtype that is not known.
+    """
+    regular_file(path, "fetch it again")
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(size - 8, 100_000_000):
-                raise ToolkitError(f"{path}: truncated or corrupt ({size} bytes, header of {length})", damaged)
-            header = json.loads(file.read(length))
+            if length > min(size - 8, LONGEST_HEADER):
+                raise ToolkitError(f"{path}: truncated or corrupt ({size} bytes, header of {length})", DAMAGED)
+            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_once)
         entries = {k: v for k, v in header.items() if k != "__metadata__"}
         for name, entry in entries.items():
             if entry["dtype"] not in DTYPES:
@@ -83,41 +95,56 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                     f"{path}: {name} has dtype '{entry['dtype']}', which is not read here",
                     f"start from a checkpoint in 16 or 32 bits; known dtypes: {', '.join(DTYPES)}",
                 )
-        infos = {
-            k: TensorInfo(DTYPES[v["dtype"]], tuple(v["shape"]), path.name, 8 + length + v["data_offsets"][0])
-            for k, v in entries.items()
-        }
-        for name, info in infos.items():
-            first, last = entries[name]["data_offsets"]
-            if first < 0 or last - first != info.nbytes:
-                raise ToolkitError(
-                    f"{path}: corrupt: {name} has {last - first} bytes, its shape and dtype {info.nbytes}", damaged
-                )
+        infos = {name: _info(path, name, entry, 8 + length) for name, entry in entries.items()}
         end = max((v["data_offsets"][1] for v in entries.values()), default=0)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ToolkitError(f"{path}: corrupt safetensors header ({error!r})", damaged) from None
-    if 8 + length + end != size:
-        raise ToolkitError(f"{path}: truncated or corrupt: {size} bytes, expected {8 + length + end}", damaged)
-    return infos
+        if 8 + length + end != size:
+            raise ToolkitError(f"{path}: truncated or corrupt: {size} bytes, expected {8 + length + end}", DAMAGED)
+        with safe_open(path, framework="pt"):
+            return infos
+    except SafetensorError as error:
+        raise ToolkitError(f"{path}: corrupt safetensors header ({error})", DAMAGED) from error
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise ToolkitError(f"{path}: corrupt safetensors header ({error!r})", DAMAGED) from error
+    except OSError as error:
+        raise ToolkitError(
+            f"{path}: cannot be read ({error.strerror})", "check the file and its permissions"
+        ) from error
+
+
+def _info(path: Path, name: str, entry: dict[str, Any], data: int) -> TensorInfo:
+    """One entry of a header; ``data`` is where the tensors begin."""
+    numbers = [*entry["shape"], *entry["data_offsets"]]
+    if not all(type(n) is int and n >= 0 for n in numbers):
+        raise ToolkitError(f"{path}: corrupt: {name} has the shape or offsets {numbers}", DAMAGED)
+    first, last = entry["data_offsets"]
+    info = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]), path.name, data + first)
+    if last - first != info.nbytes:
+        raise ToolkitError(
+            f"{path}: corrupt: {name} has {last - first} bytes, its shape and dtype {info.nbytes}", DAMAGED
+        )
+    return info
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are all different: of two tensors of one name a reader would see only the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"'{next(n for n in names if names.count(n) > 1)}' is there twice")
+    return found
 
 
 def shards_of(folder: Path) -> list[str]:
     """File names of the shards: ``model.safetensors`` comes before the index, as in transformers. Other files beside
-    them (Mistral's ``consolidated.safetensors``) are other copies of the weights, and not read."""
+    them (Mistral's ``consolidated.safetensors``) are other copies of the weights, and not read.
+
+    Raises:
+        ToolkitError: a shard is missing, or the index names a file outside the folder; only pickle files; no weights.
+    """
     if (folder / SINGLE_FILE).exists():
         return [SINGLE_FILE]
-    index = folder / INDEX_FILE
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ToolkitError(f"{index}: corrupt index ({error!r})", "fetch this file again") from None
-        for name in names:
-            if not (folder / name).exists():
-                raise ToolkitError(
-                    f"{folder / name}: missing shard, named by {INDEX_FILE}", "fetch the missing file into the folder"
-                )
-        return names
+    if (folder / INDEX_FILE).exists():
+        return _indexed(folder)
     found = sorted(p.name for p in folder.glob("*.safetensors"))
     if found:
         return found
@@ -129,3 +156,22 @@ def shards_of(folder: Path) -> list[str]:
             "on a machine where you trust them",
         )
     raise ToolkitError(f"{folder}: no safetensors files in it", "name a folder that holds a Hugging Face checkpoint")
+
+
+def _indexed(folder: Path) -> list[str]:
+    """The shards that the index names: plain names of files beside it."""
+    index = folder / INDEX_FILE
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ToolkitError(f"{index}: corrupt index: no map from tensors to files", "fetch this file again")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise ToolkitError(
+                f"{index}: names '{name}', which is no file beside it", "an index names files of its own folder only"
+            )
+        if not (folder / name).exists():
+            raise ToolkitError(
+                f"{folder / name}: missing shard, named by {INDEX_FILE}", "fetch the missing file into the folder"
+            )
+    return names

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from calibration.architectures import ArchitectureSpec, check_family, known_type, resolve
-from calibration.errors import ToolkitError
+from calibration.errors import ToolkitError, foreign
 from calibration.model.checkpoint import CheckpointReader, read_config
 from calibration.model.classes import empty_model, renaming, text_config
 from calibration.model.float8 import FLOATS, check_dtypes, with_scales
@@ -82,25 +83,38 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[Checkpoin
         reader.infos = with_scales(reader.infos, _named_dtype(data))
         reader.config = {key: value for key, value in data.items() if key != "quantization_config"}
     check_family(str(data.get("model_type")), reader.infos)
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    try:
+    fix = "compare it with the model's original config"
+    with foreign(f"{folder}/config.json", fix):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise ToolkitError(f"{folder}/config.json: {reason}", "compare it with the model's original config") from None
     if "quantization_config" not in reader.config and hasattr(config, "quantization_config"):
         del config.quantization_config
-    spec = resolve(config)
-    if "quantization_config" not in reader.config:
-        check_dtypes(reader.infos, spec.blocks)
-    if spec.derived:
-        model = empty_model(config, torch.float32, torch.device("meta"), spec.attention)
-        rename, known = renaming(model), model.state_dict().keys()
-        reader.rename(lambda name: name if name in known else rename(name))
+    with foreign(f"{folder}/config.json: describes no model that can be built", fix):
+        spec = resolve(config)
+        if "quantization_config" not in reader.config:
+            check_dtypes(reader.infos, spec.blocks)
+        if spec.derived:
+            model = empty_model(config, torch.float32, torch.device("meta"), spec.attention)
+            rename, known = renaming(model), model.state_dict().keys()
+            reader.rename(lambda name: name if name in known else rename(name))
     reader.add_base_prefix(spec.base_prefix, (*(stored for stored, _ in spec.root_renames), "lm_head."))
+    _check_blocks(reader, spec)
     return reader, config, spec
+
+
+def _check_blocks(reader: CheckpointReader, spec: ArchitectureSpec) -> None:
+    """Refuse a config that counts other blocks than are stored: half a model would pass for a whole one. Layers that
+    predict further tokens lie behind the counted ones, and the config says how many they are."""
+    pattern = re.compile(rf"{re.escape(spec.blocks)}\.(\d+)\.")
+    stored = 1 + max((int(m[1]) for name in reader.infos if (m := pattern.match(name))), default=-1)
+    further = reader.config.get("num_nextn_predict_layers")
+    most = spec.n_blocks + (further if isinstance(further, int) else 0)
+    if spec.n_blocks < 1 or (stored and not spec.n_blocks <= stored <= most):
+        raise ToolkitError(
+            f"{reader.folder}/config.json: counts {spec.n_blocks} layers, the checkpoint stores {stored}",
+            "compare it with the model's original config, and fetch shards that are missing",
+        )
 
 
 def _named_dtype(data: dict[str, Any]) -> torch.dtype:
@@ -118,13 +132,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
+    with foreign(f"{folder}: no usable tokenizer", "copy the tokenizer files of the model into the folder"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ToolkitError(
-            f"{folder}: no usable tokenizer ({reason})", "copy the tokenizer files of the model into the folder"
-        ) from None
 
 
 def fingerprint(reader: CheckpointReader) -> str:
@@ -147,29 +156,6 @@ def weights_fingerprint(reader: CheckpointReader) -> str:
         digest.update(reader.first_bytes(name, 4096))
     reader.close()
     return digest.hexdigest()[:16]
-
-
-def check_finite(reader: CheckpointReader, advance: Any = None) -> None:
-    """Read every tensor once, in file order, and refuse NaN and Inf before any work is done on them.
-
-    Raises:
-        ToolkitError: names the tensor and how many of its values are not finite.
-
-    Scalars are left out: no model of the table has one for a parameter, and the mask value that older GPT-NeoX and
-    GPT-2 files carry (``attention.masked_bias``, -1e9) is -inf in float16.
-    """
-    for name, info in sorted(reader.infos.items(), key=lambda item: (item[1].shard, item[0])):
-        if info.dtype.is_floating_point and info.shape:
-            tensor = reader.tensor(name)
-            bad = int((~torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)).sum())
-            if bad:
-                raise ToolkitError(
-                    f"{name} in {info.shard}: {bad} of {info.numel} values are NaN or Inf",
-                    "fetch the checkpoint again; if its author's file has them, it cannot be quantized",
-                )
-        if advance is not None:
-            advance(name)
-    reader.close()
 
 
 def forward_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from calibration.architectures import ArchitectureSpec
-from calibration.errors import ToolkitError
+from calibration.errors import ToolkitError, foreign
 from calibration.model.classes import empty_model
 from calibration.model.experts import ExpertList
 from calibration.model.headers import TensorInfo
@@ -17,7 +17,10 @@ from calibration.model.headers import TensorInfo
 
 def build_model(config: Any, spec: ArchitectureSpec, dtype: torch.dtype, device: torch.device) -> Any:
     """A transformers language model without weights, see `empty_model`, whose experts are `ExpertList` modules."""
-    model = empty_model(config, dtype, device, spec.attention)
+    kind = getattr(config, "model_type", "unknown")
+    what = f"config.json: the class of model_type '{kind}' cannot be built from it"
+    with foreign(what, "compare it with the model's original config"):
+        model = empty_model(config, dtype, device, spec.attention)
     blocks = model.get_submodule(spec.blocks)
     for index in range(spec.n_blocks):
         experts = spec.experts(index)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.errors import ToolkitError, nearest
+from calibration.model.reading import regular_file
 from calibration.text.hub_sets import (
     HUB_SETS,
     Builder,
@@ -132,6 +133,7 @@ def load_corpus(name_or_path: str, purpose: Purpose, hub_root: Path | None = Non
 
 
 def _plain_file(path: Path) -> Corpus:
+    regular_file(path, "give a readable text file")
     try:
         # Bytes, not text mode: that would turn \r\n into \n, and the file is taken as it is.
         text = path.read_bytes().decode("utf-8")
@@ -146,13 +148,14 @@ def _plain_file(path: Path) -> Corpus:
 
 def _jsonl_rows(path: Path) -> list[str]:
     rows: list[str] = []
+    regular_file(path, "give a readable .jsonl file")
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 entry = json.loads(line)
-            except ValueError as error:  # also UnicodeDecodeError
+            except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
                 raise ToolkitError(f"{path}, line {number}: not JSON ({error})", "one JSON object a line") from None
             if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
                 found = f"keys {', '.join(entry) or 'none'}" if isinstance(entry, dict) else type(entry).__name__
@@ -168,6 +171,7 @@ def _parquet_rows(path: Path) -> list[str]:
     import pyarrow
     import pyarrow.parquet
 
+    regular_file(path, "give a readable .parquet file")
     try:
         columns = pyarrow.parquet.read_schema(path).names
         if "text" not in columns:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibration.errors import ToolkitError
+from calibration.errors import ToolkitError, foreign
 from calibration.text.corpora import Corpus
 
 if TYPE_CHECKING:
@@ -63,18 +63,35 @@ class EncodedText:
         )
 
 
+NOT_TEXT = "give text without lone surrogates (half of a character such as \\ud800), and the model's own tokenizer"
+
+
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool) -> list[int]:
     """One text in one call, without the warning that it is longer than the model's context (it is never fed whole).
 
     Fast tokenizers are asked for ids alone: without offsets a large text takes half the time and less memory.
     """
-    if tokenizer.is_fast:
-        backend = tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=special_tokens)[0].ids
-        return ids
-    ids = tokenizer(text, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)["input_ids"]
+    with foreign("the tokenizer refuses the text", NOT_TEXT):
+        if tokenizer.is_fast:
+            backend = tokenizer.backend_tokenizer
+            backend.no_truncation()
+            backend.no_padding()
+            return list(backend.encode_batch_fast([text], add_special_tokens=special_tokens)[0].ids)
+        encoded = tokenizer(text, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)
+        return list(encoded["input_ids"])
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
+    """A prompt as the tokenizer gives it to the model, int64 ``[1, n]``.
+
+    Raises:
+        ToolkitError: it is not text (a lone surrogate, as the shell makes of bytes that are not UTF-8), or has no
+            tokens.
+    """
+    with foreign("prompt: the tokenizer refuses it", NOT_TEXT):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+    if ids.shape[1] == 0:
+        raise ToolkitError(f"prompt: '{prompt}' has no tokens", "give a prompt of at least one word")
     return ids
 
 
@@ -117,9 +134,14 @@ def encode_text(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> EncodedTe
     special = corpus.special_tokens and bos is None
     if tokenizer.is_fast:
         # verbose=False: the warning that the text is longer than the model's context is about feeding it whole.
-        encoded = tokenizer(
-            text, add_special_tokens=special, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-        )
+        with foreign(f"{corpus.label}: the tokenizer refuses the text", NOT_TEXT):
+            encoded = tokenizer(
+                text,
+                add_special_tokens=special,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                verbose=False,
+            )
         ids = encoded["input_ids"]
         ends = np.array([end for _, end in encoded["offset_mapping"]], dtype=np.int64)
         words, counts = _attribute(text, ends)

@@ -141,7 +141,6 @@ def load_hub_split(hub: HubSet, part: HubSplit, hub_root: Path | None) -> tuple[
 def load_dataset(location: str, label: str, arguments: dict[str, Any]) -> Any:
     """``datasets.load_dataset`` with its many exceptions turned into one error."""
     import datasets
-    from datasets.exceptions import DatasetsError
 
     fix = "give a local text with --dataset FILE.txt, FILE.jsonl or FILE.parquet, or connect once to cache it"
     try:
@@ -151,7 +150,7 @@ def load_dataset(location: str, label: str, arguments: dict[str, Any]) -> Any:
     except ImportError as error:
         fix = f"pip install {error.name}" if error.name else ZSTANDARD
         raise ToolkitError(f"data set {label}: {error}", fix) from None
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
         reason = str(error).split("\n")[0]
         if "zstd" in reason:  # the Pile's file; `datasets` reads it only where this package is
             fix = ZSTANDARD

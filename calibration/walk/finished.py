@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +12,12 @@ from typing import Any
 import torch
 
 from calibration.architectures import ArchitectureSpec
+from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, save_tensors, write_atomically
+from calibration.model.reading import file_digest, read_json
 from calibration.walk.segment import Segment
+
+DIGESTS = "sha256"
 
 
 @dataclass(frozen=True)
@@ -23,11 +28,31 @@ class FinishedBlocks:
     spec: ArchitectureSpec
 
     def count(self) -> int:
-        """Blocks from the first on that are finished. The tensor file is renamed into place last."""
+        """Blocks from the first on that are finished and as they were written: the tensor file is renamed into place
+        last, and every file must have the digest that the record has of it. A damaged block is made again, and so are
+        those behind it, which were calibrated on its outputs."""
         count = 0
-        while self.tensors_path(count).exists() and self.record_path(count).exists():
+        while count < self.spec.n_blocks and self._intact(count):
             count += 1
-        return min(count, self.spec.n_blocks)
+        return count
+
+    def _intact(self, index: int) -> bool:
+        if not (self.tensors_path(index).exists() and self.record_path(index).exists()):
+            return False
+        try:
+            record = read_json(self.record_path(index))
+        except ToolkitError:
+            return False
+        digests = record.pop(DIGESTS, None)
+        return digests == self._digests(index, record)
+
+    def _digests(self, index: int, record: Mapping[str, Any]) -> dict[str, str]:
+        """sha256 of everything that is kept of a block: its record and its files."""
+        found = {"record": hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()}
+        for path in (self.tensors_path(index), self.gates_path(index)):
+            if path.exists():
+                found[path.name] = file_digest(path)
+        return found
 
     def tensors_path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
@@ -77,7 +102,10 @@ class FinishedBlocks:
                 for name, scheme in segment.schemes.items()
             },
         }
+        self.gates_path(segment.index).unlink(missing_ok=True)  # of a damaged block that is made again
         if segment.gates:
             save_tensors(self.gates_path(segment.index), segment.gates)
-        write_atomically(self.record_path(segment.index), (json.dumps(record, sort_keys=True) + "\n").encode())
         save_tensors(self.tensors_path(segment.index), tensors)
+        record = json.loads(json.dumps(record))  # as it will be read back: NaN and numbers alike
+        record[DIGESTS] = self._digests(segment.index, record)
+        write_atomically(self.record_path(segment.index), (json.dumps(record, sort_keys=True) + "\n").encode())

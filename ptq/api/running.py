@@ -138,7 +138,8 @@ def quantize(
     Raises:
         ToolkitError, PlanError: whatever can be refused; ``out`` is then not there.
     """
-    Session(Path(out)).check(overwrite, resume)
+    source = Path(model) if isinstance(model, str | Path) and Path(model).is_dir() else None
+    Session(Path(out)).check(overwrite, resume, source)
     with checkpoint(model, tokenizer) as folder, text_file(dataset) as text, text_file(evaluate) as scored:
         options = Options(
             dataset=text,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calibration.errors import ToolkitError
+from calibration.model.checkpoint import write_atomically
 from calibration.progress import Progress
 from calibration.shown import Shown
 from ptq.fitting.budget import Budget
@@ -93,7 +94,7 @@ def fit_model(
     note = f"{fit.job.name} under {budget}: {_summary(choice)}"
     found = Fitted(fit.job.name, budget, choice, _frontier(fit, sensitivities), fit.recipe(choice, note))
     if out is not None:
-        out.write_text(found.recipe, encoding="utf-8")
+        write_atomically(out, found.recipe.encode("utf-8"))
     return found
 
 

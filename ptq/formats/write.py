@@ -14,6 +14,7 @@ import torch
 from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, disk_errors, write_atomically
+from calibration.model.contents import small_files
 from calibration.model.shards import ShardWriter
 from ptq.formats.gguf_file import verify_file, write_file
 from ptq.formats.native import WEIGHTS_FILE, WEIGHTS_KEY
@@ -23,7 +24,6 @@ from ptq.linears import ModelLayout
 from ptq.quantized import QuantizedTensor
 from ptq.session import SINGLE_FILE
 
-SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 NOT_COPIED = {  # written anew, or belonging to another run
     "config.json",
     "quantize_config.json",
@@ -143,10 +143,10 @@ def verify_checkpoint(
 def copy_small_files(source: Path, out: Path) -> None:
     """Tokenizer, generation config and whatever else lies beside the weights. (Python files are copied, never run.)"""
     with disk_errors(out):
-        for pattern in SMALL_FILES:
-            for path in sorted(source.glob(pattern)):
-                if path.name not in NOT_COPIED and not path.name.endswith(".index.json"):
-                    shutil.copyfile(path, out / path.name)
+        for path in small_files(source):
+            if path.name not in NOT_COPIED:
+                (out / path.name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, out / path.relative_to(source))
 
 
 def outside_blocks(

@@ -63,18 +63,20 @@ def inverse_factor(h: torch.Tensor, damping: float) -> tuple[torch.Tensor, float
         h: ``[in, in]`` symmetric, float32 or float64, without zero on the diagonal.
 
     Returns:
-        U ``[in, in]`` and the damping that was used.
+        U ``[in, in]`` and the damping that was used. Beside ``h`` two matrices of its size are in memory at a time.
     """
     mean = h.diagonal().mean()
-    identity = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
     while True:
-        damped = torch.flip(h + damping * mean * identity, (0, 1))
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        factor = torch.flip(h, (0, 1))
+        factor.diagonal().add_(damping * mean)
+        factor, failed = torch.linalg.cholesky_ex(factor)
         if not int(failed):
             break
         damping = max(10 * damping, 1e-4)
         assert damping < 1e4, "H + damping is not positive definite: NaN in the statistics?"
-    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    inverse = torch.eye(h.shape[0], dtype=h.dtype, device=h.device).T  # column by column, as LAPACK solves in place
+    torch.linalg.solve_triangular(factor, inverse, upper=False, out=inverse)
+    del factor
     return torch.flip(inverse, (0, 1)), damping
 
 
@@ -180,21 +182,22 @@ def gptq_round(
     """
     columns, inside = w.shape[1], quant.grouping.axis == "out"
     width = 1 if inside else quant.grouping.width(columns)
-    dead = h.diagonal() == 0
-    h, w = h.clone(), w.clone()
     chosen = superblocks.choose_grid(w, quant, h.diagonal()) if quant.superblocks else None
     if chosen is not None:
         assert grid is None, "no pass chooses a grid with super-blocks beforehand"
         assert cross is None, "its scales are fitted to one stream"
         grid = Grid(chosen.step, chosen.zero(quant))
+    diagonal = h.diagonal().clone()
+    dead = diagonal == 0
+    diagonal[dead] = 1
+    w = w.clone()
     fixed = grid is not None or (not inside and (width == columns or static_groups))
     global_scale = own_global_scale(w, quant, global_scale)
     grid = grid or grid_of(w, quant, None, global_scale)
-    h.diagonal()[dead] = 1
     w[:, dead] = 0
 
-    perm = column_order(h.diagonal(), order, width)
-    u, _ = inverse_factor(h[perm][:, perm], damping)
+    perm = column_order(diagonal, order, width)
+    u = _factor(h, diagonal, perm, damping)
     wt = w.T[perm].contiguous()  # [in, out]: a column of W is a contiguous row here
     regroup = order == "activation" and not fixed and not inside
     groups = (torch.arange(columns, device=w.device) if regroup or inside else perm) // width
@@ -208,13 +211,15 @@ def gptq_round(
     assert first is not None
     grids = _Grids(quant, first, by_group(grid.zero), groups.tolist(), fixed, global_scale)
     block = max(1, block_size // width) * width if not fixed else block_size
-    p = None if cross is None else asymmetry(cross[perm][:, perm], u)
+    p = None if cross is None else asymmetry(cross.index_select(0, perm).index_select(1, perm), u)
     codes, loss = _column_loop(wt, u, p, grids, block)
     restored = torch.empty_like(codes)
     restored[perm] = codes
     if chosen is not None:
-        h.diagonal().add_(damping * h.diagonal().mean())
-        fitted, chosen = settle(w, h, restored.T.contiguous(), chosen, quant)
+        damped = h.clone()
+        damped.diagonal()[dead] = 1
+        damped.diagonal().add_(damping * damped.diagonal().mean())
+        fitted, chosen = settle(w, damped, restored.T.contiguous(), chosen, quant)
         made = (chosen.scale, chosen.minimum, None, loss, chosen.super_scale, chosen.super_min)
         return Rounded(fitted, *made)
     index = None
@@ -231,6 +236,13 @@ def gptq_round(
 
     zero = None if grids.zero is None else by_line(grids.zero)
     return Rounded(restored.T.contiguous(), by_line(grids.scale), zero, index, loss)
+
+
+def _factor(h: torch.Tensor, diagonal: torch.Tensor, perm: torch.Tensor, damping: float) -> torch.Tensor:
+    """`inverse_factor` of ``h`` with another diagonal, in the order of ``perm``."""
+    permuted = h.index_select(0, perm).index_select(1, perm)
+    permuted.diagonal().copy_(diagonal[perm])
+    return inverse_factor(permuted, damping)[0]
 
 
 def _column_loop(

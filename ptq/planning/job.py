@@ -16,6 +16,7 @@ from calibration.text.corpora import check_name
 from calibration.text.generated import GENERATED
 from calibration.walk.token_weights import TokenWeights
 from ptq.formats.gguf_file import check_file
+from ptq.planning.memory import evaluating_bytes, tokenizing_bytes
 from ptq.planning.outside_plan import with_outside
 from ptq.planning.plan import Plan, make_plan
 from ptq.planning.recipe import method_recipe, read_recipe
@@ -138,5 +139,7 @@ def prepare(
         plan = replace(plan, sizes=replace(plan.sizes, peak_bytes=peak))
     if options.evaluate is not None:
         check_name(options.evaluate)
+    beside = max(tokenizing_bytes(source, options, plan), evaluating_bytes(source, options))
+    plan = replace(plan, sizes=replace(plan.sizes, peak_bytes=max(plan.sizes.peak_bytes, beside)))
     opened = {field.name: getattr(source, field.name) for field in fields(Source)}
     return Job(**{**opened, "options": options}, plan=plan)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from calibration.architectures import ArchitectureSpec
+from calibration.bounds import setting_problems
 from calibration.errors import PlanError, Problem, ToolkitError, unknown_value
 from calibration.model.checkpoint import CheckpointReader
 from calibration.walk.passes import Phase, PlanView, check_order, forwards_per_block
@@ -105,6 +106,9 @@ def make_plan(
             f"{reader.folder}: already quantized (quant_method '{method}')",
             "start from the float checkpoint; `ptq export` changes the format of a quantized one",
         )
+    refused = list(setting_problems(recipe.passes))
+    if refused:
+        raise PlanError(refused)  # nothing can be planned from such numbers
     linears, problems = _resolve_linears(reader, spec, recipe)
     problems += check_order(recipe.passes)
     changes = {key: value for p in recipe.passes for key, value in p.config_changes(config).items()}

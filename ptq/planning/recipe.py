@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from calibration.errors import ToolkitError, nearest, unknown_value
+from calibration.model.reading import read_toml
 from calibration.walk.passes import Pass, Phase
 from ptq.methods import COMBINATIONS
 from ptq.scheme import Quantizer, QuantScheme, parse_scheme
@@ -139,12 +139,7 @@ def read_recipe(path: Path, scheme: str | None = None, format_name: str | None =
     Raises:
         ToolkitError: missing, not TOML, unknown keys or values.
     """
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ToolkitError(f"--recipe {path}: {error.strerror}", "name a TOML file, or use --method") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ToolkitError(f"{path}: not readable as TOML ({error})", "mend the line it names") from None
+    data = read_toml(path)
     _only_keys(path, "", data, ("method", "scheme", "format", "pass", "rule"))
     for key in ("method", "scheme", "format"):
         _checked(f"{path}: {key}", data.get(key, ""), str)

@@ -9,11 +9,14 @@ from calibration.architectures import ArchitectureSpec, Residual
 from calibration.model.checkpoint import CheckpointReader
 from calibration.model.classes import text_config
 from calibration.walk.outside import Outside
-from calibration.walk.passes import keeps_originals, references_of, watches_float
+from calibration.walk.passes import Phase, keeps_originals, references_of, watches_float
 from calibration.walk.statistics import CrossGram, Gram
 from ptq.linears import ModelLayout
 from ptq.numerics.objective import ROW_BYTES
 from ptq.planning.recipe import Recipe
+
+FACTOR, CROSS_FACTOR = 3, 3  # matrices [in, in] beside the statistics while GPTQ and GPTAQ round a linear
+STACKED = 14  # bytes per weight of the linears that are rounded together: them, two copies, codes in both orders
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,13 @@ def estimate(
     if grams:
         shapes = {linear.name: linear.shape for linear in layout.linears if linear.block == 0}
         inputs = [shapes.get(spec.prefix(0) + s.linears[0], (0, 0))[1] for s in spec.block(0).inputs]
-        statistics = len(grams) * (sum(4 * n * n for n in inputs) + 4 * max(inputs, default=0) ** 2)
+        widest = 4 * max(inputs, default=0) ** 2
+        working = len(grams) * widest  # what a batch adds
+        if any(Phase.ROUND in p.phases and Gram in p.statistics for p in recipe.passes):
+            factors = FACTOR + (CROSS_FACTOR if CrossGram in grams else 0)
+            rows = max(sum(shapes.get(spec.prefix(0) + n, (0, 0))[0] for n in s.linears) for s in spec.block(0).inputs)
+            working = max(working, factors * widest + STACKED * rows * max(inputs))
+        statistics = len(grams) * sum(4 * n * n for n in inputs) + working
     references, pairs = len(references_of(recipe.passes)), watches_float(recipe.passes)
     streams = 1 + references + 2 * pairs  # the float model's states before and after the block
     states = streams * tokens * hidden * itemsize if forwards else 0

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from calibration.architectures import ArchitectureSpec
+from calibration.bounds import check_counts
 from calibration.errors import ToolkitError
 from calibration.memory import return_freed
 from calibration.model.checkpoint import CheckpointReader
@@ -154,6 +155,7 @@ def open_source(model: str | Path, options: TextOptions) -> Source:
         raise ToolkitError(
             f"--samples {options.samples} --seq-len {options.seq_len}: too small", "use at least 1 sample of 2 tokens"
         )
+    check_counts(samples=options.samples, seq_len=options.seq_len, seed=options.seed)
     folder = locate(model)
     reader, config, spec = open_model(folder, options.trust_remote_code)
     device = resolve_device(options.device)

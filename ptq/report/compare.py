@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
-from calibration.errors import ToolkitError
+from calibration.errors import ToolkitError, foreign
+from calibration.model.reading import read_json
 from calibration.record import Evaluation, Protocol, RunRecord, Timings, evaluation_from_json, read_record, read_timings
 from ptq.report import figures, wording
 from ptq.report.figures import plain, table
 
 EVALUATIONS_VERSION = 1
 _FIX = "measure all of them under one protocol: `ptq eval DIR --protocol NAME --json FILE`, then compare the files"
+_NO_FILE = "name a run folder or a file of `ptq eval --json`"
 
 Run = tuple[str, RunRecord, Timings | None]
 
@@ -125,7 +125,7 @@ def compare_paths(paths: Sequence[Path]) -> Comparison:
 
 def is_evaluations(path: Path) -> bool:
     """Whether a JSON file holds evaluations alone, as ``ptq eval --json`` writes them, and not a whole run."""
-    data = _json(path)
+    data = read_json(path, _NO_FILE)
     return "evaluations" in data and "linears" not in data
 
 
@@ -135,26 +135,12 @@ def read_evaluations(path: Path) -> list[Evaluation]:
     Raises:
         ToolkitError: no such file, not such a file, or written by another schema version.
     """
-    data, fix = _json(path), "write it again with `ptq eval MODEL --json FILE`"
+    data, fix = read_json(path, _NO_FILE), "write it again with `ptq eval MODEL --json FILE`"
     if data.get("schema_version") != EVALUATIONS_VERSION:
         version = data.get("schema_version")
         raise ToolkitError(f"{path}: schema version {version}, this version reads {EVALUATIONS_VERSION}", fix)
-    try:
+    with foreign(f"{path}: not a list of evaluations", fix):
         return [evaluation_from_json(entry) for entry in data["evaluations"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ToolkitError(f"{path}: not a list of evaluations ({error})", fix) from None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ToolkitError(f"{path}: {error.strerror}", "name a run folder or a file of `ptq eval --json`") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ToolkitError(f"{path}: not readable as JSON ({error})", "write it again with `ptq eval --json`") from None
-    if not isinstance(data, dict):
-        raise ToolkitError(f"{path}: holds no evaluations", "name a run folder or a file of `ptq eval --json`")
-    return data
 
 
 def _measured(label: str, record: RunRecord) -> list[Protocol]:

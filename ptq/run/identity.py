@@ -6,15 +6,22 @@ from typing import Any
 
 import torch
 
-from calibration.model.opening import fingerprint
+from calibration.model.contents import small_digest
 from calibration.text.crops import TokenBatches
+from calibration.versions import versions
 from ptq.planning.job import Job
 
 
-def run_identity(job: Job, tokens: TokenBatches | None) -> dict[str, Any]:
-    """The identity of a quantization run, as JSON. A field that differs is named by ``--resume`` when it refuses."""
+def run_identity(job: Job, tokens: TokenBatches | None, weights: str) -> dict[str, Any]:
+    """The identity of a quantization run, as JSON. A field that differs is named by ``--resume`` when it refuses.
+
+    Args:
+        weights: digest of every byte of the source's tensors, see `check_weights`.
+    """
     return {
-        "model": fingerprint(job.reader),
+        "weights": weights,
+        "files": small_digest(job.folder),
+        "versions": versions(),
         "recipe": job.plan.recipe.to_json(),
         "format": job.plan.format.name,
         "calibration": tokens.source if tokens else {},
@@ -24,4 +31,5 @@ def run_identity(job: Job, tokens: TokenBatches | None) -> dict[str, Any]:
         "token_weights": job.options.token_weights,
         "evaluate": job.options.evaluate,
         "outside": {linear.name: str(linear.scheme) for linear in job.plan.layout.outside},
+        "eval_windows": job.options.eval_windows,
     }

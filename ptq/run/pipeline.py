@@ -7,7 +7,7 @@ from pathlib import Path
 
 from calibration.errors import ToolkitError
 from calibration.model.classes import text_config
-from calibration.model.opening import check_finite
+from calibration.model.contents import check_weights
 from calibration.model.skeleton import Skeleton
 from calibration.progress import Progress, Silent
 from calibration.record import RunRecord
@@ -22,12 +22,13 @@ from ptq.formats.gguf import check_target
 from ptq.formats.loadable import check_keys
 from ptq.formats.write import Origin, copy_small_files, verify_checkpoint, write_checkpoint
 from ptq.planning.job import Job
+from ptq.planning.memory import tell_short_memory
 from ptq.planning.outside_plan import rounded_outside
 from ptq.planning.plan import Plan
 from ptq.run.identity import run_identity
 from ptq.run.reporting import Outcome, Stopwatch, write_reports
 from ptq.scheme import parse_scheme
-from ptq.session import Session
+from ptq.session import BLOCKS, Session
 from sparsity.job import write as write_thresholds
 
 
@@ -52,16 +53,13 @@ def run(
     watch = Stopwatch()
     session = Session(Path(out))
     tokens = _check(job, session, overwrite, resume, tokens, progress)
-    identity = run_identity(job, tokens)
-    if resume:
-        session.begin(identity, resume=True)
     skeleton = Skeleton(job.plan.model_config(job.config), job.spec, job.dtype, job.device)
     skeleton.check_complete(job.reader.infos, job.plan.new_biases)
     with watch("check weights"):
         progress.stage("check weights", len(job.reader.infos))
-        check_finite(job.reader, progress.advance)
-    if not resume:
-        session.begin(identity, resume=False)
+        weights = check_weights(job.reader, progress.advance)
+    session.begin(run_identity(job, tokens, weights), resume)
+    session.keep(frozenset({BLOCKS}))
     floats = FloatBlocks(job.reader, skeleton, job.plan.recipe.passes, job.plan.schemes, job.batch_size)
     if needs_proof(job.plan.recipe.passes) and not resume:
         with watch("prove"):
@@ -92,6 +90,7 @@ def _check(
     session.check(overwrite, resume, job.folder)
     job.tell(progress)
     _check_disk(session, job.plan)
+    tell_short_memory(job, progress)
     options = job.options
     if options.evaluate is not None:
         words = int(text_config(job.config).vocab_size)

@@ -19,6 +19,7 @@ from calibration.record import REPORT_FILE, TIMINGS_FILE, Evaluation, LinearReco
 from calibration.text.crops import TokenBatches
 from calibration.versions import versions
 from calibration.walk.walk import Walk
+from ptq.committed import SATURATED
 from ptq.devices import peak_rss_bytes
 from ptq.evaluation import evaluate
 from ptq.formats.registry import Format
@@ -150,6 +151,12 @@ def write_reports(outcome: Outcome, folder: Path, watch: Stopwatch, resumed: int
     with watch("evaluate"):
         scores = evaluations(job, folder / SINGLE_FILE if outcome.format.name == "gguf" else folder, progress)
     record = run_record(outcome, scores)
+    counts = {entry.name: entry.notes[SATURATED] for entry in record.linears if SATURATED in entry.notes}
+    if counts:
+        progress.message(
+            f"{sum(map(int, counts.values()))} steps of {len(counts)} linears ({next(iter(counts))} first) are at the "
+            "ends of what 16 bits hold, 2^-24 and 65280: these weights are cut off or lose digits; rescale the model"
+        )
     written_files = [*folder.glob("*.safetensors"), *folder.glob("*.gguf")]
     files = {p.name: p.stat().st_size for p in sorted(written_files)}
     texts = {

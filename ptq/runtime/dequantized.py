@@ -12,8 +12,9 @@ from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, TensorSource
 from calibration.model.headers import TensorInfo
 from ptq.formats.adapter import read_adapter
+from ptq.formats.reading import quantized_linears, read_linear
 from ptq.formats.registry import format_of
-from ptq.runtime.load import checkpoint_dtype, read_linear
+from ptq.runtime.load import checkpoint_dtype
 
 
 class DequantizedCheckpoint:
@@ -26,8 +27,9 @@ class DequantizedCheckpoint:
     """
 
     def __init__(self, reader: CheckpointReader, spec: ArchitectureSpec) -> None:
-        fmt = format_of(reader.config)
-        assert fmt is not None, "a float checkpoint needs no dequantizing"
+        quantized = quantized_linears(reader)
+        assert quantized is not None, "a float checkpoint needs no dequantizing"
+        fmt, self._schemes = quantized
         turned = [name for name in reader.infos if name.endswith(".hadamard")]
         if turned:
             raise ToolkitError(
@@ -35,7 +37,6 @@ class DequantizedCheckpoint:
                 "quantize with online = false for rotate in a recipe",
             )
         self._reader, self._format = reader, fmt
-        self._schemes = fmt.schemes(reader.config, reader.infos, reader.tensor)
         self._adapter = read_adapter(reader.folder)
         self._dtype = checkpoint_dtype(reader, spec)
         self._transposed = f"{spec.blocks}." if spec.conv1d else None

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
+from calibration.bounds import check_counts
 from calibration.errors import ToolkitError
 from calibration.model.classes import rope_switch
 from calibration.shown import Shown
+from calibration.text.encoding import prompt_ids
 from ptq.devices import peak_rss_bytes
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer shows for bytes of an unfinished character
@@ -208,9 +210,8 @@ def generate(
     Raises:
         ToolkitError: the prompt is empty, or nothing is to be generated.
     """
-    input_ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    if input_ids.shape[1] == 0:
-        raise ToolkitError("prompt: '' has no tokens", "give a prompt of at least one word")
+    input_ids = prompt_ids(tokenizer, prompt).to(model.device)
+    check_counts(max_new_tokens=max_new_tokens, seed=seed)
     if max_new_tokens < 1:
         raise ToolkitError(f"max new tokens: {max_new_tokens}", "ask for at least 1")
     shown = None if stream is None else _Stream(tokenizer, stream)

@@ -18,7 +18,8 @@ from calibration.model.opening import locate, open_model
 from calibration.model.skeleton import build_model, check_placed, load_parameters, places, set_submodule
 from calibration.shown import Shown
 from ptq.formats.adapter import read_adapter
-from ptq.formats.registry import Format, format_of
+from ptq.formats.reading import quantized_linears, read_linear
+from ptq.formats.registry import format_of
 from ptq.quantized import QuantizedTensor
 from ptq.runtime.attention import cache_layers, quantize_cache
 from ptq.runtime.embedding import is_embedding, quantize_embedding
@@ -79,14 +80,6 @@ class Loaded(Shown):
         return "; ".join(filter(None, [*linears, inputs, *caches, self.masks]))
 
 
-def read_linear(
-    reader: CheckpointReader, fmt: Format, name: str, scheme: Any, shape: tuple[int, int]
-) -> QuantizedTensor:
-    """One quantized linear of a checkpoint, by its full name."""
-    stored = {s: f"{name}.{s}" for s in sorted(fmt.suffixes) if f"{name}.{s}" in reader.infos}
-    return fmt.decode({s: reader.tensor(full) for s, full in stored.items()}, scheme, shape)
-
-
 def checkpoint_dtype(reader: CheckpointReader, spec: ArchitectureSpec) -> torch.dtype:
     """The dtype a checkpoint was made in: that of its first float linear, else (all are quantized) the config's.
 
@@ -133,9 +126,8 @@ def load_model(
     """
     folder, device = locate(model), torch.device(device)
     reader, config, spec = open_model(folder, trust_remote_code)
-    fmt = format_of(reader.config)
     with reader:
-        schemes = fmt.schemes(reader.config, reader.infos, reader.tensor) if fmt else {}
+        fmt, schemes = quantized_linears(reader) or (None, {})
         dtype = dtype or checkpoint_dtype(reader, spec)
         network = build_model(config, spec, dtype, device)
         stored = {spec.root_module_name(name) for name in (*schemes, *reader.infos)}
@@ -182,10 +174,10 @@ def fill_model(network: Any, folder: Path, tied: bool) -> None:
         ToolkitError: as in `load_model`.
     """
     reader, _, spec = open_model(folder)
-    fmt = format_of(reader.config)
-    assert fmt is not None, "a quantizer was asked for"
     with reader:
-        schemes = fmt.schemes(reader.config, reader.infos, reader.tensor)
+        found = quantized_linears(reader)
+        assert found is not None, "a quantizer was asked for"
+        schemes = found[1]
         placed = _place(network, reader, spec, schemes, network.dtype, network.device, tied)
     _exchange_cache(network, spec, schemes, placed)
 

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from calibration.architectures import ArchitectureSpec
-from calibration.errors import ToolkitError
+from calibration.errors import ToolkitError, foreign
 from calibration.model.checkpoint import write_atomically
-from calibration.model.opening import fingerprint, load_tokenizer
+from calibration.model.contents import check_weights, small_digest
+from calibration.model.opening import load_tokenizer
+from calibration.model.reading import built, read_json
 from calibration.progress import Progress, Silent
 from calibration.record import Evaluation, Protocol
 from calibration.scoring.perplexity import score
@@ -28,6 +30,7 @@ from calibration.shown import Shown
 from calibration.text.corpora import load_corpus
 from calibration.text.crops import TokenBatches
 from calibration.text.encoding import EncodedText, encode_text, too_short
+from calibration.versions import versions
 from calibration.walk.capture import accumulate
 from calibration.walk.statistics import AbsMax
 from ptq.devices import evaluation_dtype
@@ -142,7 +145,9 @@ def study_calibration(
         progress.message(note)
     windows = [job.windows(progress) for job in jobs]
     identity = {
-        "model": fingerprint(first.reader),
+        "weights": check_weights(first.reader),
+        "files": small_digest(first.reader.folder),
+        "versions": versions(),
         "recipe": first.plan.recipe.to_json(),
         "study": dataclasses.asdict(options),
         "text": text.fingerprint,
@@ -215,7 +220,9 @@ def _measure(
     runs: list[CalibrationRun] = []
     finished = session.partial / RUNS_FILE
     if finished.exists():
-        runs = [CalibrationRun(**entry) for entry in json.loads(finished.read_text(encoding="utf-8"))]
+        fix = "pass --overwrite without --resume to start again"
+        with foreign(f"{finished}: damaged", fix):
+            runs = [built(CalibrationRun, entry) for entry in read_json(finished, fix)["runs"]]
     done = {(run.dataset, run.samples, run.seq_len, run.fingerprint): run for run in runs}
     runs = []
     progress.stage("study", len(jobs))
@@ -229,7 +236,7 @@ def _measure(
             kl, delta = found.divergence.kl_mean, found.divergence.delta_nll
             done[key] = CalibrationRun(*key[:3], o.seed, int(source["tokens"]), key[3], found.perplexity, kl, delta)
         runs.append(dataclasses.replace(done[key], seed=o.seed))
-        write_atomically(finished, json.dumps([dataclasses.asdict(run) for run in done.values()]).encode())
+        write_atomically(finished, json.dumps({"runs": [dataclasses.asdict(r) for r in done.values()]}).encode())
         progress.advance(f"{job.dataset}, {o.samples} x {job.seq_len}, seed {o.seed}")
     return runs
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from calibration.errors import ToolkitError
+from calibration.model.reading import read_text
 from calibration.record import read_record
 from ptq.report.compare import is_evaluations
 from ptq.study.precision_law import Measurement
@@ -72,10 +73,7 @@ def _read_run(path: Path, tokens: float | None) -> tuple[Measurement, str]:
 
 
 def _read_table(path: Path) -> list[Measurement]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ToolkitError(f"{path}: not readable as text ({error})", "give a .csv file in UTF-8") from None
+    text = read_text(path, "give a .csv file in UTF-8")
     rows = csv.DictReader(text.splitlines())
     missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
     if missing:

@@ -39,8 +39,10 @@ def cpu_level() -> str:
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/ptq/kernels``, by default in ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptq" / "kernels"
+    """``$XDG_CACHE_HOME/ptq/kernels``, by default in ``~/.cache``. A relative path there is not honoured, as the
+    specification of base directories asks: code would be loaded from wherever the process happens to stand."""
+    named = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    return (named if named.is_absolute() else Path.home() / ".cache") / "ptq" / "kernels"
 
 
 def find_compiler() -> str:
@@ -64,22 +66,45 @@ def library(level: str | None = None) -> ctypes.CDLL:
     """The compiled kernels for one of `LEVELS`; None takes `cpu_level`. Compiles for seconds if not in the cache.
 
     Raises:
-        ToolkitError: no compiler, or it failed.
+        ToolkitError: no compiler, or it failed; a cache that cannot be used, or that others can write to.
     """
     folder = Path(__file__).parent
     compiler = find_compiler()
     flags = (*FLAGS, *LEVELS[level or cpu_level()])
     content = b"".join((folder / name).read_bytes() for name in (*SOURCES, *HEADERS))
     key = hashlib.sha256(content + repr((compiler, flags)).encode()).hexdigest()[:16]
-    target = cache_folder() / f"sparse-{key}.so"
-    if not target.exists():
-        _compile(compiler, flags, [folder / name for name in SOURCES], target)
-    return ctypes.CDLL(str(target))
+    try:
+        target = cache_folder() / f"sparse-{key}.so"
+        if not _sound(target):
+            _compile(compiler, flags, [folder / name for name in SOURCES], target)
+        return ctypes.CDLL(str(target))
+    except (OSError, RuntimeError) as error:  # no home folder, a full disk, a folder that others own
+        raise ToolkitError(
+            f"C++ kernels: the cache cannot be used ({error})", "set XDG_CACHE_HOME to a folder of your own"
+        ) from error
+
+
+def _sound(target: Path) -> bool:
+    """Whether a library in the cache is the one that was compiled here: its digest stands beside it (loading half a
+    file kills the process), and nobody else can have written it.
+
+    Raises:
+        PermissionError: the folder or the library belongs to another user, or others may write there.
+    """
+    if os.name == "posix":
+        for path in (target.parent, target):
+            if path.exists() and (path.stat().st_uid != os.geteuid() or path.stat().st_mode & 0o022):
+                raise PermissionError(f"{path} belongs to another user, or others may write to it")
+    digest = target.with_suffix(".sha256")
+    try:
+        return digest.read_text(encoding="ascii") == hashlib.sha256(target.read_bytes()).hexdigest()
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _compile(compiler: str, flags: tuple[str, ...], sources: list[Path], target: Path) -> None:
     """Under a name of its own, then renamed: two processes may compile at once, and neither sees half a file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".partial")
     os.close(handle)
     command = [compiler, *flags, *map(str, sources), "-o", temporary]
@@ -91,4 +116,7 @@ def _compile(compiler: str, flags: tuple[str, ...], sources: list[Path], target:
             f"C++ kernels: {compiler} failed: {errors[0] if errors else f'exit status {done.returncode}'}",
             "install a compiler with C++17 and OpenMP, or run with the 'reference' kernel",
         )
+    digest = target.with_suffix(f".{os.getpid()}.tmp")
+    digest.write_text(hashlib.sha256(Path(temporary).read_bytes()).hexdigest(), encoding="ascii")
     Path(temporary).replace(target)
+    digest.replace(target.with_suffix(".sha256"))
