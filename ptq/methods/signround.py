@@ -1,7 +1,8 @@
 """SignRound (Cheng et al. 2023, arXiv 2309.05516): rounding offsets and ranges learned on the output of the block.
 
-It refines what a rounding pass left: ``signround`` alone starts from rounding to nearest, as published (AutoRound);
-``awq+gptq+signround`` from GPTQ's codes on AWQ's grids. The gradient step is in `ptq.numerics.signround`.
+It refines what a rounding pass left: ``signround`` alone starts from rounding to nearest, as published (AutoRound),
+``awq+signround`` from that on AWQ's grids, ``awq+gptq+signround`` from GPTQ's codes. The gradient step is in
+`ptq.numerics.signround`.
 """
 
 from __future__ import annotations
