@@ -170,8 +170,14 @@ class Gptq:
             (words, out), scales = infos[key].shape, infos[f"{name}.scales"].shape
             index = infos.get(f"{name}.g_idx")
             columns = 32 * words // int(data["bits"]) if index is None else index.shape[0]
-            bits, groups = 32 * words // columns, scales[0]
-            if bits not in BITS or 32 * words != bits * columns or columns % groups or scales[1] != out:
+            bits, groups = 32 * words // max(columns, 1), max(scales[0], 1)
+            if (
+                0 in (columns, scales[0])
+                or bits not in BITS
+                or 32 * words != bits * columns
+                or columns % groups
+                or scales[1] != out
+            ):
                 raise ToolkitError(
                     f"{name}: qweight {infos[key].shape} and scales {scales} do not fit {columns} inputs",
                     f"only {', '.join(map(str, BITS))} bits in whole groups are read: fetch or quantize it again",

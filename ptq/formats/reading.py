@@ -19,7 +19,7 @@ from calibration.model.headers import TensorInfo
 from ptq.formats.registry import Format, format_of
 from ptq.numerics.bitstream import words_per_row
 from ptq.quantized import PARTS, QuantizedTensor
-from ptq.scheme import BITS, QuantScheme
+from ptq.scheme import BITS, SUPER_WIDTH, QuantScheme
 
 Shape = tuple[int, ...]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -151,6 +151,10 @@ def _native(scheme: QuantScheme, shape: tuple[int, int], scales: tuple[int, int]
             "scale": scale,
         }
     codes = Stored((torch.uint8,), (shape,)) if w.bits == 8 else Stored(WORDS, ((out, words_per_row(columns, w.bits)),))
+    if w.superblocks:
+        over = Stored((torch.float16,), ((out, columns // SUPER_WIDTH),))
+        integers = {"scale": Stored((torch.int8, torch.uint8), (scales,)), "zero": Stored((torch.uint8,), (scales,))}
+        return {"codes": codes, **integers, "super_scale": over, "super_min": over}
     numel = scales[0] * scales[1]
     if w.float_zeros:
         zero = Stored((torch.float16,), (scales,))
@@ -175,7 +179,10 @@ def check_values(name: str, q: QuantizedTensor, shape: tuple[int, int]) -> None:
         raise ToolkitError(f"{name}: scales that are NaN or Inf", FIX)
     if q.global_scale is not None and not bool((torch.isfinite(q.global_scale) & (q.global_scale > 0)).all()):
         raise ToolkitError(f"{name}: a scale of the whole tensor of {float(q.global_scale)}", FIX)
-    if q.zero is not None and w.salient_percent is None:
+    for over in (q.super_scale, q.super_min):
+        if over is not None and not bool(torch.isfinite(over).all()):
+            raise ToolkitError(f"{name}: scales of super-blocks that are NaN or Inf", FIX)
+    if q.zero is not None and w.salient_percent is None and not w.superblocks:
         outside = q.zero[~((q.zero >= 0) & (q.zero <= w.levels))]  # NaN is outside
         if outside.numel() and (not w.float_zeros or not bool(torch.isfinite(outside).all())):
             raise ToolkitError(f"{name}: a zero point of {float(outside[0]):g} in {w.bits} bits", FIX)
