@@ -135,7 +135,8 @@ def test_a_checkpoint_as_deepseek_publishes_them(tmp_path):
     more = {n.replace(f"layers.{last - 1}.", f"layers.{last}."): t for n, t in stored.items()}
     stored |= {n: t.clone() for n, t in more.items() if f"layers.{last}." in n}
     rewrite(tmp_path / "float", lambda _: stored)
-    edit_config(tmp_path / "float", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    blocks = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    edit_config(tmp_path / "float", quantization_config=blocks, num_nextn_predict_layers=1)
     record = quantize(tmp_path / "float", tmp_path / "out", method="awq+gptq", scheme="w8a16-gchannel")
     assert any("experts.3.down_proj" in linear.name for linear in record.linears)
     model.load_state_dict(auto_class(model.config).from_pretrained(_plain(tmp_path, meant)).state_dict())

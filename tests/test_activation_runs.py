@@ -194,7 +194,7 @@ def test_plans_refuse_what_cannot_be(family, settings, reasons, tmp_path):
         ("percentile = 20.0", "20.0 is outside (50, 100]"),
         ("percentile = 100.5", "100.5 is outside (50, 100]"),
         ("percentile = 0.999", "it is in percent"),
-        ("percentile = nan", "nan is outside (50, 100]"),
+        ("percentile = nan", "nan is not within"),
         ('estimator = "entropy"', None),
         ('estimator = "mse"\nscheme = "w8a8-achannel"', "needs a histogram"),
         ('estimator = "entropy"\nscheme = "w8afp8-astatic"', "merges bins to integer levels"),

@@ -58,7 +58,7 @@ def make_bases(folder: Path) -> None:
         words = ["quantize", model, "--method", "rtn", "--scheme", "w4a16-g32", "--format", name]
         done(*words, "--out", folder / name)
     sparse = ["sparsify", model, "--method", "teal", "--target", "0.5", "--out", folder / "sparse"]
-    done(*sparse, *[folder / "text.txt" if w == "text.txt" else w for w in SMALL])
+    done(*sparse, "--samples", "64", "--seq-len", "16", "--dataset", folder / "text.txt")
 
 
 def model_file(mutate: Callable[[Path, random.Random], str], name: str) -> Callable[[Path, random.Random], Case]:
