@@ -13,7 +13,7 @@ from calibration.model.checkpoint import CheckpointReader
 from calibration.model.opening import context_length, locate, open_model
 from ptq.devices import resolve_device
 from ptq.formats.checks import summary
-from ptq.formats.registry import Format, format_of
+from ptq.formats.reading import Schemes, quantized_linears
 from ptq.runtime.kernels.dispatch import refusals, select
 from ptq.runtime.kernels.kernel import KernelQuery
 
@@ -38,10 +38,10 @@ def describe(model: str | Path, device: str = "auto", trust_remote_code: bool = 
     """
     folder = locate(model)
     reader, config, spec = open_model(folder, trust_remote_code)
-    fmt = format_of(reader.config)
+    quantized = quantized_linears(reader)
     parameters = sum(i.numel for i in reader.infos.values())
     yield f"{folder.name}: {spec.family}, {spec.n_blocks} blocks, context {context_length(config)}"
-    stored = "quantized, " + fmt.name if fmt else "float"
+    stored = "float" if quantized is None else f"quantized, {quantized[0].name}"
     yield f"{len(reader.infos)} tensors, {parameters:,} values, {reader.total_bytes / 1e6:.1f} MB ({stored})"
     dtypes = Counter(str(i.dtype).removeprefix("torch.") for i in reader.infos.values())
     yield "dtypes: " + ", ".join(f"{dtype} x {n}" for dtype, n in sorted(dtypes.items()))
@@ -60,13 +60,12 @@ def describe(model: str | Path, device: str = "auto", trust_remote_code: bool = 
         yield f"  {group.producer} -> {', '.join(group.consumers[:4])}{' ...' if len(group.consumers) > 4 else ''}"
     for reason in block.unbalanced:
         yield f"  not in {reason}"
-    if fmt is not None:
-        yield from _quantized(reader, fmt, device)
+    if quantized is not None:
+        yield from _quantized(reader, quantized[1], device)
 
 
-def _quantized(reader: CheckpointReader, fmt: Format, device: str) -> Iterator[str]:
+def _quantized(reader: CheckpointReader, schemes: Schemes, device: str) -> Iterator[str]:
     """Schemes, and which kernel each would run on with bfloat16 activations."""
-    schemes = fmt.schemes(reader.config, reader.infos, reader.tensor)
     groups: dict[str, list[str]] = {}
     for name, (scheme, shape) in schemes.items():
         reordered = f"{name}.group_index" in reader.infos

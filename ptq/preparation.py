@@ -29,8 +29,8 @@ from calibration.progress import Progress, Silent
 from calibration.shown import Shown
 from calibration.text.crops import TokenBatches
 from ptq.formats.native import WEIGHTS_KEY
-from ptq.formats.reading import read_linear
-from ptq.formats.registry import Format, format_of
+from ptq.formats.reading import Schemes, quantized_linears, read_linear
+from ptq.formats.registry import Format
 from ptq.formats.write import copy_small_files
 from ptq.planning.source import TextOptions, open_source
 from ptq.runtime.load import checkpoint_dtype
@@ -149,19 +149,20 @@ def prepare_checkpoint(
     folder, reader, config, spec, place = source.folder, source.reader, source.config, source.spec, source.device
     session = Session(Path(out))
     session.check(overwrite, resume=False, source=folder, resumable=False)
-    fmt = format_of(reader.config)
-    if fmt is None:
+    quantized = quantized_linears(reader)
+    if quantized is None:
         raise ToolkitError(
             f"{folder}: a float checkpoint; preparation starts from a quantized one",
             f"first run `ptq quantize {model} --method ptq1.61 --out Q`, then `ptq prepare Q`",
         )
-    _check(training, spec, fmt, reader)
+    fmt, schemes = quantized
+    _check(training, spec, schemes)
     source.check_text()
     source.tell(progress)
     tokens = source.windows(progress)
     session.begin({"prepare": fingerprint(reader), "training": asdict(training)}, resume=False)
     with session.unless_done(), reader:
-        weights = dict(_float_tensors(reader, spec, fmt))
+        weights = dict(_float_tensors(reader, spec, fmt, schemes))
         network = build_model(config, spec, torch.float32, place)
         with torch.random.fork_rng():
             torch.manual_seed(training.seed)
@@ -177,10 +178,9 @@ def prepare_checkpoint(
     return Preparation(Path(out), first, last)
 
 
-def _check(training: Training, spec: ArchitectureSpec, fmt: Format, reader: CheckpointReader) -> None:
+def _check(training: Training, spec: ArchitectureSpec, schemes: Schemes) -> None:
     if not 0 < training.rate < 1:
         raise ToolkitError(f"--rate {training.rate}: outside (0, 1)", "use 1e-4")
-    schemes = fmt.schemes(reader.config, reader.infos, reader.tensor)
     sides = [min(schemes[name][1]) for name in trained_linears(spec) if name in schemes]
     if not 0 < training.rank <= min(sides, default=1):
         raise ToolkitError(
@@ -189,10 +189,12 @@ def _check(training: Training, spec: ArchitectureSpec, fmt: Format, reader: Chec
         )
 
 
-def _float_tensors(reader: CheckpointReader, spec: ArchitectureSpec, fmt: Format) -> Iterator[tuple[str, torch.Tensor]]:
+def _float_tensors(
+    reader: CheckpointReader, spec: ArchitectureSpec, fmt: Format, schemes: Schemes
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor in float32, named and turned as in a float checkpoint."""
     taken: set[str] = set()
-    for name, (scheme, shape) in fmt.schemes(reader.config, reader.infos, reader.tensor).items():
+    for name, (scheme, shape) in schemes.items():
         q = read_linear(reader, fmt, name, scheme, shape)
         if q.hadamard is not None:
             raise ToolkitError(

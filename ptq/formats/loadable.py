@@ -14,7 +14,7 @@ import torch
 from calibration.errors import ToolkitError
 from calibration.model.opening import open_model
 from calibration.model.skeleton import build_model, places
-from ptq.formats.registry import format_of
+from ptq.formats.reading import quantized_linears
 
 
 def check_keys(out: Path, source: Collection[str], trust_remote_code: bool = False) -> None:
@@ -28,8 +28,7 @@ def check_keys(out: Path, source: Collection[str], trust_remote_code: bool = Fal
         ToolkitError: a tensor without a place, or a parameter without a tensor.
     """
     reader, config, spec = open_model(out, trust_remote_code)
-    fmt = format_of(reader.config)
-    schemes = fmt.schemes(reader.config, reader.infos, reader.tensor) if fmt else {}
+    fmt, schemes = quantized_linears(reader) or (None, {})
     reader.close()
     model = build_model(config, spec, torch.float32, torch.device("meta"))
     known = places(model)

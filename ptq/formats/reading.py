@@ -22,6 +22,9 @@ from ptq.quantized import PARTS, QuantizedTensor
 from ptq.scheme import BITS, SUPER_WIDTH, QuantScheme
 
 Shape = tuple[int, ...]
+Schemes = Mapping[str, tuple[QuantScheme, tuple[int, int]]]
+"""Scheme and shape ``(out, in)`` of linears, by full name."""
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 BYTES = (torch.uint8, torch.float8_e8m0fnu, torch.float8_e4m3fn)
 WORDS = (torch.int32,)

@@ -114,6 +114,8 @@ def format_of(config: Mapping[str, Any]) -> Format | None:
     data = config.get("quantization_config")
     if not data:
         return None
+    if not isinstance(data, dict):
+        raise ToolkitError(f"config.json: quantization_config is a {type(data).__name__}", "fetch config.json again")
     method = str(data.get("quant_method", "missing"))
     label = str(data.get("checkpoint_format") or data.get("format") or "gptq") if method == "gptq" else ""
     if data.get("is_marlin_format"):
