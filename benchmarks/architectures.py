@@ -1,7 +1,7 @@
 """Every causal type of transformers at tiny size: derived, proved, quantized, and loaded elsewhere.
 
-    PYTHONPATH=.:tests python benchmarks/architectures.py --records /tmp/types.jsonl --page docs/architectures.md
-    PYTHONPATH=.:tests python benchmarks/architectures.py --records /tmp/types.jsonl olmo2 glm4_moe
+    PYTHONPATH=.:tests python benchmarks/architectures.py --records types.jsonl --page docs/architectures.md
+    PYTHONPATH=.:tests python benchmarks/architectures.py --records types.jsonl olmo2 glm4_moe
 
 Types that the records already have are not run again. For each: a random model of the real config class (float32,
 random gains and biases) is saved as transformers saves it; random scales on all proved pairs, and a rotation, are

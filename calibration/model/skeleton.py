@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from calibration.architectures import ArchitectureSpec
+from calibration.architectures.spec import ArchitectureSpec
 from calibration.errors import ToolkitError, foreign
 from calibration.model.classes import empty_model
 from calibration.model.experts import ExpertList

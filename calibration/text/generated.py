@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from calibration.architectures import ArchitectureSpec
+from calibration.architectures.spec import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader
 from calibration.model.classes import rope_switch

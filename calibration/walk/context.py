@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from calibration.architectures import SharedInput
+from calibration.architectures.spec import SharedInput
 from calibration.errors import ToolkitError
 from calibration.walk.capture import Call, Inputs, Watch, accumulate, record_calls, record_inputs, watching
 from calibration.walk.segment import Segment

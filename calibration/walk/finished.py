@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from calibration.architectures import ArchitectureSpec
+from calibration.architectures.spec import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, save_tensors, write_atomically
 from calibration.model.reading import file_digest, read_json

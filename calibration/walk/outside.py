@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from calibration.architectures import ArchitectureSpec
+from calibration.architectures.spec import ArchitectureSpec
 from calibration.model.checkpoint import TensorSource
 from calibration.walk.passes import Pass, Read
 

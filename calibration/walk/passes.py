@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 import torch
 from torch import nn
 
-from calibration.architectures import ArchitectureSpec, BlockSpec
+from calibration.architectures.spec import ArchitectureSpec, BlockSpec
 from calibration.errors import Problem
 from calibration.walk.context import Context
 from calibration.walk.segment import Segment

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from calibration.architectures import Balance, Residual
 from calibration.architectures.derive_inputs import TOLERANCE
 from calibration.architectures.derive_pairs import scales
 from calibration.architectures.derive_residual import after, turn, turned_norms
+from calibration.architectures.spec import Balance, Residual
 from calibration.errors import ToolkitError
 from calibration.model.skeleton import release
 from calibration.progress import Progress, Silent

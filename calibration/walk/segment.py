@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from calibration.architectures import ArchitectureSpec, Balance, BlockSpec
+from calibration.architectures.spec import ArchitectureSpec, Balance, BlockSpec
 from calibration.errors import ToolkitError
 
 

@@ -139,7 +139,7 @@ def prepare(
         plan = replace(plan, sizes=replace(plan.sizes, peak_bytes=peak))
     if options.evaluate is not None:
         check_name(options.evaluate)
-    beside = max(tokenizing_bytes(source, options, plan), evaluating_bytes(source, options))
+    beside = max(tokenizing_bytes(source, options.evaluate, plan), evaluating_bytes(source, options.evaluate))
     plan = replace(plan, sizes=replace(plan.sizes, peak_bytes=max(plan.sizes.peak_bytes, beside)))
     opened = {field.name: getattr(source, field.name) for field in fields(Source)}
     return Job(**{**opened, "options": options}, plan=plan)

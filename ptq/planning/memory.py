@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from calibration.progress import Progress
 from ptq.devices import available_bytes, evaluation_dtype
 from ptq.planning.plan import Plan
 from ptq.planning.source import Source
 
-if TYPE_CHECKING:
-    from ptq.planning.job import Job, Options
-
 TOKENIZING = 95  # bytes per byte of text, measured with a byte-level BPE of 49 thousand words on wikitext
 PUBLISHED = {"wikitext2": 10_900_000}  # bytes of the text that calibration tokenizes
 
 
-def tokenizing_bytes(source: Source, options: Options, plan: Plan) -> int:
+def tokenizing_bytes(source: Source, evaluate: str | None, plan: Plan) -> int:
     """What it takes to tokenize the calibration text and that of ``--eval``, where their sizes are known: whole texts
     at once, one after the other."""
-    named = ([source.dataset] if plan.needs_data else []) + ([options.evaluate] if options.evaluate else [])
+    named = ([source.dataset] if plan.needs_data else []) + ([evaluate] if evaluate else [])
     sizes = [Path(n).stat().st_size if Path(n).is_file() else PUBLISHED.get(n, 0) for n in named]
     return TOKENIZING * max(sizes, default=0)
 
 
-def evaluating_bytes(source: Source, options: Options) -> int:
+def evaluating_bytes(source: Source, evaluate: str | None) -> int:
     """What ``--eval`` loads: the float model and the quantized one, both in the dtype of the evaluation."""
-    if options.evaluate is None:
+    if evaluate is None:
         return 0
     itemsize = evaluation_dtype("auto", source.device).itemsize
     return 2 * itemsize * sum(info.numel for info in source.reader.infos.values())
 
 
-def tell_short_memory(job: Job, progress: Progress) -> None:
+def tell_short_memory(plan: Plan, device: torch.device, progress: Progress) -> None:
     """A message where the plan needs more memory than is free now. (On a GPU the share of each is not known.)"""
-    free, needed = available_bytes(), job.plan.sizes.peak_bytes
-    if free is not None and job.device.type == "cpu" and needed > free:
+    free, needed = available_bytes(), plan.sizes.peak_bytes
+    if free is not None and device.type == "cpu" and needed > free:
         progress.message(
             f"the plan needs about {needed / 1e9:.2f} GB of memory, {free / 1e9:.2f} GB are free: "
             "fewer --samples, a shorter --seq-len or no --eval take less"

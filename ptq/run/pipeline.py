@@ -90,7 +90,7 @@ def _check(
     session.check(overwrite, resume, job.folder)
     job.tell(progress)
     _check_disk(session, job.plan)
-    tell_short_memory(job, progress)
+    tell_short_memory(job.plan, job.device, progress)
     options = job.options
     if options.evaluate is not None:
         words = int(text_config(job.config).vocab_size)
