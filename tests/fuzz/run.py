@@ -118,6 +118,7 @@ def interrupted(bases: Path) -> dict[str, bytes]:
     place = str(bases)
     before = os.getcwd()
     os.chdir(place)
+    shutil.rmtree("out.partial", ignore_errors=True)  # of an earlier round on the same files
     try:
         words = ["quantize", "model", "--method", "gptq", "--scheme", "w4a16-g32", "--samples", "2", "--seq-len", "16"]
         words += ["--dataset", "text.txt", "--out", "out"]
