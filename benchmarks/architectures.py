@@ -84,7 +84,7 @@ def rebuilt(folder: Path, passes: tuple[Any, ...] = (), balance: bool = False) -
     if not passes:
         skeleton.model.tie_weights()
     for index in range(len(blocks)):
-        segment = blocks.load_rebased(index)
+        segment = blocks.load_transformed(index)
         for group in segment.spec.balance if balance else ():
             n = segment.weight(group.consumers[0]).shape[1]
             segment.absorb(

@@ -95,7 +95,7 @@ def export_model(
     source_format, schemes = found
     layout = quantized_layout(reader, config, spec, source_format, schemes)
     problems = adapter_problems(layout) if adapter else []
-    outside = Outside(reader, source_format, spec, schemes)
+    outside = ConvertedOuterTensors(reader, source_format, spec, schemes)
     layout = replace(layout, outside=outside.planned(embeddings, head, format))
     whole, layout = layout, base_of(layout) if adapter else layout
     problems += FORMATS[format].check(layout)
@@ -171,7 +171,7 @@ def quantized_layout(
     return ModelLayout(plain, tuple(linears), others, spec.blocks, reordered, dtype, tuple(parts))
 
 
-class Outside:
+class ConvertedOuterTensors:
     """What lies outside the blocks of a quantized checkpoint: floats, and an embedding and head with codes."""
 
     def __init__(

@@ -141,7 +141,7 @@ def test_means_without_data(tmp_path):
     x = kept["final_layer_norm.bias"] + kept["final_layer_norm.weight"] * randn(11, 100_000, 64)
     hidden = (x @ kept["fc1.weight"].T + kept["fc1.bias"]).clamp(min=0)
     assert torch.allclose(found["fc2"].double(), hidden.mean(0), atol=0.03)
-    segment.turn_input("fc2")
+    segment.transform_input("fc2")
     assert set(expected_inputs(segment)) == set(found) - {"fc2"}, "weights do not tell what a rotation makes of it"
     plain, _ = open_block("llama", tmp_path / "llama")
     plain.keep_originals = True
@@ -225,7 +225,7 @@ def test_runs_in_legal_orders(place):
 
 
 REFUSALS = {
-    "rtn+equalize": ("'equalize' (REBASE) cannot follow 'rtn' (ROUND)", "write equalize+rtn"),
+    "rtn+equalize": ("'equalize' (TRANSFORM) cannot follow 'rtn' (ROUND)", "write equalize+rtn"),
     "bias-correct+gptq": ("'gptq' (ROUND) cannot follow 'bias-correct' (REPAIR)", "write gptq+bias-correct"),
     "awq+norm-tweak+gptq": ("'gptq' (ROUND) cannot follow 'norm-tweak' (REPAIR)", "write gptq+norm-tweak"),
     "gptq+adaquant": ("more than one pass rounds the weights", "keep one of gptq, adaquant"),

@@ -42,7 +42,7 @@ def turn(
 
 
 @contextmanager
-def turned_norms(norms: Sequence[tuple[nn.Module, float]], back: Turn) -> Iterator[list[Turn]]:
+def rotated_norms(norms: Sequence[tuple[nn.Module, float]], back: Turn) -> Iterator[list[Turn]]:
     """While open, norms ``(module, what it adds to its stored gain)`` multiply by one and add nothing; the functions
     make of what they give on the turned stream what they gave on the stream itself, gain and bias included."""
     kept = [(module, dict(module._parameters)) for module, _ in norms]
@@ -95,7 +95,7 @@ def residual_writers(
         return tuple(_downs(seen, last)), "no norm that a scale can go into reads the stream"
     there, back = turn(seen.probe.hidden, seen.probe.generator, any(facts[n].subtracts_mean for n in stream))
     expected, entering = there(seen.output), there(seen.hidden)
-    with turned_norms([(seen.block.get_submodule(n), facts[n].offset) for n in stream], back) as functions:
+    with rotated_norms([(seen.block.get_submodule(n), facts[n].offset) for n in stream], back) as functions:
         leaving = dict(zip(stream, functions, strict=True))
         for dropped in range(min(len(candidates), 3)):
             for kept in combinations(candidates, len(candidates) - dropped):
@@ -153,7 +153,7 @@ def around(probe: Probe, offset: float, keep_mean: bool) -> Residual | str:
     norm = next((c.path for c in calls if c.left is not None and _is_final_norm(probe, c, calls, head_path)), None)
     if norm is None:
         return "no norm with a gain stands right before the head"
-    with turned_norms([(probe.model.get_submodule(norm), offset)], back) as functions:
+    with rotated_norms([(probe.model.get_submodule(norm), offset)], back) as functions:
         found = _logits(probe, there(stream), {norm: functions[0]})[0]
     if not close(logits, found):
         return "something that does not commute with a rotation stands between the stream and the head"

@@ -133,7 +133,7 @@ class BlockSpec:
     def linears(self) -> tuple[str, ...]:
         return tuple(name for shared in self.inputs for name in shared.linears)
 
-    def with_turned_inputs(self, linears: Collection[str]) -> BlockSpec:
+    def with_transformed_inputs(self, linears: Collection[str]) -> BlockSpec:
         """The block when the runtime transforms the inputs of ``linears``: their columns are no longer channels of what
         makes them, so no producer can take their scales."""
         kept = tuple(group for group in self.balance if set(linears).isdisjoint(group.consumers))

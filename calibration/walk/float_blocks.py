@@ -15,7 +15,7 @@ from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
 from calibration.walk.capture import transform_input
 from calibration.walk.context import Context
-from calibration.walk.outside import Outside
+from calibration.walk.outer_tensors import OuterTensors
 from calibration.walk.passes import Pass, Phase, keeps_originals
 from calibration.walk.segment import Segment
 from calibration.walk.states import HiddenStates
@@ -44,9 +44,9 @@ class FloatBlocks:
         return self.skeleton.spec.n_blocks
 
     @property
-    def outside(self) -> Outside:
+    def outside(self) -> OuterTensors:
         """What lies outside the blocks, as the passes leave it."""
-        return Outside(self.reader, self.skeleton.spec, self.passes)
+        return OuterTensors(self.reader, self.skeleton.spec, self.passes)
 
     def transform_inputs(self) -> None:
         """Give the model the input transforms that its weights will expect once the passes have been applied."""
@@ -138,11 +138,11 @@ class FloatBlocks:
             keep_originals=keeps_originals(self.passes),
         )
 
-    def load_rebased(self, index: int, with_module: bool = True) -> Segment:
+    def load_transformed(self, index: int, with_module: bool = True) -> Segment:
         """`load`, and the passes that change the basis: hidden states have the new one, the file's weights do not."""
         segment = self.load(index, with_module)
         for step in self.passes:
-            if step.phases == (Phase.REBASE,):
+            if step.phases == (Phase.TRANSFORM,):
                 step.apply(segment, Context(segment, None, (), False, False, lambda _: None))
         if with_module:
             segment.sync()

@@ -28,12 +28,12 @@ run has (float where nothing asks for more, as AWQ was published); or what the q
 class Phase(IntEnum):
     """The composition rule: passes of a recipe must not go back to an earlier phase.
 
-    REBASE and BALANCE keep the function of the block (without data, with data). CHOOSE fills schemes and grids and
+    TRANSFORM and BALANCE keep the function of the block (without data, with data). CHOOSE fills schemes and grids and
     leaves weights alone. ROUND quantizes every linear that has a scheme, exactly once. REPAIR moves what is left. GATE
     adds activation thresholds.
     """
 
-    REBASE = 0
+    TRANSFORM = 0
     BALANCE = 1
     CHOOSE = 2
     ROUND = 3
@@ -200,8 +200,8 @@ def check_order(passes: Sequence[Pass]) -> Iterable[Problem]:
                 f"'{after.name}' ({after.phases[0].name}) cannot follow '{before.name}' ({before.phases[-1].name})",
                 f"write {after.name}+{before.name}",
             )
-    rebasing = [p.name for p in passes if p.phases == (Phase.REBASE,)]
-    for name in dict.fromkeys(n for n in rebasing if rebasing.count(n) > 1):
+    transforming = [p.name for p in passes if p.phases == (Phase.TRANSFORM,)]
+    for name in dict.fromkeys(n for n in transforming if transforming.count(n) > 1):
         yield Problem(name, "changes the basis twice", f"write {name} once")
     rounding = [p.name for p in passes if Phase.ROUND in p.phases]
     if len(rounding) > 1:

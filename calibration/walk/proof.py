@@ -14,7 +14,7 @@ import torch
 
 from calibration.architectures.derive_inputs import TOLERANCE
 from calibration.architectures.derive_pairs import scales
-from calibration.architectures.derive_residual import after, turn, turned_norms
+from calibration.architectures.derive_residual import after, rotated_norms, turn
 from calibration.architectures.spec import Balance, Residual
 from calibration.errors import ToolkitError
 from calibration.model.skeleton import release
@@ -31,7 +31,7 @@ TOKENS = 8
 
 def needs_proof(passes: Sequence[Pass]) -> bool:
     """Whether a pass moves scales or rotations between modules, or counts on linears sharing their input."""
-    return any(phase in (Phase.REBASE, Phase.BALANCE) for step in passes for phase in step.phases) or any(
+    return any(phase in (Phase.TRANSFORM, Phase.BALANCE) for step in passes for phase in step.phases) or any(
         step.statistics for step in passes
     )
 
@@ -133,7 +133,7 @@ class _Proof:
         paths = [architecture.module_name(name) for name in norms]
         modules = [segment.module.get_submodule(path) for path in paths]
         offsets = [architecture.offset(name) for name in norms]
-        with turned_norms(list(zip(modules, offsets, strict=True)), back) as functions:
+        with rotated_norms(list(zip(modules, offsets, strict=True)), back) as functions:
             watches = [after(path, function) for path, function in zip(paths, functions, strict=True)]
             watches += [after(architecture.module_name(name), there) for name in spec.writes]
             with watching(segment.module, watches):

@@ -80,9 +80,9 @@ class Segment:
         self.masters[name].copy_(value)
         self._touch(name, exact=True)
 
-    def turn_input(self, linear: str) -> None:
-        """From now on the runtime transforms the input of ``linear``, see `BlockSpec.with_turned_inputs`."""
-        self.spec = self.spec.with_turned_inputs((linear,))
+    def transform_input(self, linear: str) -> None:
+        """From now on the runtime transforms the input of ``linear``, see `BlockSpec.with_transformed_inputs`."""
+        self.spec = self.spec.with_transformed_inputs((linear,))
 
     def gain(self, norm: str) -> torch.Tensor:
         """What a norm multiplies by, ``[channels]``."""

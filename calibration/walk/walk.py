@@ -105,7 +105,7 @@ class Walk:
         if quantized:
             self._run_written(index, states, advance)
             return
-        self.blocks.load_rebased(index)
+        self.blocks.load_transformed(index)
         block = self.blocks.skeleton.block(index)
         states.run(block, index, keep=True, advance=advance)
         release(block)
@@ -158,7 +158,7 @@ class Walk:
         stream: str,
         progress: Progress,
     ) -> None:
-        segment = self.blocks.load_rebased(index, with_module=states is not None)
+        segment = self.blocks.load_transformed(index, with_module=states is not None)
         where = f"block {index + 1}/{len(self.blocks)}"
 
         def advance(detail: str) -> None:
@@ -179,7 +179,7 @@ class Walk:
             float_states=float_states,
         )
         for step in self.blocks.passes:
-            if step.phases != (Phase.REBASE,):
+            if step.phases != (Phase.TRANSFORM,):
                 step.apply(segment, context)
         referred = "model" in references_of(self.blocks.passes)  # and so propagated already
         if model_states is not None and float_states is not None and not referred and not last:

@@ -32,7 +32,7 @@ class Equalize(Pass):
 
     name: ClassVar[str] = "equalize"
     summary: ClassVar[str] = "evens the ranges of weights that follow each other"
-    phases: ClassVar[tuple[Phase, ...]] = (Phase.REBASE,)
+    phases: ClassVar[tuple[Phase, ...]] = (Phase.TRANSFORM,)
 
     def apply(self, segment: Segment, context: Context) -> None:
         pairs = [group for group in segment.spec.balance if group.kind != "norm"]

@@ -50,7 +50,7 @@ class Rotate(Pass):
     name: ClassVar[str] = "rotate"
     summary: ClassVar[str] = "rotates the residual stream so that no channel stands out"
     default_scheme: ClassVar[str | None] = "w4a4"
-    phases: ClassVar[tuple[Phase, ...]] = (Phase.REBASE,)
+    phases: ClassVar[tuple[Phase, ...]] = (Phase.TRANSFORM,)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -137,7 +137,7 @@ class Rotate(Pass):
             block = block_size(w.shape[1])
             segment.set_weight(linear, hadamard_transform(w.double(), block).to(w.dtype), exact=True)
             segment.parts.setdefault(linear, {})["hadamard"] = torch.tensor([block], dtype=torch.int32)
-            segment.turn_input(linear)
+            segment.transform_input(linear)
         self._turn_keys(segment)
 
     def _turn_keys(self, segment: Segment) -> None:

@@ -44,7 +44,7 @@ def _calibrated(layout: ModelLayout, passes: Sequence[Pass], spec: ArchitectureS
         prefix, block = spec.prefix(index), spec.block(index)
         quantized = [linear.name.removeprefix(prefix) for linear in layout.quantized if linear.block == index]
         for step in passes:
-            block = block.with_turned_inputs(step.input_transforms(block, quantized))
+            block = block.with_transformed_inputs(step.input_transforms(block, quantized))
             found |= {prefix + linear for linear in step.calibrated(block)}
     return found
 

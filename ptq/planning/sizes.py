@@ -8,7 +8,7 @@ from typing import Any
 from calibration.architectures import ArchitectureSpec, Residual
 from calibration.model.checkpoint import CheckpointReader
 from calibration.model.classes import text_config
-from calibration.walk.outside import Outside
+from calibration.walk.outer_tensors import OuterTensors
 from calibration.walk.passes import Phase, keeps_originals, references_of, watches_float
 from calibration.walk.statistics import CrossGram, Gram
 from ptq.linears import ModelLayout
@@ -42,7 +42,7 @@ def _untied_bytes(reader: CheckpointReader, spec: ArchitectureSpec, recipe: Reci
     """Size of tensors outside the blocks that passes add: a head that was tied to the embedding."""
     if not isinstance(spec.residual, Residual):
         return 0
-    added = [n for n in Outside(reader, spec, recipe.passes).names if n not in reader.infos]
+    added = [n for n in OuterTensors(reader, spec, recipe.passes).names if n not in reader.infos]
     return len(added) * reader.infos[f"{spec.residual.embeddings[0]}.weight"].nbytes if added else 0
 
 

@@ -1,4 +1,4 @@
-"""`Outside`: the tensors outside the decoder blocks as the passes leave them, one at a time."""
+"""`OuterTensors`: the tensors outside the decoder blocks as the passes leave them, one at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from calibration.model.checkpoint import TensorSource
 from calibration.walk.passes import Pass, Read
 
 
-class Outside:
+class OuterTensors:
     """Embeddings, final norm, head and whatever else no block holds, by full checkpoint names.
 
     Args:
