@@ -56,10 +56,11 @@ class Bench:
     scoring: Scoring
     reference: LogitsModel
     base: Evaluation
+    kernel: str | None = None
 
     @staticmethod
-    def of(args: argparse.Namespace) -> Bench:
-        """From the arguments of `add_arguments`."""
+    def of(args: argparse.Namespace, kernel: str | None = None) -> Bench:
+        """From the arguments of `add_arguments`; ``kernel`` runs the quantized models, None is the fastest."""
         folder = locate(args.model)
         corpus = load_corpus(args.eval or default_dataset(folder), "score")
         text = encode_text(corpus, load_tokenizer(folder))
@@ -70,7 +71,7 @@ class Bench:
         calibration = ("--samples", str(args.samples), "--seq-len", str(args.seq_len))
         calibration += ("--dataset", args.dataset) if args.dataset else ()
         calibration += ("--dtype", args.dtype) if args.dtype else ()
-        return Bench(args.model, calibration, text, scoring, reference, base)
+        return Bench(args.model, calibration, text, scoring, reference, base, kernel)
 
     def row(self, method: str, scheme: str, *more: str) -> dict[str, Any]:
         """One line of the table: ``ptq quantize --method M --scheme S MORE``, or ``--recipe`` for a method "*.toml"."""
@@ -81,7 +82,7 @@ class Bench:
             subprocess.run([*command, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
             record, timings = read_record(out), read_timings(out)
             assert timings is not None
-            logits = logits_of(load_model(out, dtype=torch.float32), CPU)
+            logits = logits_of(load_model(out, dtype=torch.float32, kernel=self.kernel), CPU)
             e = score(logits, self.text, self.scoring, model="quantized", reference_fn=self.reference)
         assert e.divergence is not None
         row = {
@@ -110,7 +111,11 @@ class Bench:
                 f"| {r['top1']:.2%} | {r['file_mb']:.2f} | {r['seconds']:.1f} | {r['peak_gb']:.2f} |"
             )
         if to:
-            to.write_text(json.dumps({"float": dataclasses.asdict(self.base), "rows": rows}, indent=1) + "\n")
+            self.save(rows, to)
+
+    def save(self, rows: list[dict[str, Any]], to: Path) -> None:
+        """The rows as JSON, with the float model's."""
+        to.write_text(json.dumps({"float": dataclasses.asdict(self.base), "rows": rows}, indent=1) + "\n")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
