@@ -1,11 +1,11 @@
 """Quantized inputs and caches with everything that makes them easier to round, on one model.
 
-    python benchmarks/activation_table.py MODEL --dataset TRAIN --eval TEST --samples 8 --max-windows 4 --json table.json
+    python benchmarks/activation_table.py MODEL --dataset TRAIN --eval TEST --samples 8 --max-windows 4 --json FILE
 
-One row per setting, each a `ptq quantize` in a process of its own: perplexity, KL from the float model, seconds and peak
-memory, on the same calibration windows and the same windows of text. ``--rows`` takes some by name. A row is kept in
-the file of ``--json`` when it is done, and not made again: a command that was stopped goes on where it was. Quantized
-inputs and caches are simulated in float32 (kernel ``reference``), so that every row is computed in the same way.
+One row per setting, each a `ptq quantize` in a process of its own: perplexity, KL from the float model, seconds and
+peak memory, on the same calibration windows and the same windows of text. ``--rows`` takes some by name. A row is kept
+in the file of ``--json`` when it is done, and not made again: a command that was stopped goes on where it was.
+Quantized inputs and caches are simulated in float32 (kernel ``reference``), so that every row is computed in one way.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Weights do not change, so the pass only says which linears smooth and how; the m
 
 Two things differ from the publication, because they were measured to be better (docs/activations.md). Maxima are those
 of a block of tokens: over a whole sequence one massive token sets the scales of all others, and later tokens change
-earlier ones. And the group follows the width: 128 channels are 3 % of the 4096 that they were chosen for, and 22 % of 576.
+earlier ones. And the group follows the width: 128 channels are 3 % of the 4096 that they were chosen for, and 22 % of
+576.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from calibration.walk.segment import Segment
 from ptq.activations import RuntimeSmooth
 from ptq.linears import ModelLayout
 from ptq.scheme import QuantScheme
-
 
 GROUPS = (16, 128)
 """Smallest and largest group by width: what a tile of integer products needs, and the published one."""
