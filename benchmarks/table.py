@@ -71,11 +71,12 @@ class Bench:
     scoring: Scoring
     reference: LogitsModel
     base: Evaluation
+    kernel: str | None = None
     records: Path | None = None
 
     @staticmethod
-    def of(args: argparse.Namespace) -> Bench:
-        """From the arguments of `add_arguments`."""
+    def of(args: argparse.Namespace, kernel: str | None = None) -> Bench:
+        """From the arguments of `add_arguments`; ``kernel`` runs the quantized models, None is the fastest."""
         folder = locate(args.model)
         corpus = load_corpus(args.eval or default_dataset(folder), "score")
         text = encode_text(corpus, load_tokenizer(folder))
@@ -86,7 +87,7 @@ class Bench:
         calibration = ("--samples", str(args.samples), "--seq-len", str(args.seq_len))
         calibration += ("--dataset", args.dataset) if args.dataset else ()
         calibration += ("--dtype", args.dtype) if args.dtype else ()
-        return Bench(args.model, calibration, text, scoring, reference, base, args.records)
+        return Bench(args.model, calibration, text, scoring, reference, base, kernel, args.records)
 
     def row(self, method: str, scheme: str, *more: str) -> dict[str, Any]:
         """One line of the table: ``ptq quantize --method M --scheme S MORE``, or ``--recipe`` for a method "*.toml".
@@ -121,7 +122,7 @@ class Bench:
             }
 
     def _scored(self, folder: Path) -> dict[str, Any]:
-        logits = logits_of(load_model(folder, dtype=torch.float32), CPU)
+        logits = logits_of(load_model(folder, dtype=torch.float32, kernel=self.kernel), CPU)
         e = score(logits, self.text, self.scoring, model="quantized", reference_fn=self.reference)
         assert e.divergence is not None
         return {
@@ -164,7 +165,11 @@ class Bench:
                 f"| {r['top1']:.3f} | {r['delta_nll']:.3f} ± {r['delta_nll_se']:.3f} | {size} | {seconds} | {peak} |"
             )
         if to:
-            to.write_text(json.dumps({"float": dataclasses.asdict(self.base), "rows": list(rows)}, indent=1) + "\n")
+            self.save(rows, to)
+
+    def save(self, rows: Sequence[dict[str, Any]], to: Path) -> None:
+        """The rows as JSON, with the float model's."""
+        to.write_text(json.dumps({"float": dataclasses.asdict(self.base), "rows": list(rows)}, indent=1) + "\n")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
