@@ -79,7 +79,7 @@ class _Proof:
         segment = self._load()
         with trace(segment.module) as calls:
             expected = self._output(segment, self.hidden)
-        self._check_inputs(segment, {call.path: call.entered for call in calls})
+        self._check_inputs(segment, {call.path: call.entered for call in reversed(calls)})  # of their first calls
         self._absorb(segment, segment.spec.balance)
         if not self._same(expected, segment):
             for group in segment.spec.balance:
