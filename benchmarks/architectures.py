@@ -26,7 +26,7 @@ import torch
 import ptq
 from benchmarks.tiny_configs import tiny_config
 from calibration.architectures import FAMILIES, Residual, described
-from calibration.architectures.derive_pairs import scales
+from calibration.architectures.derivation.pairs import scales
 from calibration.errors import ToolkitError
 from calibration.model.classes import auto_class
 from calibration.model.opening import open_model

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from benchmarks.tiny_configs import tiny_config
 from calibration.architectures import FAMILIES as TABLE
 from calibration.architectures import Balance, Residual, described, resolve
-from calibration.architectures.derived import derive
+from calibration.architectures.derivation.entries import derive
 from calibration.architectures.llama_like import llama
 from calibration.errors import PlanError, ToolkitError
 from calibration.model.classes import auto_class
