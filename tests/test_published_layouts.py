@@ -35,6 +35,7 @@ def right(model, out):
     [
         ("olmo_hybrid", "linear_attn.q_conv1d.weight", "linear_attn.conv1d.weight"),
         ("nemotron_h", "mixer.experts.1.up_proj.weight", "mixer.experts.up_proj"),
+        ("longcat_flash", "mlp.experts.1.up_proj.weight", "mlp.experts.gate_up_proj"),
     ],
 )
 def test_parts_that_the_class_keeps_as_one(model_type, part, whole, tmp_path):

@@ -113,8 +113,8 @@ def renaming(model: Any) -> Callable[[str], str]:
 
 
 def joined(model: Any, names: Iterable[str]) -> dict[str, list[str]]:
-    """Tensors that the class keeps as one whose rows are theirs after each other, by transformers' own table: the
-    convolutions of Kimi Linear's queries, keys and values, the experts of Nemotron-H.
+    """Tensors that the class keeps as one, their values after each other, by transformers' own table: the convolutions
+    of Kimi Linear's queries, keys and values; experts, where each of them has its gate's rows before those of up.
 
     Args:
         names: of the file, as `renaming` translates them.
@@ -125,16 +125,17 @@ def joined(model: Any, names: Iterable[str]) -> dict[str, list[str]]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
+    orders = [[(Concatenate, 0)], [(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]]
     found: dict[str, dict[tuple[int, int], str]] = {}
     for rule in get_model_conversion_mapping(model, add_legacy=False):
         steps = rule.operations if isinstance(rule, WeightConverter) else []
-        if len(steps) != 1 or not isinstance(steps[0], Concatenate | MergeModulelist) or steps[0].dim != 0:
+        if [(type(step), getattr(step, "dim", None)) for step in steps] not in orders:
             continue
         patterns = [re.compile(p.replace("*", r"(\d+)")) for p in _listed(rule._original_source_patterns)]
         for name in names:
             hits = [(i, m) for i, p in enumerate(patterns) if (m := p.search(name))]
             if hits:
-                order = hits[0][0], int(hits[0][1][1]) if hits[0][1].groups() else 0
+                order = int(hits[0][1][1]) if hits[0][1].groups() else 0, hits[0][0]
                 found.setdefault(rule.rename_source_key(name)[0], {})[order] = name
     return {target: [parts[order] for order in sorted(parts)] for target, parts in found.items()}
 
