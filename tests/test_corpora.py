@@ -74,7 +74,7 @@ def test_builtin_text_comes_with_the_toolkit() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "x"}\n{"body": "y", "id": 3}\n', "line 2: no string under the key 'text' .*body, id"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "y", "id": 3}\n', "line 2: no string under the key 'text'.*body, id"),
         ("a.jsonl", b'{"text": "x"}\n{"text": 5}\n', "line 2: no string"),
         ("a.jsonl", b'{"text": "x"}\n["x"]\n', "line 2: .*found: list"),
         ("a.jsonl", b"not json\n", "line 1: not JSON"),
@@ -102,7 +102,11 @@ def test_parquet_without_text(tmp_path: Path) -> None:
     ("name", "message", "fix"),
     [
         ("wikitext-2", "unknown data set 'wikitext-2'", "did you mean 'wikitext2'"),
-        ("nothing-like-it", "unknown data set", "use one of: wikitext2, c4, ptb, pileval, builtin"),
+        (
+            "nothing-like-it",
+            "unknown data set",
+            "use one of: wikitext2, c4, ptb, pileval, ultrachat, open-platypus, builtin",
+        ),
         ("no/such.txt", "no such file: 'no/such.txt'", "path of an existing"),
         ("such.jsonl", "no such file", "path of an existing"),
     ],

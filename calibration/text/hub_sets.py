@@ -17,7 +17,7 @@ from typing import Any, Literal
 from calibration.errors import ToolkitError
 
 Purpose = Literal["calibrate", "score"]
-Builder = Literal["text", "documents", "blocks"]
+Builder = Literal["text", "documents", "blocks", "chats"]
 
 
 class Unreachable(ToolkitError):
@@ -27,6 +27,7 @@ class Unreachable(ToolkitError):
 ZSTANDARD = "pip install 'ptq[pile]'"
 C4_SCORED_DOCUMENTS = 1100
 C4_SCORED_WINDOWS = 256
+CHATS = 2048  # of a set of conversations, the first: a million tokens or more
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class HubSet:
     Attributes:
         builder: how calibration windows are cut, see `calibration.text.crops.calibration_tokens`.
         score: None where there is no published protocol for scoring on it.
-        first_rows, max_windows: limits of the scoring protocol.
+        first_rows, max_windows: limits of the scoring protocol; of conversations the first so many are read.
         zstandard: its files are compressed so; `datasets` reads them only where the package of that name is installed.
     """
 
@@ -108,6 +109,26 @@ HUB_SETS: dict[str, HubSet] = {
         score=None,
         zstandard=True,
     ),
+    "ultrachat": HubSet(
+        repo="HuggingFaceH4/ultrachat_200k",
+        config=None,
+        column="messages",
+        revision=None,
+        builder="chats",
+        calibrate=HubSplit("train_sft", None, None),
+        score=HubSplit("test_sft", None, None),
+        first_rows=CHATS,
+    ),
+    "open-platypus": HubSet(
+        repo="garage-bAInd/Open-Platypus",
+        config=None,
+        column="instruction",
+        revision=None,
+        builder="chats",
+        calibrate=HubSplit("train", None, None),
+        score=None,
+        first_rows=CHATS,
+    ),
 }
 
 
@@ -121,8 +142,8 @@ def check_readable(name: str) -> None:
         raise ToolkitError(f"--dataset {name}: its files are .zst, and zstandard is not installed", ZSTANDARD)
 
 
-def load_hub_split(hub: HubSet, part: HubSplit, hub_root: Path | None) -> tuple[Sequence[str], str]:
-    """The rows of one split (lazily read) and the commit they come from ("" where unknown).
+def load_hub_split(hub: HubSet, part: HubSplit, hub_root: Path | None) -> tuple[Sequence[Any], str]:
+    """The rows of one split (lazily read; of conversations the first so many, as dictionaries) and the commit they come from ("" where unknown).
 
     Args:
         hub_root: folder with local copies of hub repositories, read instead of the hub.
@@ -141,7 +162,11 @@ def load_hub_split(hub: HubSet, part: HubSplit, hub_root: Path | None) -> tuple[
         declared = (hub_root / hub.repo / "README.md").is_file()
         arguments["name" if declared else "data_dir"] = hub.config
     dataset = load_dataset(location, hub.source, arguments)
-    return text_column(dataset, hub.source, (hub.column,)), _revision(dataset.info.download_checksums)
+    revision = _revision(dataset.info.download_checksums)
+    if hub.builder == "chats":
+        text_column(dataset, hub.source, (hub.column,))
+        return dataset.select(range(min(len(dataset), hub.first_rows or len(dataset)))), revision
+    return text_column(dataset, hub.source, (hub.column,)), revision
 
 
 def load_dataset(location: str, label: str, arguments: dict[str, Any]) -> Any:

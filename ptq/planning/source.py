@@ -30,8 +30,9 @@ from calibration.model.opening import (
 )
 from calibration.progress import Progress
 from calibration.record import REPORT_FILE, read_record
-from calibration.text.corpora import BUILTIN, check_name
-from calibration.text.crops import TokenBatches, check_tokenizer
+from calibration.text.chats import check_template
+from calibration.text.corpora import BUILTIN, KNOWN_NAMES, check_name, load_corpus
+from calibration.text.crops import TokenBatches, check_tokenizer, read_ids
 from calibration.text.generated import BATCH, GENERATED, check_can_write, first_tokens, generate_tokens
 from calibration.text.hub_sets import Unreachable
 from calibration.text.random_tokens import RANDOM
@@ -103,7 +104,8 @@ class Source:
         return {"name": self.name, "source": DEMO if is_of_demo(self.folder) else self.origin}
 
     def check_text(self) -> None:
-        """Refuse a data set that is neither known nor a file, and a model that cannot write its own text.
+        """Refuse a data set that is neither known nor a readable file with what calibration needs in it, and a model
+        that cannot write its own text. Sets of the hub are not fetched for that.
 
         Raises:
             ToolkitError: see above.
@@ -113,6 +115,19 @@ class Source:
             first_tokens(load_tokenizer(self.folder, self.options.trust_remote_code))
         elif self.dataset != RANDOM:
             check_name(self.dataset)
+            if self.dataset not in KNOWN_NAMES and Path(self.dataset).is_file():
+                self._check_file(Path(self.dataset))
+
+    def _check_file(self, path: Path) -> None:
+        """Open a file of text, rows or token ids."""
+        if path.suffix == ".safetensors":
+            read_ids(path, self.options.samples, self.seq_len, int(text_config(self.config).vocab_size))
+            return
+        corpus = load_corpus(str(path), "calibrate")
+        if corpus.chats:
+            check_template(corpus, load_tokenizer(self.folder, self.options.trust_remote_code))
+        elif not corpus.text.strip():
+            raise ToolkitError(f"--dataset {path}: no text in it", "give a longer text")
 
     def tell(self, progress: Progress) -> None:
         """Hand the notes to a display."""
