@@ -65,7 +65,7 @@ def test_it_is_what_the_other_tokens_need(model, tmp_path):
     quantize(model, tmp_path / "static", format="native", **recipe(tmp_path, "static"))
     quantize(model, tmp_path / "float", format="native", **recipe(tmp_path, "float"))
     errors = {name: error(model, tmp_path / name) for name in ("token", "static", "float")}
-    assert errors["float"] <= errors["token"] * 1.05 and errors["token"] < 0.5 * errors["static"], errors
+    assert errors["float"] <= errors["token"] * 1.05 and errors["token"] < 0.75 * errors["static"], errors
 
 
 def test_transformers_reads_the_mixture(model, tmp_path):
