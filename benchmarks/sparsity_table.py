@@ -127,7 +127,7 @@ class Bench:
         corpus = load_corpus(args.eval or default_dataset(self.folder), "score")
         self.text: EncodedText = encode_text(corpus, tokenizer)
         reference = load_model(args.reference or self.folder, dtype=torch.float32)
-        self.reference = remembered(logits_of(reference, CPU))
+        self.reference = remembered(reference)
         self.batch_size = max(1, 2048 // self.window)
         calibration = load_corpus(args.dataset or default_dataset(self.folder), "calibrate")
         self.tokens = calibration_tokens(calibration, tokenizer, args.samples, self.window, args.seed)

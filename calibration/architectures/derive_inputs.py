@@ -104,6 +104,7 @@ def widths(module: nn.Module) -> tuple[int, int]:
 
 
 def key(tensor: torch.Tensor) -> Key:
+    """Address and size: a view of all but the last token is another tensor."""
     return tensor.data_ptr(), tensor.numel()
 
 

@@ -167,9 +167,9 @@ def forward_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def context_length(config: Any) -> int:
-    """The longest window that a model takes; 2048 where its config names none (ALiBi)."""
+    """The longest window that a model takes; 2048 where its config names none (ALiBi, XLNet)."""
     for name in ("max_position_embeddings", "n_positions", "seq_length"):
         value = getattr(text_config(config), name, None)
-        if value:
+        if value and int(value) > 0:
             return int(value)
     return 2048

@@ -163,7 +163,9 @@ def write_reports(outcome: Outcome, folder: Path, watch: Stopwatch, resumed: int
         REPORT_FILE: record.to_json(),
         "report.md": markdown.render(record),
         "report.html": html.render(record),
-        "README.md": card.model_card(record, job.name if job.origin == "hub" else f"./{job.name}", files),
+        "README.md": card.model_card(
+            record, job.name if job.origin == "hub" else f"./{job.name}", files, card.facts_of(job.folder)
+        ),
         TIMINGS_FILE: watch.timings(str(job.device), resumed).to_json(),
     }
     for name, text in texts.items():
