@@ -25,6 +25,7 @@ def _pass(name: str, *settings: str) -> str:
 SMOOTH = _pass("smoothquant", "search = true", "down = true")
 ROTATE, GPTQ, RANGES = _pass("rotate"), _pass("gptq"), _pass("ranges")
 REPQUANT = _pass("repquant")
+CLIP = _pass("awq", "grid = 1")  # AWQ's search for clipping bounds alone: the only exponent of its scales is 0
 RS = _pass("rs")
 PUBLISHED_RS = _pass("rs", "group = 128", "block = 0", "attention = false")
 DOWN_ONLY = _pass("rotate", "residual = false", "values = false")
@@ -38,10 +39,12 @@ ROWS: dict[str, tuple[str, str]] = {
     "w8a8 rotate": ("w8a8", ROTATE),
     "w8a8 rotate+gptq": ("w8a8", ROTATE + GPTQ),
     "fp8 rtn": ("fp8", ""),
+    "static ranges, massive tokens static": ("w8a8-astatic", _pass("ranges", 'massive = "static"')),
     "static ranges": ("w8a8-astatic", RANGES),
     "static repquant": ("w8a8-astatic", REPQUANT + RANGES),
     "static repquant down": ("w8a8-astatic", _pass("repquant", "down = true") + RANGES),
     "static rotate": ("w8a8-astatic", ROTATE + RANGES),
+    "static rotate+gptq": ("w8a8-astatic", ROTATE + RANGES + GPTQ),
     "w6a6 rtn": ("w6a6", ""),
     "w6a6 smoothquant": ("w6a6", SMOOTH),
     "w6a6 rotate+gptq": ("w6a6", ROTATE + GPTQ),
@@ -53,11 +56,13 @@ ROWS: dict[str, tuple[str, str]] = {
     "w4a4 rrs published": ("w4a4", ROTATE + PUBLISHED_RS + GPTQ),
     "w4a4 rrs": ("w4a4", ROTATE + RS + GPTQ),
     "w4a4 rrs+gptaq": ("w4a4", ROTATE + RS + _pass("gptaq")),
+    "w4a4 rrs, clipped, gptaq": ("w4a4", ROTATE + CLIP + RS + _pass("gptaq")),
     "w4a4 rs, rotated down": ("w4a4", DOWN_ONLY + _pass("rs", "transformed = false") + GPTQ),
     "w4a4 rs, rotated and smoothed down": ("w4a4", DOWN_ONLY + RS + GPTQ),
     "w4a4kv4 rotate+gptq": ("w4a4kv4", ROTATE + GPTQ),
     "w4a4kv4 rrs published": ("w4a4kv4", ROTATE + PUBLISHED_RS + GPTQ),
     "w4a4kv4 rrs": ("w4a4kv4", ROTATE + RS + GPTQ),
+    "w4a4kv4 rrs, clipped, gptaq": ("w4a4kv4", ROTATE + CLIP + RS + _pass("gptaq")),
     "w4a4kv4 rrs+gptaq": ("w4a4kv4", ROTATE + RS + _pass("gptaq")),
 }
 """Name -> scheme, and the passes of the recipe (rounding to nearest where none rounds)."""
