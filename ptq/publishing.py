@@ -119,11 +119,11 @@ def _card(path: Path, readme: Path | None, facts: Facts) -> bytes:
         text = readme.read_text(encoding="utf-8")
     card = ModelCard(text, ignore_metadata_errors=True)
     if facts.base_model is not None:
-        card.data.base_model, card.data.base_model_relation = facts.base_model, "quantized"
+        card.data["base_model"], card.data["base_model_relation"] = facts.base_model, "quantized"
     if facts.license is not None:
-        card.data.license = facts.license
+        card.data["license"] = facts.license
     if facts.language:
-        card.data.language = list(facts.language)
+        card.data["language"] = list(facts.language)
     return str(card).encode()
 
 
