@@ -45,7 +45,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "gptj": {"rotary_dim": 8},
     "codegen": {"rotary_dim": 8},
-    "longcat_flash": {"num_layers": 2, "num_hidden_layers": 4},
+    "longcat_flash": {"num_layers": 2, "num_hidden_layers": 4, "n_routed_experts": 4, "zero_expert_num": 2},
     "cohere_compass_text": {"rope_parameters": {"full_attention": PLAIN_ROPE, "sliding_attention": PLAIN_ROPE}},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},

@@ -18,6 +18,7 @@ from calibration.record import Evaluation
 from calibration.scoring.perplexity import score
 from calibration.scoring.tasks import TaskRun, lm_eval_tasks
 from calibration.scoring.windows import Scoring
+from calibration.text.chats import as_text
 from calibration.text.corpora import load_corpus
 from calibration.text.crops import TokenBatches, check_tokenizer, read_ids
 from calibration.text.encoding import EncodedText, encode_text, token_ids, too_short, wanted_bos
@@ -60,6 +61,7 @@ def check_text(folder: Path, dataset: str, window: int, vocabulary: int, trust_r
     corpus = load_corpus(dataset, "score")
     tokenizer = load_tokenizer(folder, trust_remote_code)
     check_tokenizer(tokenizer, vocabulary)
+    corpus = as_text(corpus, tokenizer)
     found = len(token_ids(tokenizer, corpus.text, corpus.special_tokens or wanted_bos(tokenizer) is not None))
     if found < window:
         raise too_short(corpus.label, found, window)

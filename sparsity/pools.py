@@ -15,7 +15,7 @@ import torch
 from calibration.architectures import FeedForward
 from calibration.errors import ToolkitError
 from calibration.histogram import Histogram
-from calibration.walk.capture import Look, Watch
+from calibration.model.watching import Look, Watch
 from calibration.walk.context import Context
 from calibration.walk.segment import Segment
 from sparsity.masking import FIRST

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from calibration.architectures import ArchitectureSpec, BlockSpec
-from calibration.walk.capture import Watch
+from calibration.model.watching import Watch
 from calibration.walk.context import Context
 from calibration.walk.segment import Segment
 from sparsity.files import sites_from

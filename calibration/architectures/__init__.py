@@ -88,7 +88,7 @@ def resolve(config: Any) -> ArchitectureSpec:
     """
     if config.model_type in FAMILIES:
         return FAMILIES[config.model_type](config)
-    from calibration.architectures.derived import derive
+    from calibration.architectures.derivation.entries import derive
 
     entries = {k: v for k, v in config.to_dict().items() if k not in ("quantization_config", "dtype", "_name_or_path")}
     key = type(config), json.dumps(entries, sort_keys=True, default=str)

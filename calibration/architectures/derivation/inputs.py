@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from calibration.architectures.derive_probe import Probe
+from calibration.architectures.derivation.probe import Probe
 from calibration.model.classes import setting
 from calibration.model.skeleton import set_submodule
-from calibration.walk.capture import Seen, Watch, trace, watching
+from calibration.model.watching import Seen, Watch, trace, watching
 
 TOLERANCE = 3e-5  # of the largest output value, in float32
 Key = tuple[int, int]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from calibration.architectures.derive_inputs import Observed, observe
-from calibration.architectures.derive_pairs import (
+from calibration.architectures.derivation.inputs import Observed, observe
+from calibration.architectures.derivation.pairs import (
     NormFacts,
     activations,
     linear_pair,
@@ -19,8 +19,8 @@ from calibration.architectures.derive_pairs import (
     produced_by,
     why_alone,
 )
-from calibration.architectures.derive_probe import Probe, underivable
-from calibration.architectures.derive_residual import around, residual_writers
+from calibration.architectures.derivation.probe import Probe, underivable
+from calibration.architectures.derivation.residual import around, residual_writers
 from calibration.architectures.spec import (
     ArchitectureSpec,
     Balance,
