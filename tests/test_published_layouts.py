@@ -44,6 +44,11 @@ def test_parts_that_the_class_keeps_as_one(model_type, part, whole, tmp_path):
     reader, _, _ = open_model(tmp_path / "float")
     names = [name for name in reader.infos if name.endswith(whole)]
     assert names and all(torch.equal(reader.tensor(name), model.state_dict()[name]) for name in names)
+
+
+@pytest.mark.parametrize("model_type", ["olmo_hybrid", "nemotron_h"])
+def test_what_is_read_as_one_is_written_as_one(model_type, tmp_path):
+    model = tiny(model_type, tmp_path / "float")
     quantize(tmp_path / "float", tmp_path / "out", method="gptq", scheme="w8a16-gchannel")
     right(model, tmp_path / "out")
 
