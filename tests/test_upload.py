@@ -90,7 +90,7 @@ def test_sends_a_gguf_file_with_a_card(tmp_path: Path, hub: None) -> None:
 def test_refuses_what_is_no_hub_id(folder: Path, hub: None, repo: str) -> None:
     with pytest.raises(ToolkitError, match="not a hub id"):
         ptq.upload(folder, repo)
-    with pytest.raises(ToolkitError, match="--base-model .*not a hub id"):
+    with pytest.raises(ToolkitError, match=r"--base-model .*not a hub id"):
         ptq.upload(folder, "org/tiny", base_model=repo)
 
 
