@@ -188,5 +188,6 @@ def _tell(result: Evaluation) -> None:
     if result.divergence is not None:
         d = result.divergence
         detail(f"reference perplexity {d.reference_perplexity:.4f}")
-        detail(f"KL mean {d.kl_mean:.6f}, 99th percentile {d.kl_p99:.6f} nats; top-1 agreement {d.top1_agreement:.4%}")
-        detail(f"NLL difference {d.delta_nll:+.6f} +- {d.delta_nll_se:.6f} nats per token")
+        detail(f"KL mean {d.kl_mean:.6f} ± {d.kl_se:.6f}, 99th percentile {d.kl_p99:.6f} nats")
+        detail(f"top-1 agreement {d.top1_agreement:.4%}")
+        detail(f"NLL difference {d.delta_nll:+.6f} ± {d.delta_nll_se:.6f} nats per token")

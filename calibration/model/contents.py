@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader
+from calibration.model.headers import TensorInfo
 from calibration.model.reading import file_digest, inside
 
 SMALL_FILES = (
@@ -66,18 +69,32 @@ def check_weights(reader: CheckpointReader, advance: Callable[[str], None] | Non
     GPT-2 files carry (``attention.masked_bias``, -1e9) is -inf in float16.
     """
     digest = hashlib.sha256()
-    for name, info in sorted(reader.infos.items(), key=lambda item: (item[1].shard, item[0])):
-        tensor = reader.tensor(name)
-        digest.update(f"{name} {info.dtype} {info.shape} ".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data))
-        if info.dtype.is_floating_point and info.shape:
-            bad = int((~torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)).sum())
-            if bad:
-                raise ToolkitError(
-                    f"{name} in {info.shard}: {bad} of {info.numel} values are NaN or Inf",
-                    "fetch the checkpoint again; if its author's file has them, it cannot be quantized",
-                )
-        if advance is not None:
-            advance(name)
+    with ThreadPoolExecutor(1) as hashing:  # hashlib lets go of the interpreter: the next tensor is read meanwhile
+        hashed: Future[None] | None = None
+        for name, info in sorted(reader.infos.items(), key=lambda item: (item[1].shard, item[0])):
+            tensor = reader.tensor(name)
+            if hashed is not None:
+                hashed.result()
+            hashed = hashing.submit(_fold, digest, f"{name} {info.dtype} {info.shape} ".encode(), tensor)
+            if info.dtype.is_floating_point and info.shape:
+                _check_finite(name, info, tensor)
+            if advance is not None:
+                advance(name)
     reader.close()
     return digest.hexdigest()[:16]
+
+
+def _fold(digest: Any, heading: bytes, tensor: torch.Tensor) -> None:
+    digest.update(heading)
+    digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data))
+
+
+def _check_finite(name: str, info: TensorInfo, tensor: torch.Tensor) -> None:
+    tensor = tensor.float() if tensor.element_size() == 1 else tensor
+    if not tensor.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)):  # NaN is both
+        return
+    bad = int((~torch.isfinite(tensor)).sum())
+    raise ToolkitError(
+        f"{name} in {info.shard}: {bad} of {info.numel} values are NaN or Inf",
+        "fetch the checkpoint again; if its author's file has them, it cannot be quantized",
+    )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,11 @@ from calibration.errors import ToolkitError
 
 Purpose = Literal["calibrate", "score"]
 Builder = Literal["text", "documents", "blocks", "chats"]
+
+
+class Unreachable(ToolkitError):
+    """A data set of the hub that is not cached, while the hub does not answer."""
+
 
 ZSTANDARD = "pip install 'ptq[pile]'"
 C4_SCORED_DOCUMENTS = 1100
@@ -170,9 +176,10 @@ def load_dataset(location: str, label: str, arguments: dict[str, Any]) -> Any:
 
     fix = "give a local text with --dataset FILE.txt, FILE.jsonl or FILE.parquet, or connect once to cache it"
     try:
-        return datasets.load_dataset(location, **arguments)
+        with _without_waiting(location):
+            return datasets.load_dataset(location, **arguments)
     except (ConnectionError, TimeoutError) as error:
-        raise ToolkitError(f"data set {label}: not cached, and the hub cannot be reached ({error})", fix) from None
+        raise Unreachable(f"data set {label}: not cached, and the hub cannot be reached ({error})", fix) from None
     except ImportError as error:
         fix = f"pip install {error.name}" if error.name else ZSTANDARD
         raise ToolkitError(f"data set {label}: {error}", fix) from None
@@ -181,6 +188,27 @@ def load_dataset(location: str, label: str, arguments: dict[str, Any]) -> Any:
         if "zstd" in reason:  # the Pile's file; `datasets` reads it only where this package is
             fix = ZSTANDARD
         raise ToolkitError(f"data set {label}: {type(error).__name__}: {reason}", fix) from error
+
+
+@contextmanager
+def _without_waiting(location: str) -> Iterator[None]:
+    """The hub's client asks an unreachable hub for a minute, file by file. Asked once here; where nothing answers, the
+    cache alone is read."""
+    import datasets
+    import huggingface_hub
+
+    if Path(location).is_dir() or huggingface_hub.constants.HF_HUB_OFFLINE:
+        yield
+        return
+    answered = False
+    with suppress(Exception):  # the client's own kinds, which change with its version
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+        answered = True
+    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = not answered
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = False
 
 
 def text_column(dataset: Any, label: str, names: Sequence[str]) -> Sequence[str]:

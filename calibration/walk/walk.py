@@ -15,9 +15,9 @@ import torch
 
 from calibration.memory import return_freed
 from calibration.model.skeleton import release
+from calibration.model.watching import Watch, watching
 from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
-from calibration.walk.capture import Watch, watching
 from calibration.walk.context import Context
 from calibration.walk.finished import FinishedBlocks
 from calibration.walk.float_blocks import FloatBlocks, Tensors

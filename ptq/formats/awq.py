@@ -2,8 +2,8 @@
 
 Per quantized linear ``W [out, in]`` with G groups: ``qweight`` int32 ``[in, out/8]``, ``qzeros`` int32
 ``[G, out/8]``, ``scales`` float16 ``[G, out]``; ``w[k, n] = (q[k, n] - z[k div g, n]) * s[k div g, n]`` with W
-transposed. Bits 4i..4i+3 of word c hold output column 8c + ORDER[i]. Zero points carry no offset; symmetric files
-store 8 everywhere and say ``zero_point: false``. Source: AutoAWQ 0.2.9, ``awq/utils/packing_utils.py``.
+transposed. Bits 4i..4i+3 of word c hold output column 8c + (0 2 4 6 1 3 5 7)[i]. Zero points carry no offset;
+symmetric files store 8 everywhere and say ``zero_point: false``. Source: AutoAWQ 0.2.9, ``awq/utils/packing_utils.py``.
 """
 
 from __future__ import annotations
@@ -25,20 +25,18 @@ from ptq.quantized import QuantizedTensor
 from ptq.scheme import Grouping, QuantScheme, TensorQuant
 
 BITS = 4
-ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
-INVERSE = [0, 4, 1, 5, 2, 6, 3, 7]
 # Readers of these families wrap an activation in one with scales of its own, which they expect in the file.
 SCALED_ACTIVATIONS = ("bloom", "falcon", "gpt_bigcode", "gpt_neox", "gptj", "mpt", "RefinedWebModel", "starcoder2")
 
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:
     """uint8 ``[rows, n]``, n a multiple of 8, to int32 ``[rows, n/8]``."""
-    return pack(codes.unflatten(1, (-1, 8))[..., ORDER].flatten(1), BITS)
+    return pack(codes.unflatten(1, (-1, 4, 2)).transpose(-1, -2).flatten(1), BITS)  # evens first
 
 
 def _unpack(words: torch.Tensor) -> torch.Tensor:
     """int32 ``[rows, n/8]`` to uint8 ``[rows, n]``."""
-    return unpack(words, BITS, 8 * words.shape[1]).unflatten(1, (-1, 8))[..., INVERSE].flatten(1)
+    return unpack(words, BITS, 8 * words.shape[1]).unflatten(1, (-1, 2, 4)).transpose(-1, -2).flatten(1)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""An independent reader of what was written: numpy and single bits, and no code shared with the formats.
+"""An independent reader of what was written: numpy and bytes, and no code shared with the formats.
 
 After a checkpoint is written, some linears are read back with it and compared. A mistake in the packing, a label that
 does not fit the tensors or a damaged write then stops the export, where the formats' own readers might agree with
@@ -20,11 +20,20 @@ Codes = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
 def _fields(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """int32 ``[rows, words]`` to uint8 ``[rows, count]``: the bits of a row in order, least significant first."""
-    octets = np.ascontiguousarray(words.astype("<i4")).view(np.uint8)
-    stream = np.unpackbits(octets, axis=1, bitorder="little")
-    fields = stream[:, : count * bits].reshape(len(words), count, bits)
-    return (fields * (1 << np.arange(bits))).sum(axis=2).astype(np.uint8)
+    """int32 ``[rows, words]`` to uint8 ``[rows, count]``: the bits of a row in order, least significant first. Eight
+    fields fill ``bits`` bytes, and each lies in one byte or in two."""
+    octets = np.ascontiguousarray(words.astype("<i4", copy=False)).view(np.uint8)
+    if octets.shape[1] % bits:
+        octets = np.pad(octets, ((0, 0), (0, -octets.shape[1] % bits)))
+    groups = octets.reshape(len(words), octets.shape[1] // bits, bits)
+    fields = np.empty((*groups.shape[:2], 8), dtype=np.uint8)
+    for i in range(8):
+        byte, start = divmod(i * bits, 8)
+        value = groups[:, :, byte] >> start
+        if start + bits > 8:
+            value |= groups[:, :, byte + 1] << (8 - start)
+        np.bitwise_and(value, (1 << bits) - 1, out=fields[:, :, i])
+    return fields.reshape(len(words), -1)[:, :count]
 
 
 def _float(tensor: torch.Tensor) -> np.ndarray:
@@ -55,10 +64,10 @@ def _octets(tensor: torch.Tensor) -> np.ndarray:
 
 def _awq_fields(words: np.ndarray) -> np.ndarray:
     """int32 ``[rows, n/8]`` to uint8 ``[rows, n]``: nibble i of a word belongs to column (0 2 4 6 1 3 5 7)[i]."""
-    unsigned = words.astype(np.int64) & 0xFFFFFFFF
-    columns = np.zeros((*words.shape, 8), dtype=np.uint8)
+    octets = np.ascontiguousarray(words.astype("<i4", copy=False)).view(np.uint8).reshape(*words.shape, 4)
+    columns = np.empty((*words.shape, 8), dtype=np.uint8)
     for nibble, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
-        columns[:, :, column] = (unsigned >> (4 * nibble)) & 15
+        np.bitwise_and(octets[:, :, nibble // 2] >> (4 * (nibble % 2)), 15, out=columns[:, :, column])
     return columns.reshape(len(words), -1)
 
 

@@ -6,8 +6,10 @@ import torch
 
 from calibration.walk.segment import Segment
 from ptq.numerics.grids import global_scale_of
-from ptq.numerics.objective import output_error
+from ptq.numerics.objective import output_error, row_chunks
 from ptq.quantized import QuantizedTensor
+
+CHUNK = 1_000_000  # bytes of a weight at a time, which stay in cache
 
 
 def global_scales(segment: Segment) -> dict[str, torch.Tensor]:
@@ -36,8 +38,11 @@ def record_errors(
     Args:
         gram: Gram matrix ``[in, in]`` of the linear's input, or None where no data were gathered.
     """
-    energy = float(w.square().sum())
-    errors = {"weight": float((changed - w).square().sum()) / energy if energy > 0 else 0.0}
+    energy = error = 0.0
+    for rows in row_chunks(*w.shape, size=CHUNK):
+        energy += float(w[rows].square().sum())
+        error += float((changed[rows] - w[rows]).square_().sum())
+    errors = {"weight": error / energy if energy > 0 else 0.0}
     if gram is not None:
         errors["output"] = output_error(w, changed, gram)
     segment.errors[linear] = errors

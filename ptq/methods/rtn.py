@@ -13,10 +13,13 @@ from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram
 from ptq.methods.rounding import global_scales, put
 from ptq.numerics import superblocks
-from ptq.numerics.grids import Grid, grid_of, own_global_scale, round_to_grid, zero_of
-from ptq.numerics.groups import split
+from ptq.numerics.grids import Grid, grid_of, nearest_codes, own_global_scale, step_of, zero_of
+from ptq.numerics.groups import join, rows_per_group, split
+from ptq.numerics.objective import row_chunks
 from ptq.quantized import QuantizedTensor
 from ptq.scheme import QuantScheme
+
+CHUNK = 1_000_000  # bytes of weights at a time: rounding is a few passes over memory, which then stay in cache
 
 
 def round_to_nearest(
@@ -37,7 +40,12 @@ def round_to_nearest(
         return _on_superblocks(w, scheme, importance)
     quant, global_scale = scheme.weights, own_global_scale(w, scheme.weights, global_scale)
     grid = grid or grid_of(w, quant, None, global_scale)
-    codes = round_to_grid(w, quant, grid, global_scale)[1]
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    for rows in row_chunks(*w.shape, multiple=rows_per_group(quant, len(w)), size=CHUNK):
+        own = grid.rows(quant, len(w), rows)
+        zero = None if own.zero is None else own.zero.unsqueeze(-1)
+        step = step_of(own.scale, global_scale).unsqueeze(-1)
+        codes[rows] = join(nearest_codes(split(w[rows], quant.grouping), step, zero, quant), quant.grouping)
     return QuantizedTensor(codes, grid.scale.float(), zero_of(grid, quant), scheme, global_scale=global_scale)
 
 

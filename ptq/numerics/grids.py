@@ -109,6 +109,13 @@ def codes_of(level: torch.Tensor, zero: torch.Tensor | None, quant: TensorQuant)
     return (code.round_() if quant.float_zeros or quant.superblocks else code).to(torch.uint8)
 
 
+def nearest_codes(w: torch.Tensor, step: torch.Tensor, zero: torch.Tensor | None, quant: TensorQuant) -> torch.Tensor:
+    """`codes_of` the `levels` of weights, uint8."""
+    if quant.float_format is None and not quant.superblocks:
+        return integers.quantize(w, step, zero, quant).to(torch.uint8)
+    return codes_of(levels(w, step, zero, quant), zero, quant)
+
+
 def zero_of(grid: Grid, quant: TensorQuant) -> torch.Tensor | None:
     """The zero points of a grid as `ptq.quantized.QuantizedTensor` has them."""
     return None if grid.zero is None else grid.zero.to(torch.float32 if quant.float_zeros else torch.uint8)

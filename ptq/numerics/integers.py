@@ -48,7 +48,7 @@ def stored_zero(zero: torch.Tensor, quant: TensorQuant) -> torch.Tensor:
 
 
 def _bounds(w: torch.Tensor, clip: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    mn, mx = torch.aminmax(w, dim=-1)
+    mn, mx = w.amin(-1), w.amax(-1)  # aminmax along an axis is not vectorized, and takes six times as long
     if clip is not None:
         mn, mx = torch.maximum(mn, -clip), torch.minimum(mx, clip)
     return mn, mx

@@ -11,9 +11,9 @@ from ptq.scheme import TensorQuant
 ROW_BYTES = 16_000_000  # rows are handled in chunks of about this many bytes, which keeps candidates out of main memory
 
 
-def row_chunks(rows: int, columns: int, *, multiple: int = 1) -> list[slice]:
-    """Slices over rows that hold about `ROW_BYTES` of float32 each, in multiples of so many rows."""
-    step = max(16, ROW_BYTES // (4 * columns))
+def row_chunks(rows: int, columns: int, *, multiple: int = 1, size: int = ROW_BYTES) -> list[slice]:
+    """Slices over rows that hold about ``size`` bytes of float32 each, in multiples of so many rows."""
+    step = max(16, size // (4 * columns))
     step = -(-step // multiple) * multiple
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
