@@ -114,9 +114,10 @@ def load_corpus(name_or_path: str, purpose: Purpose, hub_root: Path | None = Non
     """The text to calibrate on (train) or to score (test).
 
     Args:
-        name_or_path: one of `KNOWN_NAMES`; or a path: a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file is a set of
-            rows (`calibration.text.rows`), texts joined by a blank line or conversations; a folder with files as a hub
-            repository has them likewise, with a column of text; any other file is UTF-8 text, taken as it is. A known name wins over a file of that name: write ``./c4``.
+        name_or_path: one of `KNOWN_NAMES`; or a path. A ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file is a set
+            of rows (`calibration.text.rows`), texts joined by a blank line or conversations; a folder with files as a
+            hub repository has them is one with a column of text; any other file is UTF-8 text, taken as it is. A known
+            name wins over a file of that name: write ``./c4``.
         hub_root: folder with local copies of hub repositories (``hub_root/Salesforce/wikitext/...``), read instead
             of the hub.
 

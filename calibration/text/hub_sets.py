@@ -143,7 +143,8 @@ def check_readable(name: str) -> None:
 
 
 def load_hub_split(hub: HubSet, part: HubSplit, hub_root: Path | None) -> tuple[Sequence[Any], str]:
-    """The rows of one split (lazily read; of conversations the first so many, as dictionaries) and the commit they come from ("" where unknown).
+    """The rows of one split (lazily read; of conversations the first so many, as dictionaries) and the commit they come
+    from ("" where unknown).
 
     Args:
         hub_root: folder with local copies of hub repositories, read instead of the hub.

@@ -199,6 +199,7 @@ def run_record(outcome: Outcome, scores: tuple[Evaluation, ...]) -> RunRecord:
             "forward_passes": plan.sizes.forwards,
             "loads_in": fmt.loads_in(plan.layout),
             "verified": outcome.verified,
+            "outside": {linear.name: str(linear.scheme) for linear in plan.layout.outside},
         },
         linears=linear_records(outcome.walk, plan),
         left=left_in_float(job, plan),
