@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,7 +92,7 @@ def evaluate(
     quiet_libraries()
     names = [] if tasks is None else list(entries("--tasks", tasks))
     asked = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, "include_path": include_path}
-    given = {name: value for name, value in asked.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     _check(names, given)
     import dataclasses
 
@@ -99,11 +100,19 @@ def evaluate(
     from calibration.record import SCHEMA_VERSION
     from cli.progress import TerminalProgress
 
+    score_tasks = partial(
+        ptq.evaluate_tasks,
+        model,
+        names,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        sparse=not dense,
+        **given,
+    )
     with json_output(json) as write_json:
         if names and dataset is None and reference is None:
-            scores = ptq.evaluate_tasks(
-                model, names, device=device, dtype=dtype, trust_remote_code=trust_remote_code, sparse=not dense, **given
-            )
+            scores = score_tasks()
             _tell_tasks(scores)
             tasks_json = dataclasses.asdict(scores)
             write_json({"schema_version": SCHEMA_VERSION, "model": model, "evaluations": [], "tasks": tasks_json})
@@ -128,17 +137,7 @@ def evaluate(
                 sparse=not dense,
                 progress=progress,
             )
-        task_run = None
-        if names:
-            task_run = ptq.evaluate_tasks(
-                model,
-                names,
-                device=device,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                sparse=not dense,
-                **given,
-            )
+        task_run = score_tasks() if names else None
         _tell(result)
         if task_run:
             _tell_tasks(task_run)
