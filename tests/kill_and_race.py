@@ -47,7 +47,7 @@ COMMANDS: dict[str, list[str]] = {
     ],
     "prepare": ["prepare", "quantized", "--rank", "8", "--steps", "2", "--dataset", "text.txt", "--seq-len", "16"],
     "analyze": ["analyze", "model", *DATA],
-    "fit": ["fit", "model", "--bpw", "4.25", "--candidates", "w3a16-g32,w4a16-g32", *DATA],
+    "fit": ["fit", "model", "--bpw", "4.25", "--schemes", "w3a16-g32,w4a16-g32", *DATA],
     "study calibration": ["study", "calibration", "model", "--scheme", "w4a16-g32", *STUDY],
     "study sensitivity": ["study", "sensitivity", "model", "--schemes", "w4a16", "--windows", "1", *DATA],
 }
