@@ -161,3 +161,4 @@ def test_blocks_that_take_other_hidden_states_are_refused():
     """XLNet's are [tokens, batch, hidden]: nothing that works on windows could run them."""
     with pytest.raises(ToolkitError, match=r"take hidden states .*, not \[batch, tokens, hidden\]"):
         derive(tiny_config("xlnet"))
+    assert derive(tiny_config("gptj")).blocks == "transformer.h"  # whose blocks return tuples

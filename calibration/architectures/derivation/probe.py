@@ -125,6 +125,7 @@ class Probe:
         except (IndexError, AttributeError, TypeError, ValueError, RuntimeError):
             # what follows the first block takes its result for a tuple
             calls.clear()
+            entering.clear()
             self.tuple_output = True
             self._record_tuples(calls, ids)
         finally:
