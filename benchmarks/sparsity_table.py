@@ -18,6 +18,7 @@ They are kept beside that file, block by block, so that a command that was stopp
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -133,11 +134,15 @@ class Bench:
         self.tokens = calibration_tokens(calibration, tokenizer, args.samples, self.window, args.seed)
         self.spec = open_model(self.folder)[2]
         self.targets, self.json, self.decode = [float(t) for t in args.targets.split(",")], args.json, args.decode
+        self.search_step: float = args.step
 
     def step(self, name: str, target: float) -> Pass:
         """The pass of a row; greedy allocations that are kept on the disk are those of one search."""
         step = SETTINGS[name](target)
-        if not isinstance(step, Teal) or not step.searches or self.json is None:
+        if not isinstance(step, Teal) or not step.searches:
+            return step
+        step = dataclasses.replace(step, step=self.search_step)
+        if self.json is None:
             return step
         path = self.json.with_name(f"{self.json.stem}-{name}.json")
         if len(read_rows(path)) < self.spec.n_blocks:
@@ -193,6 +198,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--targets", default="0.3,0.5,0.7")
     parser.add_argument("--methods", default=",".join(SETTINGS), help=f"of: {', '.join(SETTINGS)}")
+    parser.add_argument("--step", type=float, default=Teal.step, help="of greedy searches, a share of q's weights")
     parser.add_argument("--max-windows", type=int, help="score only the first so many windows")
     parser.add_argument("--no-dense", action="store_true", help="leave out the row of the dense model")
     parser.add_argument("--no-decode", dest="decode", action="store_false", help="score once, with masks everywhere")

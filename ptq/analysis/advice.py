@@ -148,16 +148,23 @@ def _weights(weights: Iterable[WeightRecord]) -> Advice | None:
     )
 
 
+EIGHT = (("rotate+gptq", "w8a8"), ("smoothquant+gptq", "w8a8"))
+FOUR = (("rrs", "w4a4"), ("rs+gptq", "w4a4"))
+"""For 8 bits on both sides and for 4, the best first. A rotation spreads channels and spikes alike, at whichever sites
+they are; scales that move into weights or follow the live input are for families whose stream cannot turn, and for
+runtimes that do not rotate."""
+
+
 def _recipe(inputs: Sequence[SiteRecord], found: Sequence[Advice], refusal: Refusal) -> Advice:
-    """What to try first comes first. A rotation spreads channels and spikes alike, whichever sites they are at; scales
-    come second, for runtimes that do not rotate and for families whose stream cannot turn."""
+    """What to try, the best first; of the recipes for 4 bits the first that the plan takes."""
     worst = max((s.output_error.get("token-8", 0.0) for s in inputs), default=0.0)
     rules = {advice.rule for advice in found if advice.alarm} - {"weights"}
     wanted: tuple[tuple[str, str], ...] = (("rtn", "w8a8"), ("awq+gptq", "w4a16"))
     if rules or worst > SAFE_8:
-        wanted = (("rotate+gptq", "w8a8"), ("smoothquant+gptq", "w8a8"))
-        wanted += (("rotate+gptq", "w4a8"),) if "channels" in rules else ()
-    recipes = tuple(recipe for recipe in wanted if refusal(*recipe) is None) or (("rtn", "w8a8"),)
+        wanted = EIGHT + ((("rotate+gptq", "w4a8"),) if "channels" in rules else ())
+    accepted = [recipe for recipe in wanted if refusal(*recipe) is None]
+    accepted += [recipe for recipe in FOUR if refusal(*recipe) is None][:1]
+    recipes = tuple(accepted) or (("rtn", "w8a8"),)
     return Advice(
         "recipe",
         False,
