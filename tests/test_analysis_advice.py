@@ -92,6 +92,18 @@ def test_a_first_token_calls_for_a_scale_per_token(tmp_path):
     assert advice["spikes"].helps[0].startswith("rotate") and "rotate" in advice["recipe"].helps[0]
 
 
+def test_static_inputs_are_proposed_as_a_mixture(tmp_path):
+    """Where one token is too large for a static step, as a recipe that the plan takes, and that does what is said."""
+    found = analysed(tmp_path, {}, {})
+    sites = [dataclasses.replace(s, token_disparity=300.0) if s.role == "down input" else s for s in found.sites]
+    (advice,) = (a for a in advise(sites, found.weights) if a.rule == "static inputs")
+    assert advice.finding.startswith("3 of 21 linears") and not advice.alarm
+    assert advice.helps[0].startswith("--method rotate+ranges+gptq --scheme w8a8-astatic:")
+    folder = tiny_checkpoint("gemma3", tmp_path / "gemma3")
+    (advice,) = (a for a in advise(sites, found.weights, refusal_of(folder, Options())) if a.rule == "static inputs")
+    assert advice.helps[0].startswith("--method smoothquant+ranges+gptq ")
+
+
 def test_channels_and_spikes_together_call_for_rotation(tmp_path):
     found = analysed(tmp_path, {}, {})
     spike = dataclasses.replace(found.sites[0].largest, position=9)

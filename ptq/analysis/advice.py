@@ -44,6 +44,7 @@ def advise(
         lambda: _spikes(inputs),
         lambda: _massive(sites),
         lambda: _weights(weights),
+        lambda: _static(inputs, refusal),
     )
     found = [_possible(advice, refusal) for advice in (rule() for rule in rules) if advice is not None]
     return (*found, _recipe(inputs, found, refusal))
@@ -92,10 +93,7 @@ def _first_tokens(inputs: Iterable[SiteRecord]) -> Advice | None:
         True,
         f"the first token of a text is up to {max(s.token_disparity for s in hit):.0f} times larger in {_where(hit)}",
         (),
-        (
-            "atoken: every token has its own scale",
-            "ranges with astatic: gives these inputs a scale per token and all others a static one",
-        ),
+        ("atoken: every token has its own scale",),
         ("atensor, and astatic for these inputs: one range for all tokens is set by the first",),
     )
 
@@ -145,6 +143,27 @@ def _weights(weights: Iterable[WeightRecord]) -> Advice | None:
         (),
         ("g64 or g128: a scale per group", "awq and gptq", "rotate"),
         ("gtensor and gchannel at four bits: few weights set the scale of all others",),
+    )
+
+
+STATIC = ("rotate+ranges+gptq", "smoothquant+ranges+gptq", "ranges+gptq")
+"""For static inputs, the best first."""
+
+
+def _static(inputs: Sequence[SiteRecord], refusal: Refusal) -> Advice | None:
+    """Static steps for all linears but those that read massive tokens; for engines that take steps from the file."""
+    hit = [s for s in inputs if s.token_disparity > TOKEN_DISPARITY]
+    method = next((m for m in STATIC if refusal(m, "w8a8-astatic") is None), None)
+    if not hit or method is None:
+        return None
+    few, all_ = (sum(len(s.linears) for s in some) for some in (hit, inputs))
+    return Advice(
+        "static inputs",
+        False,
+        f"{few} of {all_} linears read a token too large for a static step that is to serve the others",
+        (),
+        (f"--method {method} --scheme w8a8-astatic: a step per token for these linears, static steps for the others",),
+        (),
     )
 
 
