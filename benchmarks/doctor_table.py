@@ -44,8 +44,14 @@ def main() -> None:
     args = parser.parse_args()
     bench = Bench.of(args, kernel="reference")
     with tempfile.TemporaryDirectory() as temporary:
-        text = {"dataset": args.dataset, "samples": args.samples, "seq_len": args.seq_len}
-        found = ptq.analyze(args.model, out=f"{temporary}/analysis", dtype=args.dtype or "auto", **text)
+        found = ptq.analyze(
+            args.model,
+            out=f"{temporary}/analysis",
+            dataset=args.dataset,
+            samples=args.samples,
+            seq_len=args.seq_len,
+            dtype=args.dtype or "auto",
+        )
     advised = {scheme: method for method, scheme in reversed(found.advice[-1].recipes)}  # the first of a scheme counts
     refusal = refusal_of(locate(args.model), Options(args.dataset, args.samples, args.seq_len))
     print(f"float perplexity {bench.base.perplexity:.3f}; advised: {found.advice[-1].recipes}")
