@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cli import shared
 from cli.options import (
     Device,
     Embeddings,
@@ -120,7 +121,11 @@ def quantize(
         "trust_remote_code": trust_remote_code,
     }
     if dry_run or out is None:
-        print_plan(ptq.plan(model, **options))
+        if shared.first():
+            print_plan(ptq.plan(model, **options))
+        return
+    if not shared.first():  # the first process writes, reports and shows progress
+        ptq.quantize(model, out=out, **options, resume=resume, overwrite=overwrite, command=command_line())
         return
     with TerminalProgress() as progress:
         record = ptq.quantize(

@@ -9,24 +9,31 @@ from pathlib import Path
 import torch
 
 from calibration.errors import ToolkitError, unknown_value
+from calibration.launcher import launched, local_number
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` (the GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``.
+    """``auto`` (the GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``. Of several processes that a launcher started
+    on one machine each has the GPU of its own number.
 
     Raises:
         ToolkitError: no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and launched()[1] > 1:
+        name = f"cuda:{local_number()}"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise unknown_value("--device", name, ("auto", "cpu", "cuda")) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ToolkitError(f"--device {name}: this machine has no such GPU", "use --device cpu")
+        raise ToolkitError(
+            f"--device {name}: this machine has no such GPU",
+            "use --device cpu" + (", or start as many processes as there are GPUs" if launched()[1] > 1 else ""),
+        )
     if device.type not in ("cpu", "cuda"):
         raise unknown_value("--device", name, ("auto", "cpu", "cuda"))
     return device

@@ -17,8 +17,9 @@ SHARD_BYTES = 500_000_000  # one is filled while another is written: twice this 
 class ShardWriter:
     """Write a checkpoint shard by shard, holding two at most; the index comes last.
 
-    A thread writes a full shard while the next one is filled; what it raises comes out of a later call. ``add`` tensors in any order, then ``finish``: shards get their final names (``model-00001-of-00003.safetensors``,
-    or ``model.safetensors`` for one) and the index is written. Two tensors of one name are an error of ours.
+    A thread writes a full shard while the next one is filled; what it raises comes out of a later call. ``add`` tensors
+    in any order, then ``finish``: shards get their final names (``model-00001-of-00003.safetensors``, or
+    ``model.safetensors`` for one) and the index is written. Two tensors of one name are an error of ours.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
