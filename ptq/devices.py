@@ -15,8 +15,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` (the GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``. Of several processes that a launcher started
-    on one machine each has the GPU of its own number.
+    """``auto`` (the GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``. Of several processes that a launcher has
+    started on one machine each has the GPU of its own number.
 
     Raises:
         ToolkitError: no such device here.
