@@ -1,116 +1,96 @@
-"""W8A8, W6A6 and W4A4 with everything that makes activations easier to round, on several checkpoints.
+"""Quantized inputs and caches with everything that makes them easier to round, on one model.
 
-    python benchmarks/stress_model.py MODEL stress
-    python benchmarks/stress_model.py MODEL spikes --places "" --spikes 4 --dataset TRAIN
-    python benchmarks/activation_table.py MODEL stress spikes --dataset TRAIN --eval TEST [--max-windows N]
+    python benchmarks/activation_table.py MODEL --dataset TRAIN --eval TEST --samples 8 --max-windows 4 --json FILE
 
-One row per method, one column per checkpoint: perplexity on the same windows of the same text, calibration windows and
-seed the same for all. ``--rows`` takes some of the rows by name. Quantized inputs and caches are simulated in float32
-(kernel ``reference``), so that every row is computed in the same way.
+One row per setting, each a `ptq quantize` in a process of its own: perplexity, KL from the float model, seconds and
+peak memory, on the same calibration windows and the same windows of text. ``--rows`` takes some by name. A row is kept
+in the file of ``--json`` when it is done, and not made again: a command that was stopped goes on where it was.
+Quantized inputs and caches are simulated in float32 (kernel ``reference``), so that every row is computed in one way.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+import json
 import tempfile
-import time
 from pathlib import Path
 
-import torch
+from table import Bench, add_arguments
 
-import ptq
-from calibration.model.opening import load_tokenizer
-from calibration.scoring.perplexity import score
-from calibration.scoring.windows import Scoring
-from calibration.text.corpora import load_corpus
-from calibration.text.encoding import encode_text
-from ptq.evaluation import logits_of
-from ptq.runtime.load import load_model
 
-SMOOTH = '[[pass]]\nname = "smoothquant"\nsearch = true\ndown = true\n'
-FIXED = '[[pass]]\nname = "smoothquant"\n'
-ROTATE = '[[pass]]\nname = "rotate"\n'
-GPTQ = '[[pass]]\nname = "gptq"\n'
+def _pass(name: str, *settings: str) -> str:
+    return "\n".join(["[[pass]]", f'name = "{name}"', *settings, ""])
 
-OUTLIERTUNE = '[[pass]]\nname = "outliertune"\n'
-RTN = '[[pass]]\nname = "rtn"\n'
-EQUALIZE = '[[pass]]\nname = "equalize"\n'
-RANGES = '[[pass]]\nname = "ranges"\n'
-REPQUANT = '[[pass]]\nname = "repquant"\n'
-REPQUANT_DOWN = REPQUANT + "down = true\n"
+
+SMOOTH = _pass("smoothquant", "search = true", "down = true")
+ROTATE, GPTQ, RANGES = _pass("rotate"), _pass("gptq"), _pass("ranges")
+REPQUANT = _pass("repquant")
+CLIP = _pass("awq", "grid = 1")  # AWQ's search for clipping bounds alone: the only exponent of its scales is 0
+RS = _pass("rs")
+PUBLISHED_RS = _pass("rs", "group = 128", "block = 0", "attention = false")
+DOWN_ONLY = _pass("rotate", "residual = false", "values = false")
 
 ROWS: dict[str, tuple[str, str]] = {
-    "float": ("", ""),
-    "naive-w8a8-tensor": ("w8a8-wtensor-atensor", ""),
-    "naive-w8a8-token": ("w8a8", ""),
-    "smoothquant-w8a8-alpha-0.5": ("w8a8", FIXED),
-    "smoothquant-w8a8": ("w8a8", SMOOTH),
-    "outliertune-w8a8": ("w8a8-asym", OUTLIERTUNE),
-    "repquant-w8a8": ("w8a8", REPQUANT),
-    "static-w8a8": ("w8a8-astatic", RANGES),
-    "static-repquant-w8a8": ("w8a8-astatic", REPQUANT + RANGES),
-    "static-repquant-down-w8a8": ("w8a8-astatic", REPQUANT_DOWN + RANGES),
-    "naive-w6a6": ("w6a6", ""),
-    "smoothquant-w6a6": ("w6a6", SMOOTH),
-    "outliertune-w6a6": ("w6a6-asym", OUTLIERTUNE),
-    "repquant-w6a6": ("w6a6", REPQUANT),
-    "static-w6a6": ("w6a6-astatic", RANGES),
-    "static-repquant-down-w6a6": ("w6a6-astatic", REPQUANT_DOWN + RANGES),
-    "naive-w4a4": ("w4a4", ""),
-    "smoothquant-w4a4": ("w4a4", SMOOTH),
-    "rotate+rtn-w4a4": ("w4a4", ROTATE),
-    "rotate+gptq-w4a4": ("w4a4", ROTATE + GPTQ),
-    "rs-w4a4": ("w4a4-rs1", GPTQ),
-    "rrs-w4a4": ("w4a4-rs128", ROTATE + GPTQ),
-    "rrs-unsorted-w4a4": ("w4a4-rs128n", ROTATE + GPTQ),
-    "equalize+rotate+gptq-w4a4": ("w4a4", EQUALIZE + ROTATE + GPTQ),
-    "equalize+rrs-w4a4": ("w4a4-rs128", EQUALIZE + ROTATE + GPTQ),
-    "naive-w4a4kv4": ("w4a4kv4", ""),
-    "smoothquant-w4a4kv4": ("w4a4kv4", SMOOTH),
-    "rotate+rtn-w4a4kv4": ("w4a4kv4", ROTATE),
-    "rotate+gptq-w4a4kv4": ("w4a4kv4", ROTATE + GPTQ),
-    "rs-w4a4kv4": ("w4a4kv4-rs1", GPTQ),
-    "rrs-w4a4kv4": ("w4a4kv4-rs128", ROTATE + GPTQ),
+    "w8a8-tensor rtn": ("w8a8-wtensor-atensor", ""),
+    "w8a8 rtn": ("w8a8", ""),
+    "w8a8 smoothquant alpha 0.5": ("w8a8", _pass("smoothquant")),
+    "w8a8 smoothquant": ("w8a8", SMOOTH),
+    "w8a8 outliertune": ("w8a8-asym", _pass("outliertune")),
+    "w8a8 rotate": ("w8a8", ROTATE),
+    "w8a8 rotate+gptq": ("w8a8", ROTATE + GPTQ),
+    "fp8 rtn": ("fp8", ""),
+    "static ranges, massive tokens static": ("w8a8-astatic", _pass("ranges", 'massive = "static"')),
+    "static ranges": ("w8a8-astatic", RANGES),
+    "static repquant": ("w8a8-astatic", REPQUANT + RANGES),
+    "static repquant down": ("w8a8-astatic", _pass("repquant", "down = true") + RANGES),
+    "static rotate": ("w8a8-astatic", ROTATE + RANGES),
+    "static rotate+gptq": ("w8a8-astatic", ROTATE + RANGES + GPTQ),
+    "w6a6 rtn": ("w6a6", ""),
+    "w6a6 smoothquant": ("w6a6", SMOOTH),
+    "w6a6 rotate+gptq": ("w6a6", ROTATE + GPTQ),
+    "w4a4 rtn": ("w4a4", ""),
+    "w4a4 smoothquant": ("w4a4", SMOOTH),
+    "w4a4 rotate": ("w4a4", ROTATE),
+    "w4a4 rotate+gptq": ("w4a4", ROTATE + GPTQ),
+    "w4a4 rs+gptq": ("w4a4", RS + GPTQ),
+    "w4a4 rrs published": ("w4a4", ROTATE + PUBLISHED_RS + GPTQ),
+    "w4a4 rrs": ("w4a4", ROTATE + RS + GPTQ),
+    "w4a4 rrs+gptaq": ("w4a4", ROTATE + RS + _pass("gptaq")),
+    "w4a4 rrs, clipped, gptaq": ("w4a4", ROTATE + CLIP + RS + _pass("gptaq")),
+    "w4a4 rs, rotated down": ("w4a4", DOWN_ONLY + _pass("rs", "transformed = false") + GPTQ),
+    "w4a4 rs, rotated and smoothed down": ("w4a4", DOWN_ONLY + RS + GPTQ),
+    "w4a4kv4 rotate+gptq": ("w4a4kv4", ROTATE + GPTQ),
+    "w4a4kv4 rrs published": ("w4a4kv4", ROTATE + PUBLISHED_RS + GPTQ),
+    "w4a4kv4 rrs": ("w4a4kv4", ROTATE + RS + GPTQ),
+    "w4a4kv4 rrs, clipped, gptaq": ("w4a4kv4", ROTATE + CLIP + RS + _pass("gptaq")),
+    "w4a4kv4 rrs+gptaq": ("w4a4kv4", ROTATE + RS + _pass("gptaq")),
 }
 """Name -> scheme, and the passes of the recipe (rounding to nearest where none rounds)."""
 
 
+def recipe_of(row: str) -> str:
+    """The recipe file of a row."""
+    scheme, passes = ROWS[row]
+    return f'scheme = "{scheme}"\n{passes or _pass("rtn")}'
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", type=Path)
-    parser.add_argument("--rows", default=",".join(ROWS))
-    parser.add_argument("--dataset", help="calibration text", required=True)
-    parser.add_argument("--eval", help="text to score", required=True)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--max-windows", type=int, help="score only the first so many windows")
+    add_arguments(parser)
+    parser.add_argument("--rows", default=";".join(ROWS), help="names, separated by semicolons")
     args = parser.parse_args()
-    text = encode_text(load_corpus(args.eval, "score"), load_tokenizer(args.models[0]))
-    scoring = Scoring("gptq", args.seq_len, batch_size=4, max_windows=args.max_windows, dtype="float32")
-
-    def perplexity(model: Path) -> float:
-        loaded = load_model(model, dtype=torch.float32, kernel="reference")
-        return score(logits_of(loaded, torch.device("cpu")), text, scoring).perplexity
-
-    def measured(model: Path, scheme: str, passes: str, place: Path) -> float:
-        if not scheme:
-            return perplexity(model)
-        recipe = place / "recipe.toml"
-        recipe.write_text(f'scheme = "{scheme}"\n{passes or RTN}')
-        options = {"dataset": args.dataset, "samples": args.samples, "seq_len": args.seq_len, "dtype": "float32"}
-        ptq.quantize(model, out=place / "out", recipe=recipe, format="native", overwrite=True, **options)
-        return perplexity(place / "out")
-
-    print(f"window {args.seq_len}, float32; calibration {args.samples} x {args.seq_len}, seed 0", flush=True)
-    print("| method | " + " | ".join(m.name for m in args.models) + " |", flush=True)
-    print("| --- |" + " ---: |" * len(args.models), flush=True)
+    known = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
+    rows = {row["method"]: row for row in known}
+    bench = Bench.of(args, kernel="reference")
     with tempfile.TemporaryDirectory() as temporary:
-        for row in args.rows.split(","):
-            begin = time.perf_counter()
-            found = [measured(model, *ROWS[row], Path(temporary)) for model in args.models]
-            print(f"| {row} | " + " | ".join(f"{p:.2f}" for p in found) + " |", flush=True)
-            print(f"{row}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+        for name in (name for name in args.rows.split(";") if name not in rows):
+            recipe = Path(temporary) / "recipe.toml"
+            recipe.write_text(recipe_of(name))
+            row = bench.row(str(recipe), ROWS[name][0], "--format", "native")
+            rows[name] = {**row, "method": name}
+            if args.json:
+                bench.save([rows[name] for name in ROWS if name in rows], args.json)
+    bench.report([rows[name] for name in ROWS if name in rows], args.json)
 
 
 if __name__ == "__main__":

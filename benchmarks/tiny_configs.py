@@ -34,14 +34,41 @@ TOWER = {
     "depth": 2, "out_hidden_size": 64, "embed_dim": 64, "fullatt_block_indexes": [1], "image_size": 28,
     "patch_size": 14, "deepstack_visual_indexes": [1],
 }  # fmt: skip
-OPEN = ("head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+OPEN = (
+    "head_dim", "num_key_value_heads", "n_routed_experts", "n_shared_experts", "num_experts_per_tok",
+    "moe_intermediate_size",
+)  # fmt: skip
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "zaya": {"num_experts_per_tok": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "gptj": {"rotary_dim": 8},
     "codegen": {"rotary_dim": 8},
-    "longcat_flash": {"num_layers": 2, "num_hidden_layers": 4},
+    "longcat_flash": {"num_layers": 2, "num_hidden_layers": 4, "n_routed_experts": 4, "zero_expert_num": 2},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": PLAIN_ROPE, "sliding_attention": PLAIN_ROPE}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dots3_note": {"per_layer_config": {}},
+    "gemma3n": {"activation_sparsity_pattern": [0.0, 0.0], "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma4": {"per_layer_config": {}},
+    "gemma4_unified": {"per_layer_config": {}},
+    "gemma4_unified_assistant": {"per_layer_config": {}, "hidden_size_per_layer_input": 0},
+    "gemma4_assistant": {"per_layer_config": {}, "hidden_size_per_layer_input": 0},
+    "mamba2": {"num_heads": 8},
+    "ministral3": {
+        "rope_parameters": {
+            **PLAIN_ROPE,
+            "rope_type": "yarn",
+            "factor": 2.0,
+            "original_max_position_embeddings": 32,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "qwen2_5_vl": {"rope_parameters": {**PLAIN_ROPE, "mrope_section": [2, 3, 3]}},
+    "xmod": {"default_language": "en_XX"},
 }
 
 
@@ -69,7 +96,7 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
         sizes["num_hidden_layers"] = max(lengths)
     rope = getattr(text, "rope_parameters", None)
     if isinstance(rope, dict) and rope.get("rope_type") in ("longrope", "yarn"):
-        sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+        sizes["rope_parameters"] = PLAIN_ROPE
     if "kv_lora_rank" in sizes:
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     sizes |= SPECIAL.get(model_type, {}) | changes

@@ -66,6 +66,7 @@ class Divergence:
         delta_nll: mean NLL difference (model - reference) in nats per token.
         delta_nll_se: its paired standard error over windows (0 where there is one window).
         reference_perplexity: of the reference, on the same tokens.
+        kl_se: standard error of ``kl_mean`` over windows (0 where there is one, and in records that do not say).
     """
 
     kl_mean: float
@@ -74,6 +75,7 @@ class Divergence:
     delta_nll: float
     delta_nll_se: float
     reference_perplexity: float
+    kl_se: float = 0.0
 
 
 @dataclass(frozen=True, repr=False)

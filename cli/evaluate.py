@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli.json_output import Json, json_output
-from cli.options import Dense, Device, Model, TrustRemoteCode, quiet_libraries
-from cli.verbosity import detail
+from cli.options import Dense, Device, Model, TrustRemoteCode, entries, quiet_libraries
+from cli.verbosity import detail, verbosity
 
 if TYPE_CHECKING:
     from calibration.record import Evaluation
+    from calibration.scoring.tasks import TaskRun
 
 
 def evaluate(
@@ -34,8 +37,16 @@ def evaluate(
         str | None, typer.Option(help="Model to measure KL divergence and top-1 agreement against.")
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="lm-eval tasks, comma-separated (pip install 'ptq\\[eval]').")
+        str | None,
+        typer.Option(
+            help="lm-eval tasks, comma-separated (pip install 'ptq\\[eval]'); no perplexity then, unless --dataset or "
+            "--reference is named."
+        ),
     ] = None,
+    limit: Annotated[int | None, typer.Option(help="With --tasks: only so many items of each.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="With --tasks: examples in the prompt.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="With --tasks: sequences per forward pass; default 8.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="With --tasks: folder with task files of your own.")] = None,
     json: Json = None,
     device: Device = "auto",
     dtype: Annotated[
@@ -76,16 +87,36 @@ def evaluate(
 ) -> None:
     """Score MODEL: perplexity, and with --reference the distance from another model.
 
-    The last line printed is `perplexity N.NNNN`.
+    The last line printed is `perplexity N.NNNN`; with --tasks alone, one line per score.
     """
     quiet_libraries()
+    names = [] if tasks is None else list(entries("--tasks", tasks))
+    asked = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, "include_path": include_path}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    _check(names, given)
     import dataclasses
 
     import ptq
     from calibration.record import SCHEMA_VERSION
     from cli.progress import TerminalProgress
 
+    score_tasks = partial(
+        ptq.evaluate_tasks,
+        model,
+        names,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        sparse=not dense,
+        **given,
+    )
     with json_output(json) as write_json:
+        if names and dataset is None and reference is None:
+            scores = score_tasks()
+            _tell_tasks(scores)
+            tasks_json = dataclasses.asdict(scores)
+            write_json({"schema_version": SCHEMA_VERSION, "model": model, "evaluations": [], "tasks": tasks_json})
+            return
         with TerminalProgress() as progress:
             result = ptq.evaluate(
                 model,
@@ -106,24 +137,35 @@ def evaluate(
                 sparse=not dense,
                 progress=progress,
             )
-        task_run = None
-        if tasks:
-            task_run = ptq.evaluate_tasks(
-                model,
-                tasks.split(","),
-                device=device,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                sparse=not dense,
-            )
+        task_run = score_tasks() if names else None
         _tell(result)
-        for t in task_run.scores if task_run else ():
-            error = f" +- {t.standard_error:.4f}" if t.standard_error is not None else ""
-            print(f"{t.task}: {t.metric} {t.value:.4f}{error} ({t.samples} items, {t.shots} shots)")
+        if task_run:
+            _tell_tasks(task_run)
         tasks_json = dataclasses.asdict(task_run) if task_run else {}
         evaluations = [dataclasses.asdict(result)]
         write_json({"schema_version": SCHEMA_VERSION, "model": model, "evaluations": evaluations, "tasks": tasks_json})
         print(f"perplexity {result.perplexity:.4f}")
+
+
+def _check(names: list[str], given: dict[str, Any]) -> None:
+    """Names of tasks and their options, before a model is loaded or a text scored."""
+    from calibration.errors import ToolkitError
+    from calibration.scoring.tasks import TaskOptions, check_tasks
+
+    if given and not names:
+        option = "--" + next(iter(given)).replace("_", "-")
+        raise ToolkitError(f"{option}: has a meaning only with --tasks", "name tasks, or leave it out")
+    given["show_log"] = verbosity.verbose
+    if names:
+        check_tasks(names, TaskOptions(**given))
+    else:
+        given.clear()
+
+
+def _tell_tasks(run: TaskRun) -> None:
+    for t in run.scores:
+        error = f" +- {t.standard_error:.4f}" if t.standard_error is not None else ""
+        print(f"{t.task}: {t.metric} {t.value:.4f}{error} ({t.samples} items, {t.shots} shots)")
 
 
 def _tell(result: Evaluation) -> None:
@@ -145,5 +187,6 @@ def _tell(result: Evaluation) -> None:
     if result.divergence is not None:
         d = result.divergence
         detail(f"reference perplexity {d.reference_perplexity:.4f}")
-        detail(f"KL mean {d.kl_mean:.6f}, 99th percentile {d.kl_p99:.6f} nats; top-1 agreement {d.top1_agreement:.4%}")
-        detail(f"NLL difference {d.delta_nll:+.6f} +- {d.delta_nll_se:.6f} nats per token")
+        detail(f"KL mean {d.kl_mean:.6f} ± {d.kl_se:.6f}, 99th percentile {d.kl_p99:.6f} nats")
+        detail(f"top-1 agreement {d.top1_agreement:.4%}")
+        detail(f"NLL difference {d.delta_nll:+.6f} ± {d.delta_nll_se:.6f} nats per token")

@@ -26,6 +26,7 @@ from cli import (
     quantize,
     sparsify,
     study,
+    upload,
 )
 from cli.interrupts import Interrupted, terminable, what_is_kept
 from cli.scheme_hint import Command
@@ -52,6 +53,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], type[TyperCommand]]] = {
     "compare": (compare.compare, Command),
     "predict": (predict.predict, Command),
     "prepare": (prepare.prepare, Command),
+    "upload": (upload.upload, Command),
 }
 for name, (command, kind) in COMMANDS.items():
     app.command(name, cls=kind)(with_verbosity(command))

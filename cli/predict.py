@@ -20,9 +20,9 @@ def predict(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Fit the law to these first: run folders of one model (with --eval), or a .csv table with the columns "
+            help="What the law is fitted to: run folders of one model (with --eval), or a .csv table with the columns "
             "params,tokens,bits,delta and optionally noise.",
-            metavar="[RUN]...",
+            metavar="RUN...",
         ),
     ] = None,
     params: Annotated[
@@ -38,7 +38,7 @@ def predict(
 
     Examples:
 
-      ptq predict --params 8e9 --tokens 15e12 --bits 3
+      ptq predict measured.csv --params 8e9 --tokens 15e12 --bits 3
 
       ptq predict runs/w2 runs/w3 runs/w4 --tokens 15e12 --bits 2.25,5
     """
@@ -68,52 +68,38 @@ def _numbers(text: str) -> list[float]:
 def _table(predictions: Sequence[Prediction]) -> list[str]:
     from ptq.study.precision_law import MEASURABLE
 
-    lines = ["| bits | loss, nats per token | perplexity | trained in these bits instead | more data hurt beyond |"]
-    lines.append("| ---: | ---: | ---: | ---: | ---: |")
+    lines = ["| bits | loss, nats per token | perplexity |", "| ---: | ---: | ---: |"]
     for p in predictions:
         increase = f"+{p.increase:.2g}" if p.measurable else f"+{p.increase:.2g} (< noise, {MEASURABLE:g})"
-        trained, critical = f"+{p.trained_increase:.2g}", f"{p.critical_tokens:.2g} tokens"
-        lines.append(f"| {p.bits:g} | {increase} | × {p.ratio:.3g} | {trained} | {critical} |")
+        lines.append(f"| {p.bits:g} | {increase} | × {p.ratio:.3g} |")
     return lines
 
 
-def _source(fitted: Fit | None, far: Sequence[str]) -> list[str]:
-    lines = []
-    if fitted is None:
-        lines.append(
-            "Order of magnitude: constants of Kumar et al. 2024 (arXiv 2411.04330), fitted to models of 30 to 220"
-        )
-        lines.append(
-            "million parameters with GPTQ-like rounding; C_T and the slope over bits are recalled, not looked up."
-        )
-        if far:
-            lines.append(f"Outside the range of that fit: {'; '.join(far)}.")
-        lines.append("Fit it to runs of your own: ptq predict RUN... --tokens N")
-        return lines
+def _source(fitted: Fit, far: Sequence[str]) -> list[str]:
     law = fitted.law
-    lines.append(
+    lines = [
         f"Fitted to {len(fitted.used)} measurements: {law.coefficient:.4g} D^{law.data_exponent:.4g} / "
         f"N^{law.parameter_exponent:.4g} exp(-P / {law.bits_scale:.4g}); "
         f"residuals x {2.718281828459045**fitted.rms:.3g} (rms)."
-    )
+    ]
     if fitted.assumed:
         names = " and ".join(name.replace("_exponent", "") for name in fitted.assumed)
         lines.append(f"The exponents of {names} are the published ones: these measurements do not determine them.")
     if fitted.excluded:
         lines.append(f"Left out, below twice their noise: {', '.join(fitted.excluded)}.")
+    if far:
+        lines.append(f"Outside the range in which the form of the law was tested: {'; '.join(far)}.")
     return lines
 
 
 def _as_json(found: Forecast) -> dict[str, Any]:
     import dataclasses
 
-    from ptq.study.precision_law import PrecisionLaw
-
     return {
         "parameters": found.parameters,
         "tokens": found.tokens,
-        "law": dataclasses.asdict(found.fit.law if found.fit else PrecisionLaw()),
-        "fit": dataclasses.asdict(found.fit) if found.fit else None,
-        "outside": [] if found.fit else list(found.outside),
+        "law": dataclasses.asdict(found.fit.law),
+        "fit": dataclasses.asdict(found.fit),
+        "outside": list(found.outside),
         "predictions": [dataclasses.asdict(p) for p in found.predictions],
     }

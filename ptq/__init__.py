@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ptq.api.measuring import compare, evaluate, evaluate_tasks, generate, inspect, load_model
     from ptq.api.running import fit, plan, quantize, sparsify
     from ptq.api.studying import analyze, predict, study_calibration, study_sensitivity
+    from ptq.publishing import upload
 
 from ptq.transformers_hook import install
 
@@ -32,6 +33,7 @@ _HOMES = {
     "ptq.api.measuring": ("compare", "evaluate", "evaluate_tasks", "generate", "inspect", "load_model"),
     "ptq.api.running": ("fit", "plan", "quantize", "sparsify"),
     "ptq.api.studying": ("analyze", "predict", "study_calibration", "study_sensitivity"),
+    "ptq.publishing": ("upload",),
 }
 __all__ = [
     "PlanError",
@@ -52,6 +54,7 @@ __all__ = [
     "sparsify",
     "study_calibration",
     "study_sensitivity",
+    "upload",
 ]
 
 

@@ -16,8 +16,9 @@ from calibration.model.opening import context_length, load_tokenizer, locate
 from calibration.progress import Progress, Silent
 from calibration.record import Evaluation
 from calibration.scoring.perplexity import score
-from calibration.scoring.tasks import TaskRun, lm_eval_tasks
+from calibration.scoring.tasks import TaskOptions, TaskRun, check_tasks, lm_eval_tasks
 from calibration.scoring.windows import Scoring
+from calibration.text.chats import as_text
 from calibration.text.corpora import load_corpus
 from calibration.text.crops import TokenBatches, check_tokenizer, read_ids
 from calibration.text.encoding import EncodedText, encode_text, token_ids, too_short, wanted_bos
@@ -33,7 +34,6 @@ from ptq.runtime.log_values import LogGrid, describe, log_probabilities, parse_l
 from ptq.sparse.masks import Pruning, attach_masks
 from sparsity.masking import FIRST
 
-TASK_BATCH = 8  # sequences per forward in lm-eval tasks
 EVAL_TOKENS = 2048  # tokens per forward
 
 
@@ -60,6 +60,7 @@ def check_text(folder: Path, dataset: str, window: int, vocabulary: int, trust_r
     corpus = load_corpus(dataset, "score")
     tokenizer = load_tokenizer(folder, trust_remote_code)
     check_tokenizer(tokenizer, vocabulary)
+    corpus = as_text(corpus, tokenizer)
     found = len(token_ids(tokenizer, corpus.text, corpus.special_tokens or wanted_bos(tokenizer) is not None))
     if found < window:
         raise too_short(corpus.label, found, window)
@@ -232,8 +233,9 @@ def evaluate_tasks(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     sparse: bool = True,
+    options: TaskOptions | None = None,
 ) -> TaskRun:
-    """lm-eval tasks on a float or quantized checkpoint.
+    """lm-eval tasks on a float or quantized checkpoint. Names are checked before the model is loaded.
 
     Args:
         sparse: as for `evaluate`.
@@ -241,10 +243,11 @@ def evaluate_tasks(
     Raises:
         ToolkitError: lm-eval is not installed, or a task is unknown.
     """
+    check_tasks(tasks, options or TaskOptions())
     where = resolve_device(device)
     loaded = load_model(model, dtype=evaluation_dtype(dtype, where), device=where, trust_remote_code=trust_remote_code)
     if sparse:
         loaded, _ = attach_masks(loaded)
     tokenizer = load_tokenizer(loaded.folder, trust_remote_code)
     longest = context_length(loaded.model.config)
-    return lm_eval_tasks(loaded.model, tokenizer, list(tasks), TASK_BATCH, min(2048, longest))
+    return lm_eval_tasks(loaded.model, tokenizer, list(tasks), min(2048, longest), options)

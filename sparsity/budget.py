@@ -17,12 +17,12 @@ import torch
 
 from calibration.architectures import ArchitectureSpec, BlockSpec
 from calibration.errors import Problem
-from calibration.walk.capture import Watch
+from calibration.model.watching import Watch
 from calibration.walk.context import Context
 from calibration.walk.passes import PlanView
 from calibration.walk.segment import Segment
 from sparsity.files import sites_from
-from sparsity.gate import GatePass, with_target
+from sparsity.gate import GatePass
 from sparsity.masking import Masks, block_watches
 from sparsity.pools import calibration_rows
 from sparsity.sites import Site
@@ -68,12 +68,10 @@ class Profile(GatePass):
         norms = (dense - entering).norm(dim=1).clamp_min(1e-30)
         errors = [0.0]
         profile: dict[str, torch.Tensor] = {}
-        for target in GRID[1:]:
-            segment.gates = {}
-            with_target(self.step, target).apply(segment, context)
-            pruned = self._run(segment, context, sites_from(segment.gates))[1]
+        for target, gates in zip(GRID[1:], self.step.apply_each(segment, context, GRID[1:]), strict=True):
+            pruned = self._run(segment, context, sites_from(gates))[1]
             errors.append(float(((pruned - dense).norm(dim=1) / norms).mean()))
-            profile.update({_key(target, name): tensor for name, tensor in segment.gates.items()})
+            profile.update({_key(target, name): tensor for name, tensor in gates.items()})
         profile[f"{segment.prefix}errors"] = torch.tensor(errors, dtype=torch.float32)
         segment.gates = profile
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from calibration.architectures import ArchitectureSpec, FeedForward
-from calibration.walk.capture import Watch, place
+from calibration.model.watching import Watch, place
 from sparsity.sites import Site, prune, small
 
 FIRST = 1

@@ -12,10 +12,10 @@ from typing import TypeVar
 
 import torch
 
-from calibration.architectures import FeedForward, SharedInput
+from calibration.architectures import FeedForward
 from calibration.errors import ToolkitError
 from calibration.histogram import Histogram
-from calibration.walk.capture import Look, Watch
+from calibration.model.watching import Look, Watch
 from calibration.walk.context import Context
 from calibration.walk.segment import Segment
 from sparsity.masking import FIRST
@@ -84,23 +84,36 @@ def gated(segment: Segment) -> dict[str, FeedForward]:
 
 
 def input_pools(
-    segment: Segment, context: Context, linears: Iterable[str], before: Iterable[Watch] = ()
+    segment: Segment,
+    context: Context,
+    linears: Iterable[str],
+    before: Iterable[Watch] = (),
+    importance: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, Pool]:
-    """The pool of what each linear reads; linears with one input share theirs. ``before`` masks earlier stages."""
-    pools: dict[SharedInput, Pool] = {}
-    groups: dict[SharedInput, int | None] = {}
-    found: dict[str, SharedInput] = {}
+    """The pool of what each linear reads; linears with one input share theirs, but where values are weighed.
+
+    Args:
+        before: masks of earlier stages.
+        importance: float32 ``[in]`` by linear; pools are then of |x| times importance.
+    """
+    pools: dict[Hashable, Pool] = {}
+    groups: dict[Hashable, int | None] = {}
+    kinds: dict[Hashable, int] = {}
+    found: dict[str, Hashable] = {}
     watches = list(before)
     for linear in linears:
         shared = segment.spec.shared_input(linear)
-        if shared not in pools:
-            pools[shared] = Pool()
-            watches.append(Watch(segment.architecture.module_name(linear), pools[shared].look()))
-            groups[shared] = None if shared.expert is None else shared.stage
-        found[linear] = shared
+        weights = None if importance is None else importance[linear]
+        key: Hashable = shared if weights is None else linear
+        if key not in pools:
+            pools[key] = Pool()
+            watches.append(Watch(segment.architecture.module_name(linear), pools[key].look(weights)))
+            kind = (shared.stage, "" if weights is None else linear.rpartition(".")[2])
+            groups[key] = None if shared.expert is None else kinds.setdefault(kind, len(kinds))
+        found[linear] = key
     context.watch(watches)
     shared_pools = checked(segment, pools, groups)
-    return {linear: shared_pools[shared] for linear, shared in found.items()}
+    return {linear: shared_pools[key] for linear, key in found.items()}
 
 
 def checked(segment: Segment, pools: Mapping[K, Pool], groups: Mapping[K, int | None]) -> dict[K, Pool]:

@@ -35,6 +35,40 @@ def test_block_tensors_without_a_place_are_refused(kind, command, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def layers(count, **entries):
+    """A folder that stores further layers than its config counts, or fewer, and entries of its config."""
+
+    def change(folder):
+        def rewritten(tensors):
+            kept = {n: t for n, t in tensors.items() if count > 1 or "layers.1." not in n}
+            more = [
+                (n, n.replace("layers.1.", f"layers.{i}.")) for n in kept if "layers.1." in n for i in range(2, count)
+            ]
+            return {**kept, **{new: kept[old].clone() for old, new in more}}
+
+        edit_config(rewrite(folder, rewritten), **entries)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (layers(3), "counts 2 layers, the checkpoint stores 3"),
+        (layers(1), "counts 2 layers, the checkpoint stores 1"),
+        (layers(4, num_nextn_predict_layers=1), "counts 2 layers, the checkpoint stores 4"),
+        (layers(2, num_hidden_layers=1), "counts 1 layers, the checkpoint stores 2"),
+    ],
+)
+@pytest.mark.parametrize("command", ["quantize", "eval"])
+def test_other_layer_counts_are_refused(change, said, command, tmp_path):
+    folder = tiny_checkpoint("llama", tmp_path / "float")
+    change(folder)
+    with pytest.raises(ToolkitError, match=said):
+        quantize(folder, tmp_path / "out", method="rtn") if command == "quantize" else load_model(folder)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64, torch.uint8], ids=str)
 @pytest.mark.parametrize("command", ["quantize", "eval"])
 def test_weights_that_are_no_floats_are_refused(dtype, command, tmp_path):

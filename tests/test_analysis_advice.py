@@ -7,15 +7,18 @@ from pathlib import Path
 
 import torch
 from tiny_models import save_tiny
+from tiny_runs import tiny_checkpoint
 
 from calibration.model.checkpoint import CheckpointReader
 from calibration.model.opening import locate, open_model
 from calibration.progress import Silent
 from calibration.text.crops import TokenBatches
 from calibration.text.samples import model_tokens
+from ptq.analysis.accepted import refusal_of
 from ptq.analysis.activations import standout_channels
 from ptq.analysis.advice import advise
 from ptq.analysis.observe import Findings, Subject, observe
+from ptq.planning.job import Options, prepare
 
 CHANNELS = (3, 77, 130, 131, 200, 255)
 
@@ -69,8 +72,8 @@ def test_exactly_the_planted_channels_and_what_moves_them(tmp_path):
         assert site.standout == (CHANNELS if site.role == "attention input" else ()), (site.block, site.role)
     channels, recipe = (a for a in advise(found.sites, found.weights) if a.rule in ("channels", "recipe"))
     assert channels.alarm and channels.channels == CHANNELS and "attention input (blocks 0, 1, 2)" in channels.finding
-    assert channels.helps[0].startswith("smoothquant") and channels.cannot[0].startswith("atoken")
-    assert "smoothquant" in recipe.helps[0] and recipe.recipes[0] == ("smoothquant+gptq", "w8a8")
+    assert channels.helps[1].startswith("smoothquant:") and channels.cannot[0].startswith("atoken")
+    assert recipe.recipes == (("rotate+gptq", "w8a8"), ("smoothquant+gptq", "w8a8"), ("rotate+gptq", "w4a8"))
     inputs = [s for s in found.sites if s.role == "attention input"]
     assert all(s.sqnr["channel-8"] > 30 for s in inputs) and all(s.output_error["token-8"] > 0.03 for s in inputs)
 
@@ -80,7 +83,7 @@ def test_a_first_token_calls_for_a_scale_per_token(tmp_path):
     first = dataclasses.replace(found.sites[0].largest, position=0)
     sites = [dataclasses.replace(found.sites[0], token_disparity=300.0, largest=first), *found.sites[1:]]
     advice = {a.rule: a for a in advise(sites, found.weights)}
-    assert advice["first token"].helps[0].startswith("atoken") and advice["first token"].cannot[0].startswith("astatic")
+    assert advice["first token"].helps[0].startswith("atoken") and advice["first token"].cannot[0].startswith("atensor")
     spike = dataclasses.replace(found.sites[0].largest, position=9)
     sites[0] = dataclasses.replace(sites[0], largest=spike)
     advice = {a.rule: a for a in advise(sites, found.weights)}
@@ -94,7 +97,7 @@ def test_channels_and_spikes_together_call_for_rotation(tmp_path):
         found.sites[0], token_disparity=300.0, largest=spike, standout=(5,), output_error={"token-8": 0.2}
     )
     *_, recipe = advise([site, *found.sites[1:]], found.weights)
-    assert recipe.recipes == (("rotate+gptq", "w8a8"), ("rotate+gptq", "w4a8"))
+    assert recipe.recipes == (("rotate+gptq", "w8a8"), ("smoothquant+gptq", "w8a8"), ("rotate+gptq", "w4a8"))
 
 
 def test_a_channel_stands_out_by_its_mean_and_its_largest_value():
@@ -121,3 +124,31 @@ def test_unbalanced_inputs_do_not_name_smoothquant_as_a_cure(tmp_path):
     (advice,) = (a for a in advise(sites, found.weights) if a.rule == "channels")
     assert advice.channels == (5,) and not any(h.startswith("smoothquant") for h in advice.helps)
     assert any(c.startswith("smoothquant") for c in advice.cannot)
+
+
+def test_what_is_said_to_help_touches_the_inputs_concerned(tmp_path):
+    """smoothquant by itself scales what norms feed; what lies behind up or v needs a setting, and is told so."""
+    found = analysed(tmp_path, {}, {})
+    for kind, said in (("linear", "smoothquant, with down = true"), ("value", "smoothquant, with values = true")):
+        site = dataclasses.replace(found.sites[0], standout=(5,), balanced=kind)
+        (advice,) = (a for a in advise([site, *found.sites[1:]], found.weights) if a.rule == "channels")
+        assert [h.partition(":")[0] for h in advice.helps if h.startswith("smoothquant")] == [said]
+
+
+def test_what_the_plan_refuses_is_not_advised(tmp_path):
+    """Gemma 3 has norms behind its blocks, between which the stream cannot turn."""
+    found = analysed(tmp_path, {}, {})
+    sites = [dataclasses.replace(found.sites[0], standout=(5,), output_error={"token-8": 0.2}), *found.sites[1:]]
+    folder = tiny_checkpoint("gemma3", tmp_path / "gemma3")
+    channels, *_, recipe = advise(sites, found.weights, refusal_of(folder, Options()))
+    assert not any(h.startswith("rotate") for h in channels.helps)
+    assert any(c.startswith("rotate:") for c in channels.cannot)
+    assert recipe.recipes == (("smoothquant+gptq", "w8a8"),)
+    for method, scheme in recipe.recipes:
+        prepare(folder, method=method, scheme=scheme, options=Options())
+
+
+def test_without_anything_that_the_plan_takes_plain_rounding_is_left(tmp_path):
+    found = analysed(tmp_path, {}, {})
+    sites = [dataclasses.replace(found.sites[0], output_error={"token-8": 0.2}), *found.sites[1:]]
+    assert advise(sites, found.weights, lambda method, scheme: "no")[-1].recipes == (("rtn", "w8a8"),)

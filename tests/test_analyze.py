@@ -89,6 +89,8 @@ def test_command_on_float_and_quantized(tmp_path):
     assert data["model"]["format"] is None and len(data["sites"]) == 2 * len(ROLES)
     assert load_file(tmp_path / "a" / "channels.safetensors")["model.layers.0.block_output.low"].shape == (64,)
     assert "## By tensor" in (tmp_path / "a" / "report.md").read_text()
+    for page in ("report.md", "report.html"):
+        assert "1e-06 added to s⁴" in (tmp_path / "a" / page).read_text(), page
 
     again = done("analyze", model, *few, "--out", tmp_path / "b")
     assert again.replace("/b", "/a") == printed

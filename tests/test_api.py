@@ -6,6 +6,7 @@ import inspect
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,4 +216,6 @@ def test_results_print_well(llama, sparse, text):
         assert 3 < len(str(result).splitlines()) < 16 and repr(result) == str(result)
         assert result._repr_html_().count("<tr>") == len(str(result).splitlines()) - 1
     assert f"{score.perplexity:.4f}" in str(score)
-    assert "block 0" in str(ptq.inspect(llama)) and "3 bits" in str(ptq.predict(params=8e9, tokens=15e12, bits=[3]))
+    table = Path(__file__).parent.parent / "benchmarks" / "demo_gptq.csv"
+    found = ptq.predict([table], params=1.77e6, tokens=7.86e6, bits=[3])
+    assert "block 0" in str(ptq.inspect(llama)) and "3 bits" in str(found)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from byte_tokenizer import BOS, byte_tokenizer
 
 from calibration.errors import ToolkitError
+from calibration.model.opening import DEMO_FOLDER
 from calibration.text.corpora import load_corpus
 from calibration.text.crops import calibration_tokens
 from calibration.text.encoding import encode_text
-from calibration.text.hub_sets import _revision
+from calibration.text.hub_sets import Unreachable, _revision
+from ptq.planning.source import TextOptions, open_source
 
 
 @pytest.fixture
@@ -69,7 +74,7 @@ def test_builtin_text_comes_with_the_toolkit() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "x"}\n{"body": "y", "id": 3}\n', "line 2: no string under the key 'text' .*body, id"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "y", "id": 3}\n', "line 2: no string under the key 'text'.*body, id"),
         ("a.jsonl", b'{"text": "x"}\n{"text": 5}\n', "line 2: no string"),
         ("a.jsonl", b'{"text": "x"}\n["x"]\n', "line 2: .*found: list"),
         ("a.jsonl", b"not json\n", "line 1: not JSON"),
@@ -97,7 +102,11 @@ def test_parquet_without_text(tmp_path: Path) -> None:
     ("name", "message", "fix"),
     [
         ("wikitext-2", "unknown data set 'wikitext-2'", "did you mean 'wikitext2'"),
-        ("nothing-like-it", "unknown data set", "use one of: wikitext2, c4, ptb, pileval, builtin"),
+        (
+            "nothing-like-it",
+            "unknown data set",
+            "use one of: wikitext2, c4, ptb, pileval, ultrachat, open-platypus, builtin",
+        ),
         ("no/such.txt", "no such file: 'no/such.txt'", "path of an existing"),
         ("such.jsonl", "no such file", "path of an existing"),
     ],
@@ -189,6 +198,39 @@ def test_offline_is_one_error_with_a_fix(hub_cache: None) -> None:
         with pytest.raises(ToolkitError, match="not cached, and the hub cannot be reached") as caught:
             load_corpus(name, "calibrate")
         assert "FILE.txt" in caught.value.fix
+
+
+def test_an_unreachable_hub_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client would ask five times per file; afterwards the hub may be asked again."""
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    asked = []
+
+    def head(url: str, timeout: float) -> None:
+        asked.append(url)
+        raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=head))
+    with pytest.raises(Unreachable):
+        load_corpus("wikitext2", "calibrate")
+    assert len(asked) == 1 and not datasets.config.HF_HUB_OFFLINE and not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_without_a_hub_the_default_text_is_the_built_in_one(tmp_path: Path, hub_cache: None) -> None:
+    """Only where no text was named; it is said."""
+    told: list[str] = []
+    display = SimpleNamespace(message=told.append)
+    copy = shutil.copytree(DEMO_FOLDER, tmp_path / "own")  # not the demo, whose own text it is
+    found = open_source(copy, TextOptions(samples=2, seq_len=16)).windows(display)
+    built_in = open_source("demo", TextOptions(samples=2, seq_len=16)).windows(display)
+    assert torch.equal(found.input_ids, built_in.input_ids)
+    assert len(told) == 1 and "cannot be reached" in told[0] and "--dataset" in told[0]
+    with pytest.raises(Unreachable):
+        open_source(copy, TextOptions(dataset="wikitext2", samples=2, seq_len=16)).windows(display)
 
 
 def test_the_commit_is_read_from_what_was_downloaded() -> None:

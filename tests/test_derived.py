@@ -10,16 +10,17 @@ import torch
 from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file
 from tiny_models import FAMILIES
-from tiny_runs import IDS, assert_close, logits, quantize, tiny_checkpoint
-from transformers import AutoConfig
+from tiny_runs import IDS, assert_close, edit_config, logits, quantize, tiny_checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.tiny_configs import tiny_config
 from calibration.architectures import FAMILIES as TABLE
 from calibration.architectures import Balance, Residual, described, resolve
-from calibration.architectures.derived import derive
+from calibration.architectures.derivation.entries import derive
 from calibration.architectures.llama_like import llama
 from calibration.errors import PlanError, ToolkitError
 from calibration.model.classes import auto_class
+from calibration.model.opening import open_model
 from ptq.runtime.load import load_model
 
 SAME = [f for f in FAMILIES if f.startswith(("llama", "mistral", "qwen", "gemma", "phi3", "gpt2")) or f == "opt"]
@@ -44,6 +45,25 @@ def test_derived_specs_are_those_written_by_hand(family):
         assert found.experts(index) == written.experts(index)
     for field in ("blocks", "n_blocks", "norm", "tuple_output", "conv1d", "attention", "residual"):
         assert getattr(found, field) == getattr(written, field)
+
+
+def test_a_type_under_another_name_gets_the_same_spec(tmp_path):
+    """A folder whose type nobody knows but the process that registered a class for it."""
+
+    class Renamed(LlamaConfig):
+        model_type = "llama_of_another_name"
+
+    class RenamedForCausalLM(LlamaForCausalLM):
+        config_class = Renamed
+
+    AutoConfig.register(Renamed.model_type, Renamed)
+    AutoModelForCausalLM.register(Renamed, RenamedForCausalLM)
+    folder = tiny_checkpoint("llama", tmp_path / "float")
+    written = open_model(folder)[2]
+    found = open_model(edit_config(folder, model_type=Renamed.model_type))[2]
+    assert found.derived and not written.derived
+    assert [found.block(i) for i in range(2)] == [written.block(i) for i in range(2)]
+    assert (found.residual, found.norm, found.blocks) == (written.residual, written.norm, written.blocks)
 
 
 def tiny(model_type, folder):

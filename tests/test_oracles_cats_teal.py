@@ -7,12 +7,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sparse_runs import make_sparse
 
 from calibration.histogram import Histogram
 from sparsity.masking import skipped_weights
-from sparsity.methods import Cats, FatRelu, Teal
-from sparsity.methods.teal import greedy_shares
+from sparsity.methods import Cats, FatRelu, Teal, Wina
+from sparsity.methods.teal import greedy_shares, shares_at
 from sparsity.sites import prune
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -61,7 +62,7 @@ def test_greedy_removes_as_much_per_step_and_ends_at_the_target():
     def error(shares):
         return sum(sensitivity[n] * numel[n] * s**2 for n, s in shares.items())
 
-    rows = greedy_shares(numel, error, step=0.05, target=0.5)
+    rows = greedy_shares(numel, error, unit=0.05 * 350, target=0.5)
     removed = [row[0] for row in rows]
     steps = [b - a for a, b in pairwise(removed)]
     assert all(s == pytest.approx(0.05 * 350 / 475) for s in steps[:-1]) and removed[-1] == pytest.approx(0.5)
@@ -82,7 +83,7 @@ def test_lazy_trials_take_the_steps_of_the_full_search():
         trials += 1
         return sum(weight[n] * numel[n] * s**2 for n, s in shares.items())
 
-    lazy = greedy_shares(numel, error, step=0.02, target=0.6)
+    lazy = greedy_shares(numel, error, unit=0.02 * 350, target=0.6)
     counted, shares, removed = trials, dict.fromkeys(numel, 0.0), 0.0
     while removed < 0.6 * 850 - 1e-9:
         amount = min(7.0, 0.6 * 850 - removed)
@@ -94,8 +95,77 @@ def test_lazy_trials_take_the_steps_of_the_full_search():
 
 
 def test_greedy_never_prunes_more_than_everything():
-    rows = greedy_shares({"a": 10, "b": 1000}, lambda s: s["b"], step=0.5, target=0.6)
+    rows = greedy_shares({"a": 10, "b": 1000}, lambda s: s["b"], unit=500, target=0.6)
     assert rows[-1][2]["a"] == 1.0 and rows[-1][0] == pytest.approx(0.6)
+
+
+def test_rows_on_the_way_are_the_searches_for_smaller_targets():
+    numel, weight = {"q": 100, "k": 25, "down": 350}, {"q": 1.0, "k": 9.0, "down": 2.0}
+
+    def error(shares):
+        return sum(weight[n] * numel[n] * s**2 for n, s in shares.items())
+
+    rows = greedy_shares(numel, error, unit=2.0, target=0.9)
+    for target in (0.0, 0.25, 0.5, 0.731, 0.9):
+        found = shares_at(rows, target)
+        assert sum(numel[n] * s for n, s in found.items()) / 475 == pytest.approx(target)
+        assert found == pytest.approx(greedy_shares(numel, error, unit=2.0, target=target)[-1][2], abs=2.0 / 25)
+
+
+def test_a_step_is_a_share_of_the_weights_of_q(monkeypatch):
+    """As published: q loses ``step`` of its weights at once, and every other linear as many weights."""
+    units = []
+
+    def search(numel, error, unit, target):
+        units.append(unit)
+        return greedy_shares(numel, error, 0.5 * max(numel.values()), target)
+
+    monkeypatch.setattr("sparsity.methods.teal.greedy_shares", search)
+    sparse = make_sparse(Teal(target=0.3, step=0.1))
+    query = sparse.model(sites=())[0].get_submodule("model.layers.0.self_attn.q_proj").weight.numel()
+    assert units == [0.1 * query] * 2
+
+
+@pytest.mark.parametrize("step", [Teal, Wina])
+@pytest.mark.parametrize("allocation", ["uniform", "greedy"])
+def test_what_is_reached_is_what_was_asked_for(step, allocation):
+    """Thresholds are those of inputs behind everything that is pruned: also in the last block, at 70 %."""
+    sparse = make_sparse(step(target=0.7, allocation=allocation))
+    model = sparse.model(sites=())[0]
+    for index in range(2):
+        prefix = sparse.spec.prefix(index)
+        sizes = {prefix + n: model.get_submodule(prefix + n).weight.numel() for n in sparse.spec.block(index).linears}
+        reached = {n: s for n, s in sparse.reached(blocks=2).items() if n.startswith(prefix)}
+        assert sum(skipped_weights(sparse.spec, sizes, reached).values()) / sum(sizes.values()) == pytest.approx(
+            0.7, abs=0.01
+        )
+
+
+def test_wina_counts_a_value_by_the_column_that_it_meets():
+    """Its thresholds are one number over the norms of the columns; with equal columns they are TEAL's."""
+    sparse = make_sparse(Wina(target=0.5, allocation="uniform"))
+    site = sparse.site("layers.0.self_attn.k_proj")
+    weight = sparse.model(sites=())[0].get_submodule(site.linear).weight
+    scores = site.threshold * weight.norm(dim=0)
+    assert site.threshold.shape == (weight.shape[1],) and torch.allclose(scores, scores[0].expand_as(scores))
+    assert not torch.equal(site.threshold, sparse.site("layers.0.self_attn.q_proj").threshold)
+
+
+def test_wina_costs_less_than_teal_where_columns_differ():
+    """Usefulness: a third of the channels trade a factor of 30 between the norm and the columns that read it."""
+    folder = make_sparse(Teal(target=0.0)).folder
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("post_attention_layernorm.weight"):
+            tensor[::3] /= 30
+        elif name.endswith(("up_proj.weight", "gate_proj.weight")):
+            tensor[:, ::3] *= 30
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    errors = {}
+    for step in (Teal, Wina):
+        sparse = make_sparse(step(target=0.4, allocation="uniform"), folder=folder)
+        errors[step] = float((sparse.block_output(sparse.sites) - sparse.block_output(())).norm())
+    assert errors[Wina] < 0.8 * errors[Teal], errors
 
 
 def test_teal_spreads_its_budget_by_the_error_of_the_block():

@@ -146,7 +146,9 @@ def test_writing_follows_links_and_spares_what_is_no_file(tmp_path):
 
 
 def test_json_on_standard_output(tmp_path):
-    words = ["predict", "--params", "1e9", "--tokens", "1e11", "--bits", "3,4", "--json"]
+    table = tmp_path / "mine.csv"
+    table.write_text("params,tokens,bits,delta\n1e8,1e10,3,0.07724\n1e8,1e10,4,0.01421\n")
+    words = ["predict", table, "--params", "1e9", "--tokens", "1e11", "--bits", "3,4", "--json"]
     result = run_ptq(*words, "-")
     assert result.code == 0 and len(json.loads(result.out)["predictions"]) == 2 and "| bits |" in result.err
     assert "is a folder" in refused(*words, tmp_path) and "no such folder" in refused(*words, tmp_path / "no" / "x")

@@ -11,19 +11,23 @@ from report_records import PROTOCOL, RECORDS, evaluations, linears, record
 
 from calibration.errors import ToolkitError
 from calibration.record import RunRecord, Timings
-from ptq.report.card import model_card
+from ptq.report.card import Facts, model_card
 from ptq.report.compare import compare, compare_paths, read_evaluations
 
 
 def test_card_front_matter_reads_back_as_yaml() -> None:
     yaml = pytest.importorskip("yaml")
-    card = model_card(RECORDS["small"], "org/tiny", {"model.safetensors": 5_702_000_000}, license_id="llama3.1")
+    card = model_card(
+        RECORDS["small"], "org/tiny", {"model.safetensors": 5_702_000_000}, Facts(license="llama3.1", language=("en",))
+    )
     head = yaml.safe_load(card.split("---\n")[1])
     assert head["base_model"] == "org/tiny" and head["base_model_relation"] == "quantized"
-    assert head["license"] == "llama3.1" and head["library_name"] == "transformers"
+    assert head["license"] == "llama3.1" and head["language"] == ["en"] and head["library_name"] == "transformers"
     assert head["tags"] == ["quantized", "ptq", "compressed-tensors", "4-bit", "awq", "gptq"]
     assert head["datasets"] == ["allenai/c4"]
-    metrics = head["model-index"][0]["results"][0]["metrics"]
+    local = yaml.safe_load(model_card(RECORDS["small"], "./tiny", None, Facts(base_model="org/x")).split("---\n")[1])
+    assert local["base_model"] == "org/x" and local["base_model_relation"] == "quantized"
+    metrics = [m for result in head["model-index"][0]["results"] for m in result["metrics"]]
     assert [m["value"] for m in metrics] == [6.4117, 6.1382]
     hostile_head = yaml.safe_load(model_card(RECORDS["hostile"], "C:\\models\\x", None).split("---\n")[1])
     assert "license" not in hostile_head and "base_model" not in hostile_head and "datasets" not in hostile_head

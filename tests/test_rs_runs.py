@@ -11,6 +11,7 @@ from tiny_runs import logits, quantize, tiny_checkpoint
 
 from calibration.errors import PlanError
 from calibration.walk.passes import check_order
+from ptq.methods.rs import group_of
 from ptq.planning.recipe import method_recipe, parse_method
 from ptq.runtime.load import load_model
 
@@ -40,15 +41,37 @@ def test_names_stand_for_passes_and_schemes():
     assert str(method_recipe("smoothquant", None, None).rules[0].scheme) == "w8a8-gchannel-sym-atoken"
 
 
-def test_queries_keys_and_values_stay_plain_unless_asked_for(model, tmp_path):
-    quantize(model, tmp_path / "out", method="rs", scheme="w4a4")
-    for name, scheme in schemes(tmp_path / "out").items():
-        assert scheme.endswith("-atoken" if name.endswith(ATTENTION) else "-rs128")
+def by_recipe(model, tmp_path, text: str) -> dict[str, str]:
     recipe = tmp_path / "recipe.toml"
-    table = '[[pass]]\nname = "rs"\ngroup = 16\nreorder = false\nblock = 8\nattention = true\n'
-    recipe.write_text(f'scheme = "w4a8"\n{table}')
-    quantize(model, tmp_path / "all", method=None, scheme=None, recipe=recipe)
-    assert set(schemes(tmp_path / "all").values()) == {"w4a8-gchannel-sym-atoken-rs16nb8"}
+    recipe.write_text(text)
+    quantize(model, tmp_path / "out", method=None, scheme=None, recipe=recipe)
+    return schemes(tmp_path / "out")
+
+
+def test_every_linear_smooths_over_blocks_of_tokens_in_groups_by_width(model, tmp_path):
+    quantize(model, tmp_path / "out", method="rs", scheme="w4a4")
+    assert set(schemes(tmp_path / "out").values()) == {"w4a4-gchannel-sym-atoken-rs16b64"}
+    assert [group_of(width) for width in (8, 64, 576, 1536, 2048, 4096, 14336)] == [16, 16, 16, 32, 64, 128, 128]
+
+
+def test_as_published_groups_are_128_wide_over_the_sequence_and_attention_stays_plain(model, tmp_path):
+    published = '[[pass]]\nname = "rs"\ngroup = 128\nblock = 0\nattention = false\n'
+    for name, scheme in by_recipe(model, tmp_path, f'scheme = "w4a4"\n{published}').items():
+        assert scheme.endswith("-atoken" if name.endswith(ATTENTION) else "-rs128")
+
+
+def test_settings_reach_the_schemes(model, tmp_path):
+    table = '[[pass]]\nname = "rs"\ngroup = 32\nreorder = false\nblock = 8\n'
+    assert set(by_recipe(model, tmp_path, f'scheme = "w4a8"\n{table}').values()) == {"w4a8-gchannel-sym-atoken-rs32nb8"}
+
+
+def test_what_norms_feed_is_smoothed_and_what_down_reads_is_rotated(model, tmp_path):
+    """The combination of both: the rotation at run time alone, and smoothing everywhere else."""
+    passes = '[[pass]]\nname = "rotate"\nresidual = false\nvalues = false\n[[pass]]\nname = "rs"\ntransformed = false\n'
+    for name, scheme in by_recipe(model, tmp_path, f'scheme = "w4a4"\n{passes}').items():
+        assert scheme.endswith("-atoken" if name.endswith("down_proj") else "-rs16b64"), name
+    transformed = [name for name in load_file(tmp_path / "out" / "model.safetensors") if name.endswith("hadamard")]
+    assert transformed and all("down_proj" in name for name in transformed)
 
 
 @pytest.mark.parametrize("method", ["rs+gptq", "rrs"])
@@ -99,7 +122,7 @@ def test_refusals(settings, reason, model, tmp_path):
         quantize(model, tmp_path / "out", method="rs", **settings)
 
 
-@pytest.mark.parametrize("line", ["group = 0", "block = -1"])
+@pytest.mark.parametrize("line", ["group = -1", "block = -1"])
 def test_settings_out_of_range(line, model, tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(f'scheme = "w4a4"\n[[pass]]\nname = "rs"\n{line}\n')

@@ -8,6 +8,7 @@ from sparse_runs import make_profile
 
 from sparsity.budget import GRID, choose, sites_within
 from sparsity.methods import Cats, Scap, Teal
+from sparsity.methods.teal import greedy_shares
 from sparsity.thresholds import interpolate
 
 
@@ -48,6 +49,18 @@ def test_a_larger_budget_prunes_more(step):
         assert all(bool((thresholds[n] >= t).all()) for n, t in before.items() if n in thresholds)
         assert all(0 < t <= 0.9 for t in targets)
         before = thresholds
+
+
+def test_one_greedy_search_per_block_serves_all_targets(monkeypatch):
+    searched = []
+
+    def search(*args, **settings):
+        searched.append(args)
+        return greedy_shares(*args, **settings)
+
+    monkeypatch.setattr("sparsity.methods.teal.greedy_shares", search)
+    profile, _ = make_profile(Teal(step=0.5))
+    assert len(searched) == 2 and all(f"{t:.2f}/" in "".join(profile) for t in GRID[1:])
 
 
 def test_the_search_finds_the_budget_of_the_limit(cats):

@@ -8,13 +8,14 @@ import pytest
 import torch
 from command import done, refused, text_file, tiny
 
-from calibration.progress import Silent
+from calibration.progress import CallbackProgress, Silent
 from calibration.walk.token_weights import weights_by_norm
 from ptq.numerics.grids import fake_quantize
 from ptq.planning.job import Options, prepare
 from ptq.runtime.load import load_model
 from ptq.scheme import parse_scheme
 from ptq.study.ranks import spearman
+from ptq.study.sensitivity import measure_sensitivity, prepare_sensitivity
 
 FAST = ("--samples", "6", "--seq-len", "32", "--dtype", "float32")
 
@@ -36,6 +37,18 @@ def found(place):
     text = study(place, place / "out", "--schemes", "w2a16-g32,w4a16-g32", "--windows", "3")
     assert (place / "out" / "sensitivity.md").read_text() in text
     return json.loads((place / "out" / "sensitivity.json").read_text())
+
+
+def test_progress_counts_every_probe_and_the_head(place):
+    """The bar reaches its end with the last batch of the head, not before."""
+    seen = []
+    options = Options(dataset=str(place / "text.txt"), samples=6, seq_len=32)
+    fit = prepare_sensitivity(place / "model", ["w4a16-g32"], options)
+    progress = CallbackProgress(lambda stage, done, total, detail: seen.append((stage, done, total, detail)))
+    measure_sensitivity(fit, ["w4a16-g32"], fit.job.windows(Silent()), 3, progress)
+    told = [entry for entry in seen if entry[0] == "sensitivities"]
+    assert told[-1][1] == told[-1][2] == max(done for _, done, _, _ in told)
+    assert sum("head" in detail for *_, detail in told) == 14 + 2 and "head" in told[-1][3]
 
 
 def test_every_linear_against_rounding_it_by_hand(place, found):

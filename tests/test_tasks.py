@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +52,74 @@ def test_scores_are_read_from_the_harness_layout() -> None:
     assert accuracy.standard_error == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
     assert (accuracy.shots, accuracy.version, accuracy.filter) == (0, "1.0", "none")
     assert (perplexity.metric, perplexity.value, perplexity.standard_error) == ("word_perplexity", 9.5, None)
+
+
+STUB = """
+import os, subprocess, sys
+__version__ = "9"
+def simple_evaluate(model, tasks, num_fewshot, limit, task_manager, **rest):
+    print("a bar", file=sys.stderr)
+    subprocess.run([sys.executable, "-c", "import os; os.write(2, b'fatal: not a git repository')"])
+    items = limit or 10
+    return {
+        "results": {t: {"acc,none": 0.5, "batch,none": model.batch_size} for t in tasks},
+        "n-samples": {t: {"effective": items} for t in tasks},
+        "n-shot": {t: num_fewshot or 0 for t in tasks},
+        "versions": {t: 1 for t in tasks},
+    }
+"""
+TASKS = """
+import os
+class TaskManager:
+    def __init__(self, include_path=None):
+        own = [f[:-5] for f in os.listdir(include_path)] if include_path else []
+        self.all_tasks = ["piqa", "arc_easy", *own]
+"""
+MODEL = """
+class HFLM:
+    def __init__(self, pretrained, tokenizer, batch_size, max_length):
+        assert pretrained is not None and max_length == 512
+        self.batch_size = batch_size
+"""
+
+
+@pytest.fixture
+def harness(tmp_path: Path) -> dict[str, str]:
+    """An environment in which a stand-in for lm-eval is found: what it is asked, and what it writes to stderr."""
+    package = tmp_path / "stub" / "lm_eval"
+    (package / "models").mkdir(parents=True)
+    (package / "__init__.py").write_text(STUB)
+    (package / "tasks.py").write_text(TASKS)
+    (package / "models" / "huggingface.py").write_text(MODEL)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "mine.yaml").write_text("task: mine\n")
+    path = os.pathsep.join([str(tmp_path / "stub"), str(Path(__file__).parents[1])])
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def run_eval(harness: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cli.main", "eval", *options]
+    return subprocess.run(command, env=harness, capture_output=True, text=True, check=False)
+
+
+def test_tasks_alone_need_no_perplexity_and_are_quiet(harness: dict[str, str], tmp_path: Path) -> None:
+    own = ["--include-path", str(tmp_path / "own"), "--limit", "3", "--num-fewshot", "2", "--batch-size", "5"]
+    done = run_eval(harness, "demo", "--tasks", "piqa,mine", *own, "--json", str(tmp_path / "t.json"))
+    assert done.returncode == 0, done.stderr
+    assert "mine: acc 0.5000 +- 0.2887 (3 items, 2 shots)" in done.stdout and "perplexity" not in done.stdout
+    assert "batch 5.0000" in done.stdout and "bar" not in done.stderr and "fatal" not in done.stderr
+    data = json.loads((tmp_path / "t.json").read_text())
+    assert data["evaluations"] == [] and data["tasks"]["limit"] == 3 and data["tasks"]["harness"] == "lm-eval 9"
+
+
+def test_tasks_are_refused_before_any_work(harness: dict[str, str], tmp_path: Path) -> None:
+    # a model that is not there: the names are looked at first
+    done = run_eval(harness, str(tmp_path / "nowhere"), "--tasks", "arc-easy", "--dataset", "builtin")
+    assert done.returncode == 2 and "did you mean 'arc_easy'" in done.stderr
+    for options, words in (
+        (("--tasks", "piqa", "--limit", "0"), "--limit 0: less than 1"),
+        (("--tasks", "piqa", "--include-path", str(tmp_path / "none")), "no such folder"),
+        (("--limit", "3"), "--limit: has a meaning only with --tasks"),
+    ):
+        done = run_eval(harness, "demo", *options)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr

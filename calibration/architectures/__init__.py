@@ -45,11 +45,15 @@ _derived: dict[tuple[type, str], ArchitectureSpec] = {}
 
 
 def known_type(model_type: str) -> bool:
-    """Whether the table names this type, or transformers has a class from which `resolve` derives its entry."""
+    """Whether the table names this type, or transformers has a class from which `resolve` derives its entry: one of its
+    own, or one registered with its auto classes."""
     if model_type in FAMILIES:
         return True
-    from transformers.models.auto import modeling_auto
+    from transformers.models.auto import configuration_auto, modeling_auto
 
+    registered = configuration_auto.CONFIG_MAPPING._extra_content.get(model_type)
+    if registered is not None:
+        return registered in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
     wrappers = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     return model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type in wrappers
 
@@ -84,7 +88,7 @@ def resolve(config: Any) -> ArchitectureSpec:
     """
     if config.model_type in FAMILIES:
         return FAMILIES[config.model_type](config)
-    from calibration.architectures.derived import derive
+    from calibration.architectures.derivation.entries import derive
 
     entries = {k: v for k, v in config.to_dict().items() if k not in ("quantization_config", "dtype", "_name_or_path")}
     key = type(config), json.dumps(entries, sort_keys=True, default=str)

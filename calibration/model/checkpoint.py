@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from calibration.errors import ToolkitError
+from calibration.model import mxfp4
 from calibration.model.float8 import dequantized
 from calibration.model.headers import TensorInfo, read_header, shards_of
 from calibration.model.reading import read_json
@@ -91,6 +93,11 @@ class CheckpointReader:
         self.infos = {names[n]: info for n, info in self.infos.items()}
         self._in_file = {new: self.stored_name(old) for new, old in taken.items()}
 
+    def join(self, name: str, parts: Sequence[str], shape: Sequence[int]) -> None:
+        """Let tensors of one dtype count as one tensor ``name``: their values after each other, in this order."""
+        found = tuple(self.infos.pop(part) for part in parts)
+        self.infos[name] = replace(found[0], shape=tuple(shape), parts=found)
+
     def stored_name(self, name: str) -> str:
         """What the file calls a tensor, or would call another tensor of the same module."""
         if name in self._in_file:
@@ -101,18 +108,29 @@ class CheckpointReader:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, read and not mapped: pages of a mapped shard count as resident memory. In its stored dtype, but
-        for float8 codes, which come multiplied by their scales."""
-        info = self.infos[name]
+        for float8 and MXFP4 codes, which come multiplied by their scales."""
+        return self._values(name, self.infos[name])
+
+    def _values(self, name: str, info: TensorInfo) -> torch.Tensor:
+        if info.parts:
+            return torch.cat([self._values(name, part).flatten() for part in info.parts]).view(info.shape)
         if info.codes is None or info.scale is None:
-            return self._read(name, info, info.nbytes).view(info.dtype).view(info.shape)
+            return self._plain(name, info)
+        scale = self._plain(name, info.scale)
+        if info.codes == torch.uint8:
+            codes = self._read(name, info, info.numel // 2).view(*scale.shape, -1)
+            return mxfp4.dequantized(codes, scale).to(info.dtype)
         codes = self._read(name, info, info.numel).view(info.codes).view(info.shape)
-        scale = self._read(name, info.scale, info.scale.nbytes).view(info.scale.dtype).view(info.scale.shape)
         return dequantized(name, codes, scale).to(info.dtype)
+
+    def _plain(self, name: str, info: TensorInfo) -> torch.Tensor:
+        return self._read(name, info, info.nbytes).view(info.dtype).view(info.shape)
 
     def first_bytes(self, name: str, count: int) -> bytes:
         """The first ``count`` bytes of a tensor as stored, or all where it has fewer."""
         info = self.infos[name]
-        stored = info.nbytes if info.codes is None else info.numel
+        info = info.parts[0] if info.parts else info
+        stored = info.nbytes if info.codes is None else info.numel // (2 if info.codes == torch.uint8 else 1)
         return self._read(name, info, min(count, stored)).numpy().tobytes()
 
     def _read(self, name: str, info: TensorInfo, n_bytes: int) -> torch.Tensor:

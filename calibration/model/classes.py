@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -58,12 +59,16 @@ def empty_model(config: Any, dtype: torch.dtype, device: torch.device, attention
     with torch.device("meta"):
         model = auto_class(config).from_config(config, dtype=dtype, attn_implementation=attention)
     model.eval()
-    for module in model.modules():
+    holders = set()
+    for path, module in model.named_modules():
         missing = [n for n, b in module.named_buffers(recurse=False) if b.is_meta]
         for name in missing:
             setattr(module, name, torch.empty_like(getattr(module, name), device=device))
         if missing:
-            model._init_weights(module)  # transformers' own computation of these buffers
+            parts = path.split(".")
+            holders |= {".".join(parts[:n]) for n in range(len(parts) + 1)}  # Falcon-H1 sets its blocks' buffers above
+    for path in sorted(holders):
+        model._init_weights(model.get_submodule(path))  # transformers' own computation of these buffers
     return model
 
 
@@ -107,6 +112,34 @@ def renaming(model: Any) -> Callable[[str], str]:
     return rename
 
 
+def joined(model: Any, names: Iterable[str]) -> dict[str, list[str]]:
+    """Tensors that the class keeps as one, their values after each other, by transformers' own table: the convolutions
+    of Kimi Linear's queries, keys and values; experts, where each of them has its gate's rows before those of up.
+
+    Args:
+        names: of the file, as `renaming` translates them.
+
+    Returns:
+        name in the class -> names in their order.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+    orders = [[(Concatenate, 0)], [(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]]
+    found: dict[str, dict[tuple[int, int], str]] = {}
+    for rule in get_model_conversion_mapping(model, add_legacy=False):
+        steps = rule.operations if isinstance(rule, WeightConverter) else []
+        if [(type(step), getattr(step, "dim", None)) for step in steps] not in orders:
+            continue
+        patterns = [re.compile(p.replace("*", r"(\d+)")) for p in _listed(rule._original_source_patterns)]
+        for name in names:
+            hits = [(i, m) for i, p in enumerate(patterns) if (m := p.search(name))]
+            if hits:
+                order = int(hits[0][1][1]) if hits[0][1].groups() else 0, hits[0][0]
+                found.setdefault(rule.rename_source_key(name)[0], {})[order] = name
+    return {target: [parts[order] for order in sorted(parts)] for target, parts in found.items()}
+
+
 def expert_names(model: Any, path: str) -> tuple[str, str, str] | None:
     """What files call the gate, up and down projection of one expert whose class keeps all of them fused.
 
@@ -136,5 +169,8 @@ def expert_names(model: Any, path: str) -> tuple[str, str, str] | None:
 
 def _leaves(patterns: Iterable[str] | str) -> list[str]:
     """``gate_proj`` of ``mlp.experts.*.gate_proj.weight``."""
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    return [pattern.removesuffix("$").removesuffix(".weight").rpartition(".")[2] for pattern in patterns]
+    return [pattern.removesuffix("$").removesuffix(".weight").rpartition(".")[2] for pattern in _listed(patterns)]
+
+
+def _listed(patterns: Iterable[str] | str) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else list(patterns)

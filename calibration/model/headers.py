@@ -49,7 +49,9 @@ class TensorInfo:
     Attributes:
         dtype: in which it is read.
         start: offset of its first byte in the shard.
-        codes: of the stored values, where they are float8 codes that are multiplied by ``scale`` on reading.
+        codes: of the stored values, where they are float8 codes that are multiplied by ``scale`` on reading; uint8 for
+            pairs of MXFP4 codes.
+        parts: tensors of the files that lie one after the other in this one.
     """
 
     dtype: torch.dtype
@@ -58,6 +60,7 @@ class TensorInfo:
     start: int = 0
     codes: torch.dtype | None = None
     scale: TensorInfo | None = None
+    parts: tuple[TensorInfo, ...] = ()
 
     @property
     def numel(self) -> int:

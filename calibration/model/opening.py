@@ -12,12 +12,14 @@ import torch
 
 from calibration.architectures import ArchitectureSpec, check_family, known_type, resolve
 from calibration.errors import ToolkitError, foreign
+from calibration.model import mxfp4
 from calibration.model.checkpoint import CheckpointReader, read_config
-from calibration.model.classes import empty_model, renaming, text_config
+from calibration.model.classes import empty_model, joined, renaming, text_config
 from calibration.model.float8 import FLOATS, check_dtypes, with_scales
 from calibration.model.float8 import METHODS as FLOAT8_METHODS
 from calibration.model.gguf import SUFFIX, folder_of, open_reader
 
+META = torch.device("meta")
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]  # never pickles
@@ -79,8 +81,8 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[Checkpoin
         )
     reader = open_reader(folder)
     quantized = data.get("quantization_config")
-    if quantized is None or quantized.get("quant_method") in FLOAT8_METHODS:
-        reader.infos = with_scales(reader.infos, _named_dtype(data))
+    if quantized is None or quantized.get("quant_method") in (*FLOAT8_METHODS, mxfp4.METHOD):
+        reader.infos = with_scales(mxfp4.with_blocks(reader.infos, _named_dtype(data)), _named_dtype(data))
         reader.config = {key: value for key, value in data.items() if key != "quantization_config"}
     check_family(str(data.get("model_type")), reader.infos)
     from transformers import AutoConfig
@@ -95,12 +97,21 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[Checkpoin
         if "quantization_config" not in reader.config:
             check_dtypes(reader.infos, spec.blocks)
         if spec.derived:
-            model = empty_model(config, torch.float32, torch.device("meta"), spec.attention)
-            rename, known = renaming(model), model.state_dict().keys()
-            reader.rename(lambda name: name if name in known else rename(name))
+            _as_the_class_names(reader, empty_model(config, torch.float32, META, spec.attention), spec)
     reader.add_base_prefix(spec.base_prefix, (*(stored for stored, _ in spec.root_renames), "lm_head."))
     _check_blocks(reader, spec)
     return reader, config, spec
+
+
+def _as_the_class_names(reader: CheckpointReader, model: Any, spec: ArchitectureSpec) -> None:
+    """Names of the class in place of the file's; what the class keeps as one is read as one, but for experts that the
+    spec takes apart."""
+    rename, known = renaming(model), {name: tensor.shape for name, tensor in model.state_dict().items()}
+    reader.rename(lambda name: name if name in known else rename(name))
+    experts = {f"{spec.prefix(i)}{found.module}" for i in range(spec.n_blocks) if (found := spec.experts(i))}
+    for target, parts in joined(model, [name for name in reader.infos if name not in known]).items():
+        if target in known and target.rpartition(".")[0] not in experts:
+            reader.join(target, parts, known[target])
 
 
 def _check_blocks(reader: CheckpointReader, spec: ArchitectureSpec) -> None:
@@ -167,9 +178,9 @@ def forward_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def context_length(config: Any) -> int:
-    """The longest window that a model takes; 2048 where its config names none (ALiBi)."""
+    """The longest window that a model takes; 2048 where its config names none (ALiBi, XLNet)."""
     for name in ("max_position_embeddings", "n_positions", "seq_length"):
         value = getattr(text_config(config), name, None)
-        if value:
+        if value and int(value) > 0:
             return int(value)
     return 2048

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,9 +22,6 @@ from calibration.errors import ToolkitError
 from calibration.record import Divergence, Evaluation, Protocol
 from calibration.scoring.windows import Scoring, batches, cut_windows
 from calibration.text.encoding import EncodedText, begin_with_bos, too_short
-
-if TYPE_CHECKING:
-    pass
 
 # Token ids, int64 [B, L], on the CPU -> logits [B, L, V] in any float type, on any device.
 LogitsModel = Callable[[Tensor], Tensor]
@@ -56,15 +52,21 @@ class _Sums:
         difference = np.array(self.nll) - np.array(self.reference_nll)
         # Tokens of a window are correlated, windows hardly: the error is that of window means.
         means = difference / counts
-        error = float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else 0.0
+        windows = np.split(kl, np.cumsum(self.counts)[:-1])
         return Divergence(
             kl_mean=float(kl.mean(dtype=np.float64)),
             kl_p99=float(np.quantile(kl, 0.99)),
             top1_agreement=self.agreed / self.tokens,
             delta_nll=float(difference.sum() / self.tokens),
-            delta_nll_se=error,
+            delta_nll_se=_standard_error(means),
             reference_perplexity=_perplexity(sum(self.reference_nll), self.tokens),
+            kl_se=_standard_error(np.array([window.mean(dtype=np.float64) for window in windows])),
         )
+
+
+def _standard_error(means: np.ndarray) -> float:
+    """Of the mean of window means; 0 where there is one window."""
+    return float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else 0.0
 
 
 def score(

@@ -26,6 +26,7 @@ from calibration.text.hub_sets import (
     load_hub_split,
     text_column,
 )
+from calibration.text.rows import SUFFIXES, Chat, content, one_kind, read_rows
 
 BUILTIN = "builtin"
 AS_IT_IS = "file as it is"
@@ -46,6 +47,8 @@ class Corpus:
             do not.
         builder: how calibration windows are cut from it.
         max_windows: how many windows its scoring protocol uses at most.
+        chats: conversations in place of rows, see `calibration.text.chats.as_text`, which makes rows of them.
+        joined_by: how rows became one text, in words, where `joiner` does not say it.
     """
 
     name: str
@@ -57,6 +60,8 @@ class Corpus:
     revision: str = ""
     builder: Builder = "text"
     max_windows: int | None = None
+    chats: Sequence[Chat] = ()
+    joined_by: str = ""
 
     @property
     def label(self) -> str:
@@ -71,6 +76,8 @@ class Corpus:
             return "none: every window from one document"
         if self.builder == "blocks":
             return "none: tokens of documents concatenated"
+        if self.joined_by:
+            return self.joined_by
         return AS_IT_IS if self.joiner is None else json.dumps(self.joiner)
 
     @cached_property
@@ -99,7 +106,7 @@ def check_name(name_or_path: str) -> None:
         raise ToolkitError(
             f"--dataset: {what} '{name_or_path}'",
             f"{nearest(name_or_path, KNOWN_NAMES)}use one of: {', '.join(KNOWN_NAMES)}, "
-            "or the path of an existing .txt, .jsonl or .parquet file",
+            "or the path of an existing .txt, .jsonl, .json, .csv or .parquet file",
         )
 
 
@@ -107,9 +114,10 @@ def load_corpus(name_or_path: str, purpose: Purpose, hub_root: Path | None = Non
     """The text to calibrate on (train) or to score (test).
 
     Args:
-        name_or_path: one of `KNOWN_NAMES`; or a path: a ``.jsonl`` (key "text") or ``.parquet`` (column "text") file
-            or a folder with files as a hub repository has them is a set of rows joined by a blank line; any other
-            file is UTF-8 text, taken as it is. A known name wins over a file of that name: write ``./c4``.
+        name_or_path: one of `KNOWN_NAMES`; or a path. A ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file is a set
+            of rows (`calibration.text.rows`), texts joined by a blank line or conversations; a folder with files as a
+            hub repository has them is one with a column of text; any other file is UTF-8 text, taken as it is. A known
+            name wins over a file of that name: write ``./c4``.
         hub_root: folder with local copies of hub repositories (``hub_root/Salesforce/wikitext/...``), read instead
             of the hub.
 
@@ -126,10 +134,16 @@ def load_corpus(name_or_path: str, purpose: Purpose, hub_root: Path | None = Non
     if path.is_dir():
         return _load_folder(path, purpose)
     check_name(name_or_path)
-    if path.suffix in (".jsonl", ".parquet"):
-        rows = _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path)
-        return Corpus(name=path.name, source=path.name, rows=rows, joiner="\n\n", special_tokens=True)
+    if path.suffix in SUFFIXES:
+        return of_rows(read_rows(path), name=path.name, source=path.name)
     return _plain_file(path)
+
+
+def of_rows(rows: Sequence[str | Chat], **named: Any) -> Corpus:
+    """Texts, joined by a blank line, or conversations, as a corpus. Its other fields are ``named``."""
+    texts = [row for row in rows if isinstance(row, str)]
+    chats = [row for row in rows if not isinstance(row, str)]
+    return Corpus(rows=texts, chats=chats, joiner="\n\n", special_tokens=True, **named)
 
 
 def _plain_file(path: Path) -> Corpus:
@@ -144,42 +158,6 @@ def _plain_file(path: Path) -> Corpus:
     except OSError as error:
         raise ToolkitError(f"{path}: {error.strerror}", "give a readable text file") from None
     return Corpus(name=path.name, source=path.name, rows=[text], joiner=None, special_tokens=False)
-
-
-def _jsonl_rows(path: Path) -> list[str]:
-    rows: list[str] = []
-    regular_file(path, "give a readable .jsonl file")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
-                raise ToolkitError(f"{path}, line {number}: not JSON ({error})", "one JSON object a line") from None
-            if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-                found = f"keys {', '.join(entry) or 'none'}" if isinstance(entry, dict) else type(entry).__name__
-                raise ToolkitError(
-                    f"{path}, line {number}: no string under the key 'text' (found: {found})",
-                    'give every line as {"text": "..."}',
-                )
-            rows.append(entry["text"])
-    return rows
-
-
-def _parquet_rows(path: Path) -> list[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    regular_file(path, "give a readable .parquet file")
-    try:
-        columns = pyarrow.parquet.read_schema(path).names
-        if "text" not in columns:
-            raise ToolkitError(f"{path}: no column 'text' (found: {', '.join(columns)})", "rename the column to 'text'")
-        rows = pyarrow.parquet.read_table(path, columns=["text"]).column("text").to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ToolkitError(f"{path}: not a readable parquet file ({error})", "give another file") from None
-    return _checked_rows(path.name, rows)
 
 
 def _checked_rows(label: str, rows: list[Any]) -> list[str]:
@@ -200,6 +178,9 @@ def _load_hub(name: str, purpose: Purpose, hub_root: Path | None) -> Corpus:
             f"score on one of: {scored}, or on a text file",
         )
     rows, revision = load_hub_split(hub, part, hub_root)
+    if hub.builder == "chats":
+        found = one_kind([content(row, f"{hub.source}, row {number}") for number, row in enumerate(rows)], hub.source)
+        return of_rows(found, name=name, source=hub.source, split=part.split, revision=revision)
     if score and hub.first_rows is not None:
         rows = rows[: hub.first_rows]
     if part.joiner is not None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader
+from calibration.text.chats import as_text
 from calibration.text.corpora import Corpus
 from calibration.text.encoding import begin_with_bos, token_ids, too_short, wanted_bos
 
@@ -104,6 +105,7 @@ def calibration_tokens(
         ToolkitError: the text is not longer than one window.
     """
     assert samples > 0 and seq_len > 0, (samples, seq_len)
+    corpus = as_text(corpus, tokenizer)
     if corpus.builder == "blocks":
         ids, seed = _blocks(corpus, tokenizer, samples, seq_len), AWQ_SHUFFLE_SEED
     elif corpus.builder == "documents":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from calibration.errors import ToolkitError, foreign
+from calibration.text.chats import as_text
 from calibration.text.corpora import Corpus
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def encode_text(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> EncodedTe
     Words and bytes of a token are exact with a fast tokenizer. Others do not say where a token came from: there the
     text's words and bytes are spread evenly over its tokens.
     """
+    corpus = as_text(corpus, tokenizer)
     text, bos = corpus.text, wanted_bos(tokenizer)
     special = corpus.special_tokens and bos is None
     if tokenizer.is_fast:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +17,17 @@ from typing import Any, Literal
 from calibration.errors import ToolkitError
 
 Purpose = Literal["calibrate", "score"]
-Builder = Literal["text", "documents", "blocks"]
+Builder = Literal["text", "documents", "blocks", "chats"]
+
+
+class Unreachable(ToolkitError):
+    """A data set of the hub that is not cached, while the hub does not answer."""
+
 
 ZSTANDARD = "pip install 'ptq[pile]'"
 C4_SCORED_DOCUMENTS = 1100
 C4_SCORED_WINDOWS = 256
+CHATS = 2048  # of a set of conversations, the first: a million tokens or more
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class HubSet:
     Attributes:
         builder: how calibration windows are cut, see `calibration.text.crops.calibration_tokens`.
         score: None where there is no published protocol for scoring on it.
-        first_rows, max_windows: limits of the scoring protocol.
+        first_rows, max_windows: limits of the scoring protocol; of conversations the first so many are read.
         zstandard: its files are compressed so; `datasets` reads them only where the package of that name is installed.
     """
 
@@ -102,6 +109,26 @@ HUB_SETS: dict[str, HubSet] = {
         score=None,
         zstandard=True,
     ),
+    "ultrachat": HubSet(
+        repo="HuggingFaceH4/ultrachat_200k",
+        config=None,
+        column="messages",
+        revision=None,
+        builder="chats",
+        calibrate=HubSplit("train_sft", None, None),
+        score=HubSplit("test_sft", None, None),
+        first_rows=CHATS,
+    ),
+    "open-platypus": HubSet(
+        repo="garage-bAInd/Open-Platypus",
+        config=None,
+        column="instruction",
+        revision=None,
+        builder="chats",
+        calibrate=HubSplit("train", None, None),
+        score=None,
+        first_rows=CHATS,
+    ),
 }
 
 
@@ -115,8 +142,9 @@ def check_readable(name: str) -> None:
         raise ToolkitError(f"--dataset {name}: its files are .zst, and zstandard is not installed", ZSTANDARD)
 
 
-def load_hub_split(hub: HubSet, part: HubSplit, hub_root: Path | None) -> tuple[Sequence[str], str]:
-    """The rows of one split (lazily read) and the commit they come from ("" where unknown).
+def load_hub_split(hub: HubSet, part: HubSplit, hub_root: Path | None) -> tuple[Sequence[Any], str]:
+    """The rows of one split (lazily read; of conversations the first so many, as dictionaries) and the commit they come
+    from ("" where unknown).
 
     Args:
         hub_root: folder with local copies of hub repositories, read instead of the hub.
@@ -135,7 +163,11 @@ def load_hub_split(hub: HubSet, part: HubSplit, hub_root: Path | None) -> tuple[
         declared = (hub_root / hub.repo / "README.md").is_file()
         arguments["name" if declared else "data_dir"] = hub.config
     dataset = load_dataset(location, hub.source, arguments)
-    return text_column(dataset, hub.source, (hub.column,)), _revision(dataset.info.download_checksums)
+    revision = _revision(dataset.info.download_checksums)
+    if hub.builder == "chats":
+        text_column(dataset, hub.source, (hub.column,))
+        return dataset.select(range(min(len(dataset), hub.first_rows or len(dataset)))), revision
+    return text_column(dataset, hub.source, (hub.column,)), revision
 
 
 def load_dataset(location: str, label: str, arguments: dict[str, Any]) -> Any:
@@ -144,9 +176,10 @@ def load_dataset(location: str, label: str, arguments: dict[str, Any]) -> Any:
 
     fix = "give a local text with --dataset FILE.txt, FILE.jsonl or FILE.parquet, or connect once to cache it"
     try:
-        return datasets.load_dataset(location, **arguments)
+        with _without_waiting(location):
+            return datasets.load_dataset(location, **arguments)
     except (ConnectionError, TimeoutError) as error:
-        raise ToolkitError(f"data set {label}: not cached, and the hub cannot be reached ({error})", fix) from None
+        raise Unreachable(f"data set {label}: not cached, and the hub cannot be reached ({error})", fix) from None
     except ImportError as error:
         fix = f"pip install {error.name}" if error.name else ZSTANDARD
         raise ToolkitError(f"data set {label}: {error}", fix) from None
@@ -155,6 +188,27 @@ def load_dataset(location: str, label: str, arguments: dict[str, Any]) -> Any:
         if "zstd" in reason:  # the Pile's file; `datasets` reads it only where this package is
             fix = ZSTANDARD
         raise ToolkitError(f"data set {label}: {type(error).__name__}: {reason}", fix) from error
+
+
+@contextmanager
+def _without_waiting(location: str) -> Iterator[None]:
+    """The hub's client asks an unreachable hub for a minute, file by file. Asked once here; where nothing answers, the
+    cache alone is read."""
+    import datasets
+    import huggingface_hub
+
+    if Path(location).is_dir() or huggingface_hub.constants.HF_HUB_OFFLINE:
+        yield
+        return
+    answered = False
+    with suppress(Exception):  # the client's own kinds, which change with its version
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+        answered = True
+    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = not answered
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = False
 
 
 def text_column(dataset: Any, label: str, names: Sequence[str]) -> Sequence[str]:

@@ -10,7 +10,8 @@ import torch
 from calibration.architectures.spec import SharedInput
 from calibration.distributed import Processes
 from calibration.errors import ToolkitError
-from calibration.walk.capture import Call, Inputs, Watch, accumulate, record_calls, record_inputs, watching
+from calibration.model.watching import Watch, watching
+from calibration.walk.capture import Call, Inputs, accumulate, record_calls, record_inputs
 from calibration.walk.lanes import sum_of_lanes
 from calibration.walk.segment import Segment
 from calibration.walk.states import HiddenStates, Reference

@@ -19,6 +19,7 @@ from calibration.walk.statistics import (
     Midpoints,
     Sample,
     Statistic,
+    TokenMaxima,
 )
 
 K = TypeVar("K", bound=Hashable)
@@ -112,6 +113,11 @@ def _(total: AbsMax, other: AbsMax) -> None:
     dtype = torch.promote_types(total.maximum.dtype, other.maximum.dtype)
     total.maximum = torch.maximum(total.maximum.to(dtype), other.maximum.to(dtype))
     _add(total, other)
+
+
+@merge.register
+def _(total: TokenMaxima, other: TokenMaxima) -> None:
+    _add(total, other, "_seen")  # lists, one behind the other
 
 
 @merge.register

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from calibration.architectures.derive_inputs import TOLERANCE
-from calibration.architectures.derive_pairs import scales
-from calibration.architectures.derive_residual import after, rotated_norms, turn
+from calibration.architectures.derivation.inputs import TOLERANCE
+from calibration.architectures.derivation.pairs import scales
+from calibration.architectures.derivation.residual import after, rotated_norms, turn
 from calibration.architectures.spec import Balance, Residual
 from calibration.errors import ToolkitError
 from calibration.model.skeleton import release
+from calibration.model.watching import trace, watching
 from calibration.progress import Progress, Silent
 from calibration.text.crops import TokenBatches
-from calibration.walk.capture import trace, watching
 from calibration.walk.float_blocks import FloatBlocks
 from calibration.walk.passes import Pass, Phase
 from calibration.walk.segment import Segment
@@ -79,7 +79,7 @@ class _Proof:
         segment = self._load()
         with trace(segment.module) as calls:
             expected = self._output(segment, self.hidden)
-        self._check_inputs(segment, {call.path: call.entered for call in calls})
+        self._check_inputs(segment, {call.path: call.entered for call in reversed(calls)})  # of their first calls
         self._absorb(segment, segment.spec.balance)
         if not self._same(expected, segment):
             for group in segment.spec.balance:

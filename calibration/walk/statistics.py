@@ -151,6 +151,33 @@ class AbsMax:
         return bool(torch.isfinite(self.maximum).all())
 
 
+class TokenMaxima:
+    """Largest |x| of every token, float32 ``[tokens]`` on the CPU: four bytes a token."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self._seen: list[torch.Tensor] = []
+        self.tokens = 0
+
+    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
+        self._seen.append(x.abs().amax(dim=1).float().cpu())
+        self.tokens += x.shape[0]
+
+    def maxima(self) -> torch.Tensor:
+        return torch.cat(self._seen) if self._seen else torch.zeros(0)
+
+    def disparity(self) -> float:
+        """The largest of them over their median; 0 where nothing was seen, infinite over a median of 0."""
+        found = self.maxima()
+        largest, usual = (float(found.max()), float(found.median())) if len(found) else (0.0, 1.0)
+        return largest / usual if usual else (math.inf if largest else 0.0)
+
+    def rescale(self, s: torch.Tensor) -> None:
+        raise AssertionError("channels are not told apart: gather again behind the balancing")
+
+    def finite(self) -> bool:
+        return bool(torch.isfinite(self.maxima()).all())
+
+
 class Sample:
     """Some tokens as they are, float32 ``[at most 512, in]``: evenly spaced ones of every batch until it is full. For
     what no sum holds, such as the largest value of each token."""

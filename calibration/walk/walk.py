@@ -16,9 +16,9 @@ import torch
 from calibration.distributed import Processes
 from calibration.memory import return_freed
 from calibration.model.skeleton import release
+from calibration.model.watching import Watch, watching
 from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
-from calibration.walk.capture import Watch, watching
 from calibration.walk.context import Context
 from calibration.walk.finished import Committing, FinishedBlocks
 from calibration.walk.float_blocks import FloatBlocks, Tensors

@@ -1,12 +1,13 @@
 """From measurements to what should help: rules whose thresholds are constants, so that they can be tested and argued.
 
 A rule fires on inputs of linears only, because that is what gets quantized. It names where it fired; what it says of
-methods follows from how they work, not from a run of them.
+methods follows from how they work, not from a run of them. What the plan of this model refuses is not advised.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from ptq.analysis.record import Advice, SiteRecord, WeightRecord
 
@@ -17,9 +18,23 @@ SAFE_8 = 0.05
 WEIGHT_KURTOSIS = 20.0
 COLUMN_DISPARITY = 20.0
 _NAMED = 6
+TRIED = ("rotate", "smoothquant", "rs")
+"""Methods that `Advice.helps` names first, of which a plan is made."""
+SMOOTHED = {
+    "norm": "smoothquant",
+    "linear": "smoothquant, with down = true",
+    "value": "smoothquant, with values = true",
+}
+"""What a scale per channel can move into -> the method that moves it."""
 
 
-def advise(sites: Sequence[SiteRecord], weights: Sequence[WeightRecord]) -> tuple[Advice, ...]:
+Refusal = Callable[[str, str], str | None]
+"""(method, scheme) -> why the plan refuses it, None where it does not."""
+
+
+def advise(
+    sites: Sequence[SiteRecord], weights: Sequence[WeightRecord], refusal: Refusal = lambda method, scheme: None
+) -> tuple[Advice, ...]:
     """What the rules say, alarms first; the last entry is the recipe to try."""
     inputs = [s for s in sites if s.role.endswith("input")]
     rules: tuple[Callable[[], Advice | None], ...] = (
@@ -30,8 +45,21 @@ def advise(sites: Sequence[SiteRecord], weights: Sequence[WeightRecord]) -> tupl
         lambda: _massive(sites),
         lambda: _weights(weights),
     )
-    found = [advice for advice in (rule() for rule in rules) if advice is not None]
-    return (*found, _recipe(inputs, found))
+    found = [_possible(advice, refusal) for advice in (rule() for rule in rules) if advice is not None]
+    return (*found, _recipe(inputs, found, refusal))
+
+
+def _possible(advice: Advice, refusal: Refusal) -> Advice:
+    """The advice, with methods that this model's plan refuses among those that cannot help."""
+    helps, cannot = [], list(advice.cannot)
+    for said in advice.helps:
+        method = said.partition(":")[0].partition(",")[0]
+        reason = refusal(f"{method}+rtn", "w8a8") if method in TRIED else None
+        if reason is None:
+            helps.append(said)
+        else:
+            cannot.append(f"{method}: {reason}")
+    return replace(advice, helps=tuple(helps), cannot=tuple(cannot))
 
 
 def _channels(inputs: Iterable[SiteRecord], balanced: bool) -> Advice | None:
@@ -42,15 +70,13 @@ def _channels(inputs: Iterable[SiteRecord], balanced: bool) -> Advice | None:
     alarm = max(s.output_error.get("token-8", 0.0) for s in hit) > SAFE_8
     finding = f"{len(channels)} channels are far larger than the others in {_where(hit)}"
     finding += "" if alarm else "; eight bits per token still hold them, fewer may not"
-    helps: tuple[str, ...]
+    smooth = "rs: divides by maxima that the channels have in the live input, for inputs of 4 bits"
     if balanced:
-        helps = (
-            "smoothquant: moves their size into the weights, exactly",
-            "rotate: spreads them over all channels",
-            "rs128: divides by live channel maxima",
-        )
+        kinds = dict.fromkeys(s.balanced for s in hit if s.balanced is not None)
+        moved = [f"{SMOOTHED[kind]}: moves their size into the weights, exactly" for kind in kinds]
+        helps = ("rotate: spreads them over all channels", *moved, smooth)
     else:
-        helps = ("rs128: divides by live channel maxima", "inputs of these linears in 16 bits, by a rule of the recipe")
+        helps = (smooth, "inputs of these linears in 16 bits, by a rule of the recipe")
     cannot = ["atoken alone: a channel is large in every token, so its scale is too coarse for all others"]
     if not balanced:
         cannot.append("smoothquant: no norm or linear before these linears can take a scale exactly")
@@ -66,8 +92,11 @@ def _first_tokens(inputs: Iterable[SiteRecord]) -> Advice | None:
         True,
         f"the first token of a text is up to {max(s.token_disparity for s in hit):.0f} times larger in {_where(hit)}",
         (),
-        ("atoken: every token has its own scale",),
-        ("astatic and atensor: one range for all tokens is set by the first",),
+        (
+            "atoken: every token has its own scale",
+            "ranges with astatic: gives these inputs a scale per token and all others a static one",
+        ),
+        ("atensor, and astatic for these inputs: one range for all tokens is set by the first",),
     )
 
 
@@ -83,8 +112,8 @@ def _spikes(inputs: Iterable[SiteRecord]) -> Advice | None:
         tuple(sorted({s.largest.channel for s in hit})),
         ("rotate: spreads the value over all channels of its token", "atoken: keeps the damage to that token"),
         (
-            "astatic and atensor: one range for all tokens is set by the spikes",
-            "smoothquant: its channels are small in all other tokens, whose share of the grid it takes away",
+            "atensor, and astatic for these inputs: one range for all tokens is set by the spikes",
+            "smoothquant, for these inputs: their channels are small in all other tokens, whose grid it makes coarser",
         ),
     )
 
@@ -99,7 +128,7 @@ def _massive(sites: Iterable[SiteRecord]) -> Advice | None:
         True,
         f"the residual stream holds massive activations behind {len(hit)} blocks",
         tuple(channels),
-        ("ranges that cover them, or atoken",),
+        ("atoken, or ranges, which gives the inputs concerned a scale per token",),
         ("percentile clipping of ranges: without these few values the model is another one",),
     )
 
@@ -119,18 +148,16 @@ def _weights(weights: Iterable[WeightRecord]) -> Advice | None:
     )
 
 
-def _recipe(inputs: Sequence[SiteRecord], found: Sequence[Advice]) -> Advice:
+def _recipe(inputs: Sequence[SiteRecord], found: Sequence[Advice], refusal: Refusal) -> Advice:
+    """What to try first comes first. A rotation spreads channels and spikes alike, whichever sites they are at; scales
+    come second, for runtimes that do not rotate and for families whose stream cannot turn."""
     worst = max((s.output_error.get("token-8", 0.0) for s in inputs), default=0.0)
-    rules = {advice.rule for advice in found if advice.alarm}
-    recipes: tuple[tuple[str, str], ...]
-    if "spikes" in rules:  # smoothquant does not help them, rotation spreads channels as well
-        recipes = (("rotate+gptq", "w8a8"), *([("rotate+gptq", "w4a8")] if "channels" in rules else []))
-    elif "channels" in rules:
-        recipes = (("smoothquant+gptq", "w8a8"), ("rotate+gptq", "w4a8"))
-    elif worst > SAFE_8:
-        recipes = (("smoothquant+gptq", "w8a8"),)
-    else:
-        recipes = (("rtn", "w8a8"), ("awq+gptq", "w4a16"))
+    rules = {advice.rule for advice in found if advice.alarm} - {"weights"}
+    wanted: tuple[tuple[str, str], ...] = (("rtn", "w8a8"), ("awq+gptq", "w4a16"))
+    if rules or worst > SAFE_8:
+        wanted = (("rotate+gptq", "w8a8"), ("smoothquant+gptq", "w8a8"))
+        wanted += (("rotate+gptq", "w4a8"),) if "channels" in rules else ()
+    recipes = tuple(recipe for recipe in wanted if refusal(*recipe) is None) or (("rtn", "w8a8"),)
     return Advice(
         "recipe",
         False,

@@ -12,6 +12,7 @@ from calibration.model.opening import fingerprint, load_tokenizer
 from calibration.progress import Progress, Silent
 from calibration.record import REPORT_FILE
 from calibration.versions import versions
+from ptq.analysis.accepted import refusal_of
 from ptq.analysis.advice import advise
 from ptq.analysis.observe import Subject, observe
 from ptq.analysis.parts import Parts, check_parts
@@ -85,7 +86,8 @@ def analyze(
         subject = Subject(float_weights(reader, spec), source.config, spec, source.dtype, source.device)
         found = observe(subject, tokens, text, progress)
         sensitivity, edge = parts.sensitivity(fit, o.sensitivity, tokens, progress)
-        advice = advise(found.sites, found.weights)
+        refusal = {} if quantized else {"refusal": refusal_of(source.folder, _run_options(source))}
+        advice = advise(found.sites, found.weights, **refusal)
         trials = parts.trials(advice, tokens, session.partial / "try", progress) if o.try_advice else ()
         record = AnalysisRecord(
             model=_model_record(source),

@@ -13,9 +13,9 @@ from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import TensorSource
 from calibration.model.skeleton import Skeleton
+from calibration.model.watching import watching
 from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
-from calibration.walk.capture import watching
 from calibration.walk.float_blocks import FloatBlocks
 from ptq.analysis.heads import HeadObserver
 from ptq.analysis.record import HeadRecord, SiteRecord, WeightRecord

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from calibration.architectures import ArchitectureSpec, BlockSpec, SharedInput
-from calibration.walk.capture import Watch
+from calibration.model.watching import Watch
 from calibration.walk.segment import Segment
 from ptq.analysis.activations import (
     EMERGENT_SHARE,

@@ -12,12 +12,12 @@ import torch
 
 from calibration.architectures import ArchitectureSpec
 from calibration.model.classes import text_config
+from calibration.model.watching import Watch, watching
 from calibration.record import Evaluation
 from calibration.scoring.perplexity import score
 from calibration.scoring.windows import Scoring
 from calibration.text.crops import TokenBatches
 from calibration.text.encoding import EncodedText
-from calibration.walk.capture import Watch, watching
 from ptq.analysis.activations import SequenceNorms
 from ptq.analysis.sites import short, sites_of
 from ptq.analysis.static_inputs import Ranges, gathering_ranges

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from calibration.architectures import ArchitectureSpec
-from calibration.walk.capture import Watch, accumulate, watching
+from calibration.model.watching import Watch, watching
+from calibration.walk.capture import accumulate
 from calibration.walk.statistics import Extremes
 from ptq.numerics.activations import fake_quantize_inputs, step_and_zero
 from ptq.numerics.grids import fake_quantize

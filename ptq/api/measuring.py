@@ -13,7 +13,7 @@ import torch
 from calibration.errors import ToolkitError
 from calibration.model.opening import load_tokenizer
 from calibration.record import Evaluation
-from calibration.scoring.tasks import TaskRun
+from calibration.scoring.tasks import TaskOptions, TaskRun
 from ptq import evaluation
 from ptq.api.inputs import Display, Model, Text, checkpoint, display, text_file
 from ptq.devices import parse_dtype, resolve_device
@@ -145,18 +145,36 @@ def evaluate_tasks(
     sparse: bool = True,
     trust_remote_code: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    include_path: str | Path | None = None,
+    show_log: bool = False,
 ) -> TaskRun:
-    """Tasks of EleutherAI's lm-evaluation-harness, e.g. ``["piqa", "arc_easy"]``.
+    """Tasks of EleutherAI's lm-evaluation-harness, e.g. ``["piqa", "arc_easy"]``. Names are checked first.
 
     Args:
         model, device, dtype, sparse, tokenizer: as for `evaluate`.
+        num_fewshot: examples in the prompt; None: the task's own number.
+        limit: only that many items per task.
+        batch_size: sequences per forward pass.
+        include_path: folder with task files of your own.
+        show_log: let through what the harness writes to stderr.
 
     Raises:
         ToolkitError: the harness is not installed, or a task is unknown.
     """
+    folder_of_tasks = None if include_path is None else Path(include_path)
+    options = TaskOptions(num_fewshot, limit, batch_size, folder_of_tasks, show_log)
     with checkpoint(model, tokenizer) as folder:
         return evaluation.evaluate_tasks(
-            folder, tasks, device=device, dtype=dtype, trust_remote_code=trust_remote_code, sparse=sparse
+            folder,
+            tasks,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            sparse=sparse,
+            options=options,
         )
 
 

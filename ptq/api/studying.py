@@ -183,7 +183,7 @@ def study_sensitivity(
 
 
 def predict(
-    runs: Sequence[str | Path] = (),
+    runs: Sequence[str | Path],
     *,
     params: float | None = None,
     tokens: float | None = None,
@@ -193,7 +193,7 @@ def predict(
     2411.04330).
 
     Args:
-        runs: fit the law to these first: folders of `quantize` (with ``evaluate``), or ``.csv`` tables with the columns
+        runs: what the law is fitted to: folders of `quantize` (with ``evaluate``), or ``.csv`` tables with the columns
             params, tokens, bits, delta.
         params: parameters without embeddings; None: those of the runs' model.
         tokens: that the model was trained on.

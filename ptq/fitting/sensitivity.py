@@ -8,12 +8,14 @@ schemes; one more probe with everything rounded tells how far the parts add up.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
+from calibration.architectures import ArchitectureSpec
 from calibration.memory import return_freed
 from calibration.model.skeleton import Skeleton, load_parameters, release
 from calibration.progress import Progress
@@ -78,7 +80,7 @@ class Sweep:
         few = TokenBatches(tokens.input_ids[: self.windows], {})
         streams = Streams(blocks.enter(few, progress))
         n_blocks = blocks.skeleton.spec.n_blocks
-        progress.stage("sensitivities", n_blocks * len(states.batches) + len(self.options))
+        progress.stage("sensitivities", n_blocks * len(states.batches) + self._probing(streams, blocks.skeleton.spec))
         for index in range(n_blocks):
             segment = blocks.load(index)
             where = f"block {index + 1}/{n_blocks}"
@@ -89,12 +91,19 @@ class Sweep:
             last = index == n_blocks - 1
             context = Context(segment, states, (Gram,), propagate=not last, allow_unseen=True, advance=advance)
             probes = self._block(segment, context, found)
-            streams.run_block(segment, probes)
+            streams.run_block(segment, probes, advance)
             del context
             release(segment.module)
             return_freed()
-        self._weigh(found, streams.divergences(blocks.skeleton, blocks.outside_parameters(), few))
+        self._weigh(found, streams.divergences(blocks.skeleton, blocks.outside_parameters(), few, progress.advance))
         return found
+
+    def _probing(self, streams: Streams, spec: ArchitectureSpec) -> int:
+        """Units of work beside the one walk: linears to round, then for every probe and batch of windows each block
+        from its own on, and the head. The first grow with the square of the depth, the last with the vocabulary."""
+        probes = [sum(name.startswith(spec.prefix(index)) for name in self.options) for index in range(spec.n_blocks)]
+        through = sum(count + 2 for count in itertools.accumulate(probes))  # and those of nothing and of all rounded
+        return len(self.options) + streams.batches * (through + len(self.options) + 2)
 
     def _block(self, segment: Segment, context: Context, found: Sensitivities) -> dict[str, torch.Tensor]:
         """Fill in the errors of the block's linears; returns the weights that the probe runs instead."""
@@ -136,11 +145,18 @@ class Streams:
         self._float = states
         self._probed: dict[str, HiddenStates] = {EVERYTHING: states.copy()}
 
-    def run_block(self, segment: Segment, probes: Mapping[str, torch.Tensor]) -> None:
-        """Through one block, with a new stream for every linear among ``probes``."""
+    @property
+    def batches(self) -> int:
+        """Of windows, in every stream."""
+        return len(self._float.batches)
+
+    def run_block(
+        self, segment: Segment, probes: Mapping[str, torch.Tensor], advance: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """Through one block, with a new stream for every linear among ``probes``; each batch of each stream is told."""
 
         def run(states: HiddenStates) -> None:
-            states.run(segment.module, segment.index, keep=True, advance=lambda _: None)
+            states.run(segment.module, segment.index, keep=True, advance=lambda _: advance("probes"))
 
         started = {name: self._float.copy() for name in probes}
         for name, states in self._probed.items():
@@ -155,9 +171,14 @@ class Streams:
         run(self._float)
 
     def divergences(
-        self, skeleton: Skeleton, outside: Mapping[str, torch.Tensor], tokens: TokenBatches
+        self,
+        skeleton: Skeleton,
+        outside: Mapping[str, torch.Tensor],
+        tokens: TokenBatches,
+        advance: Callable[[str], None] = lambda _: None,
     ) -> dict[str, tuple[float, float]]:
-        """Mean KL(float || probe) in nats, and the increase of the mean loss on the text, by probe."""
+        """Mean KL(float || probe) in nats, and the increase of the mean loss on the text, by probe; every probe and
+        batch is told."""
         found = {name: [0.0, 0.0] for name in self._probed}
         size = self._float.batches[0].shape[0]
         count = 0
@@ -165,9 +186,11 @@ class Streams:
             for i, ids in enumerate(tokens.batches(size)):
                 targets = ids[:, 1:].reshape(-1, 1)
                 log_p = logits(ids, self._float.batches[i])
+                advance("head, float")
                 p, count = log_p.exp(), count + len(targets)
                 for name, states in self._probed.items():
                     difference = log_p - logits(ids, states.batches[i])
+                    advance(f"head, {name or 'all linears rounded'}")
                     found[name][0] += float((p * difference).sum())
                     found[name][1] += float(difference.gather(1, targets.to(difference.device)).sum())
         return {name: (max(kl / count, 0.0), nll / count) for name, (kl, nll) in found.items()}

@@ -17,6 +17,8 @@ import torch
 from calibration.errors import Problem, ToolkitError
 from calibration.model.headers import TensorInfo
 from ptq.formats import checks
+from ptq.formats.readers import quote
+from ptq.formats.vllm import vllm_answer
 from ptq.linears import ModelLayout
 from ptq.numerics.bitstream import pack, unpack
 from ptq.quantized import QuantizedTensor
@@ -169,8 +171,7 @@ class Awq:
                 if layout.left
                 else ""
             ),
-            "vLLM": "yes (run in vLLM 0.32 on a CPU)"
-            if usual and not layout.left
-            else f"not known: {'some linears stay in float' if usual else 'one group per row'}, not run",
+            "vLLM": vllm_answer(layout, self.name),
+            "GPTQModel": quote("GPTQModel", self.name, layout) or "not known: no such file was run",
             "llama.cpp": "no: it reads GGUF files only",
         }

@@ -23,6 +23,7 @@ from calibration.errors import Problem, ToolkitError
 from calibration.model.headers import TensorInfo
 from ptq.formats import checks, packed_floats, plain_codes
 from ptq.formats.config_groups import describe, kind_of, scheme_of
+from ptq.formats.readers import quote
 from ptq.formats.vllm import vllm_answer
 from ptq.linears import ModelLayout
 from ptq.numerics.bitstream import pack, unpack, words_per_row
@@ -211,8 +212,10 @@ class CompressedTensors:
             transformers += (
                 "; steps of dynamic integer inputs are max / (2^(b-1) - 0.5) there, max / (2^(b-1) - 1) here"
             )
+        seen = quote("transformers", "compressed-tensors", layout)
         return {
-            "transformers": transformers,
-            "vLLM": vllm_answer(layout),
+            "transformers": transformers
+            + (f"; {seen.removeprefix('yes ')}" if seen and transformers.startswith("yes") else ""),
+            "vLLM": vllm_answer(layout, "compressed-tensors"),
             "llama.cpp": "no: it reads GGUF files only",
         }

@@ -27,6 +27,7 @@ from ptq.formats import checks
 from ptq.formats.gguf_blocks import BLOCK, type_of
 from ptq.formats.gguf_file import blocks_of, from_blocks
 from ptq.formats.gguf_model import model_problems
+from ptq.formats.readers import quote
 from ptq.linears import ModelLayout
 from ptq.quantized import QuantizedTensor
 from ptq.scheme import QuantScheme
@@ -89,7 +90,7 @@ class Gguf:
         return {
             "transformers": "yes, dequantized: from_pretrained(FOLDER, gguf_file=FILE), with the package gguf",
             "vLLM": "not known: it reads GGUF through transformers' config, not run here",
-            "llama.cpp": "yes",
+            "llama.cpp": quote("llama.cpp", "gguf", layout) or "yes (these types together were not run)",
         }
 
 

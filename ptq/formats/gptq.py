@@ -19,6 +19,8 @@ import torch
 from calibration.errors import Problem, ToolkitError
 from calibration.model.headers import TensorInfo
 from ptq.formats import checks
+from ptq.formats.readers import quote
+from ptq.formats.vllm import vllm_answer
 from ptq.linears import ModelLayout, PlannedLinear
 from ptq.numerics.bitstream import pack, unpack
 from ptq.quantized import QuantizedTensor
@@ -194,9 +196,6 @@ class Gptq:
         weights = [linear.scheme.weights for linear in layout.quantized if linear.scheme is not None]
         per_row = any(w.bits == 4 and w.grouping.size is None for w in weights)
         second = self.version == 2 or not all(w.symmetric for w in weights)
-        kind = "gptq_v2" if second else "gptq"
-        run = kind == "gptq" and not layout.left and all(w.bits == 4 and w.grouping.size for w in weights)
-        unknown = "some linears stay in float" if layout.left else f"{kind} of this kind"
         return {
             "transformers": "yes, with the packages optimum >= 1.24 and gptqmodel >= 1.4.3"
             + ("; not on CPU, whose 4-bit kernel wants groups of 32, 64, 128 or 256" if per_row else "")
@@ -205,6 +204,7 @@ class Gptq:
                 if second and self.version == 1
                 else ""
             ),
-            "vLLM": "yes (run in vLLM 0.32 on a CPU)" if run else f"not known: {unknown} was not run",
+            "vLLM": vllm_answer(layout, "gptq"),
+            "GPTQModel": quote("GPTQModel", "gptq", layout) or "not known: no such file was run",
             "llama.cpp": "no: it reads GGUF files only",
         }

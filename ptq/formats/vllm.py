@@ -1,28 +1,43 @@
-"""What vLLM does with a compressed-tensors file, as seen in version 0.32 on a CPU and, where named, in its source."""
+"""What vLLM does with our files: as seen by `benchmarks/readers.py`, as seen before on a CPU with AVX-512 (without that
+it has no kernels for 4-bit weights), and, where named, in its source."""
 
 from __future__ import annotations
 
 import re
 
 from ptq.formats import checks, packed_floats, plain_codes
+from ptq.formats.readers import quote
 from ptq.linears import ModelLayout, PlannedLinear
 from ptq.scheme import QuantScheme
 
-RUN = "yes (run in vLLM 0.32 on a CPU)"
+BEFORE = "yes (run in vLLM 0.32 on a CPU with AVX-512; without that it has no kernel for 4-bit weights)"
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears that vLLM runs as one matrix."""
 
 
-def vllm_answer(layout: ModelLayout) -> str:
-    """``yes ...``, ``no: why`` or ``not known: why`` for a model in compressed-tensors."""
+def vllm_answer(layout: ModelLayout, format_name: str) -> str:
+    """``yes ...``, ``no: why`` or ``not known: why`` for a model in compressed-tensors, awq or gptq."""
+    seen = quote("vLLM", format_name, layout)
+    if format_name != "compressed-tensors":
+        if (seen is None or seen.startswith("not known")) and not layout.left and _four_bits(layout):
+            return BEFORE
+        return seen or "not known: no such file was run"
     reasons = [reason for linear in layout.quantized if (reason := _refused(linear.scheme))]
     unequal = _unequal(layout)
     if unequal:
         reasons.insert(0, f"{checks.summary(unequal)} run as one matrix there and have different schemes")
     if reasons:
         return f"no: {reasons[0]}"
+    if seen is not None and not seen.startswith("not known"):
+        return seen
     unknown = [reason for linear in layout.quantized if (reason := _unknown(linear.scheme))]
-    return f"not known: {unknown[0]}" if unknown else RUN
+    return f"not known: {unknown[0]}" if unknown else BEFORE
+
+
+def _four_bits(layout: ModelLayout) -> bool:
+    """Whether all weights have 4 bits in groups, and no zero points where GPTQ stores them: what ran before."""
+    weights = [linear.scheme.weights for linear in layout.quantized if linear.scheme is not None]
+    return all(w.bits == 4 and w.grouping.size for w in weights)
 
 
 def _refused(scheme: QuantScheme | None) -> str | None:

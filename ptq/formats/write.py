@@ -145,7 +145,7 @@ def copy_small_files(source: Path, out: Path) -> None:
     with disk_errors(out):
         for path in small_files(source):
             if path.name not in NOT_COPIED:
-                (out / path.name).parent.mkdir(exist_ok=True)
+                (out / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, out / path.relative_to(source))
 
 

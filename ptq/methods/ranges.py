@@ -1,10 +1,15 @@
-"""Static ranges of inputs (``-astatic``, ``-achannel``), calibrated after everything that rescales them."""
+"""Static ranges of inputs (``-astatic``, ``-achannel``), calibrated after everything that rescales them.
+
+Most language models have a few inputs in which one token holds values hundreds of times those of all others (Sun et al.
+2024, arXiv 2402.17762): a range that covers it leaves the others a code or two, and one that does not makes another
+model. Such inputs get a step per token instead, unless the recipe wants otherwise; there are few of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 
@@ -13,13 +18,17 @@ from calibration.errors import Problem, ToolkitError
 from calibration.walk.context import Context
 from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
-from calibration.walk.statistics import EqualBins, Extremes
+from calibration.walk.statistics import EqualBins, Extremes, TokenMaxima
 from ptq.activations import ActivationQuant
 from ptq.linears import ModelLayout
 from ptq.numerics.activations import step_and_zero
 from ptq.numerics.integers import round_scale
 from ptq.numerics.ranges import Estimator, static_range
 from ptq.quantized import INPUT_GRID
+from ptq.scheme import QuantScheme
+
+MASSIVE = 20.0
+"""Largest |x| of a token over that of the median token, from which one range for both wastes more than four bits."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +40,13 @@ class Ranges(Pass):
     Attributes:
         estimator: how a range follows from a histogram, see `ptq.numerics.ranges`. Channels take min-max.
         percentile: in percent, for that estimator.
+        massive: what inputs get in which a token is more than `MASSIVE` times the usual one, where one step should hold
+            all of them: a step per ``token``, 16 bits (``float``), or the ``static`` step nevertheless.
     """
 
     estimator: Estimator = "minmax"
     percentile: float = 99.99
+    massive: Literal["token", "float", "static"] = "token"
 
     name: ClassVar[str] = "ranges"
     summary: ClassVar[str] = "calibrates the ranges of static inputs"
@@ -61,6 +73,24 @@ class Ranges(Pass):
     def forwards(self) -> int:
         return 1
 
+    def remarks(self, view: PlanView[ModelLayout]) -> Iterable[str]:
+        schemes = [linear.scheme for linear in view.layout.quantized if linear.scheme is not None]
+        if self.massive != "static" and any(_one_step(scheme.inputs) for scheme in schemes):
+            instead = "steps per token" if self.massive == "token" else "16 bits"
+            yield (
+                f"ranges: inputs with a token {MASSIVE:g} times the usual get {instead} instead of a static step; "
+                'massive = "static" in a recipe keeps it'
+            )
+
+    def alternatives(self, scheme: QuantScheme, shape: tuple[int, int]) -> Sequence[QuantScheme]:
+        """What linears with massive tokens get."""
+        return (self._without_static(scheme),) if self.massive != "static" and _one_step(scheme.inputs) else ()
+
+    def _without_static(self, scheme: QuantScheme) -> QuantScheme:
+        assert scheme.inputs is not None
+        per_token = replace(scheme.inputs, granularity="token", dynamic=True)
+        return replace(scheme, inputs=per_token if self.massive == "token" else None)
+
     def calibrated(self, block: BlockSpec) -> Collection[str]:
         return block.linears
 
@@ -73,14 +103,26 @@ class Ranges(Pass):
         if not grids:
             return
         channelwise = any(grid.granularity == "channel" for grid in grids.values())
-        context.refresh(None, EqualBins, *([Extremes] if channelwise else []))
+        context.refresh(None, EqualBins, TokenMaxima, *([Extremes] if channelwise else []))
         for linear, grid in grids.items():
+            if self._massive(context, segment, linear, grid):
+                segment.schemes[linear] = self._without_static(segment.schemes[linear])
+                continue
             ends = self._range(context, segment, linear, grid)
             scale, zero = step_and_zero(*ends, grid)
             parts = segment.parts.setdefault(linear, {})
             parts["input_scale"] = round_scale(scale).view(-1)  # as for weights: no format rounds it again
             if zero is not None:
                 parts["input_zero"] = zero.view(-1)
+
+    def _massive(self, context: Context, segment: Segment, linear: str, grid: ActivationQuant) -> bool:
+        """Whether a token of the input is so large that it shall have a step of its own; noted where it is."""
+        if self.massive == "static" or not _one_step(grid):
+            return False
+        disparity = context.statistic(linear, TokenMaxima).disparity()
+        if disparity > MASSIVE:
+            segment.note(linear, **{"ranges.massive": f"a token is {disparity:.0f} times the usual"})
+        return disparity > MASSIVE
 
     @staticmethod
     def _known(segment: Segment, linear: str) -> bool:
@@ -102,3 +144,8 @@ class Ranges(Pass):
         ends = static_range(seen.counts, seen.limit, seen.low, seen.high, grid, self.estimator, self.percentile)
         segment.note(linear, **{"ranges.low": round(ends[0], 6), "ranges.high": round(ends[1], 6)})
         return torch.tensor(ends[0]), torch.tensor(ends[1])
+
+
+def _one_step(grid: ActivationQuant | None) -> bool:
+    """Whether one static step holds every token and channel."""
+    return grid is not None and not grid.dynamic and grid.granularity == "tensor"

@@ -18,7 +18,7 @@ import torch
 
 from calibration.architectures import ArchitectureSpec, Balance, BlockSpec
 from calibration.errors import Problem
-from calibration.walk.capture import Watch
+from calibration.model.watching import Watch
 from calibration.walk.context import Context
 from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment

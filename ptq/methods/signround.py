@@ -42,7 +42,7 @@ class SignRound(Pass):
             repaired as well, as the published code has it; ``inputs``: the float block on the inputs of this run.
     """
 
-    epochs: int = 6
+    epochs: int = 4
     rate: float = 1.0
     range_rate: float = 1.0
     target: Reference = "model"
@@ -59,7 +59,7 @@ class SignRound(Pass):
 
     def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
         if self.epochs < 0:
-            yield Problem("signround.epochs", f"{self.epochs} is negative", "use 6")
+            yield Problem("signround.epochs", f"{self.epochs} is negative", "use 4")
         for name in ("rate", "range_rate"):
             value = getattr(self, name)
             if not 0 <= value < 100:

@@ -61,7 +61,7 @@ def _row_chunks(tensor: torch.Tensor, n: int) -> list[slice]:
 
 def _joined(octets: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 ``[rows, n]`` with one field of ``bits <= 4`` each to ``[rows, n/2]`` with two, the first one lowest."""
-    pairs = octets.view(torch.int16)
+    pairs = _wider(octets, torch.int16)
     return (pairs | (pairs >> (8 - bits))).to(torch.uint8)  # which keeps the low byte
 
 
@@ -69,7 +69,12 @@ def _halved(octets: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 ``[rows, 32 m]`` to int32 ``[rows, m * bits]``, for widths that divide 8."""
     while bits < 8:
         octets, bits = _joined(octets, bits), 2 * bits
-    return octets.view(torch.int32)
+    return _wider(octets, torch.int32)
+
+
+def _wider(octets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Neighbours in a contiguous row as one integer. (A single row may have any stride, which a view refuses.)"""
+    return octets.flatten().view(dtype).view(octets.shape[0], -1)
 
 
 def _doubled(words: torch.Tensor, bits: int) -> torch.Tensor:

@@ -104,7 +104,9 @@ def with_outside(
     """
     chosen = quantized_outside(infos, spec, embeddings, head, plan.format.name)
     saved = sum(infos[f"{linear.name}.weight"].nbytes - outside_bytes(linear) for linear in chosen)
-    sizes = replace(plan.sizes, output_bytes=plan.sizes.output_bytes - saved)
+    sizes = replace(
+        plan.sizes, output_bytes=plan.sizes.output_bytes - saved, disk_bytes=plan.sizes.disk_bytes - 2 * saved
+    )
     return replace(plan, layout=replace(plan.layout, outside=chosen), sizes=sizes)
 
 

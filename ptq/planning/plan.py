@@ -280,7 +280,8 @@ def _format(recipe: Recipe, layouts: list[ModelLayout], problems: list[Problem])
 
 def other_linears(config: Any, spec: ArchitectureSpec) -> Iterable[str]:
     """Linears outside the table's list that a format has to name as left alone."""
-    yield "lm_head"
+    if "lm_head" not in spec.other_linears:
+        yield "lm_head"
     for index in range(spec.n_blocks):
         for router in spec.block(index).routers:
             yield spec.prefix(index) + router

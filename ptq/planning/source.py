@@ -30,9 +30,11 @@ from calibration.model.opening import (
 )
 from calibration.progress import Progress
 from calibration.record import REPORT_FILE, read_record
-from calibration.text.corpora import BUILTIN, check_name
-from calibration.text.crops import TokenBatches, check_tokenizer
+from calibration.text.chats import check_template
+from calibration.text.corpora import BUILTIN, KNOWN_NAMES, check_name, load_corpus
+from calibration.text.crops import TokenBatches, check_tokenizer, read_ids
 from calibration.text.generated import BATCH, GENERATED, check_can_write, first_tokens, generate_tokens
+from calibration.text.hub_sets import Unreachable
 from calibration.text.random_tokens import RANDOM
 from calibration.text.samples import model_tokens
 from ptq.devices import parse_dtype, resolve_device
@@ -47,8 +49,9 @@ class TextOptions:
     """Calibration text, and where forward passes over it run.
 
     Attributes:
-        dataset: a known set, a file, ``generated`` to have the model write it, or ``random`` tokens; None: wikitext2,
-            or the demo's own text for the demo and what was made of it.
+        dataset: a known set, a file, ``generated`` to have the model write it, or ``random`` tokens; None: wikitext2
+            (the built-in text where the hub cannot be reached), or the demo's own text for the demo and what was made
+            of it.
         samples, seq_len, seed: windows of text, tokens in each (cut to the model's context), and which they are.
         device, dtype: of forward passes; ``auto`` is the GPU where there is one, and the checkpoint's dtype where the
             machine is fast at it.
@@ -101,7 +104,8 @@ class Source:
         return {"name": self.name, "source": DEMO if is_of_demo(self.folder) else self.origin}
 
     def check_text(self) -> None:
-        """Refuse a data set that is neither known nor a file, and a model that cannot write its own text.
+        """Refuse a data set that is neither known nor a readable file with what calibration needs in it, and a model
+        that cannot write its own text. Sets of the hub are not fetched for that.
 
         Raises:
             ToolkitError: see above.
@@ -111,6 +115,19 @@ class Source:
             first_tokens(load_tokenizer(self.folder, self.options.trust_remote_code))
         elif self.dataset != RANDOM:
             check_name(self.dataset)
+            if self.dataset not in KNOWN_NAMES and Path(self.dataset).is_file():
+                self._check_file(Path(self.dataset))
+
+    def _check_file(self, path: Path) -> None:
+        """Open a file of text, rows or token ids."""
+        if path.suffix == ".safetensors":
+            read_ids(path, self.options.samples, self.seq_len, int(text_config(self.config).vocab_size))
+            return
+        corpus = load_corpus(str(path), "calibrate")
+        if corpus.chats:
+            check_template(corpus, load_tokenizer(self.folder, self.options.trust_remote_code))
+        elif not corpus.text.strip():
+            raise ToolkitError(f"--dataset {path}: no text in it", "give a longer text")
 
     def tell(self, progress: Progress) -> None:
         """Hand the notes to a display."""
@@ -118,7 +135,7 @@ class Source:
             progress.message(note)
 
     def windows(self, progress: Progress, *, seed: int | None = None, dataset: str | None = None) -> TokenBatches:
-        """The windows of the text.
+        """The windows of the text. Where none was named and the default cannot be had, those of the built-in text.
 
         Args:
             seed, dataset: others than the options have.
@@ -130,6 +147,16 @@ class Source:
         seed = o.seed if seed is None else seed
         if dataset == GENERATED:
             return self._written(seed, progress)
+        try:
+            return self._tokens(dataset, seed)
+        except Unreachable as error:
+            if o.dataset is not None:
+                raise
+            progress.message(f"{error.message}: calibrating on the built-in text; --dataset names another")
+            return self._tokens(BUILTIN, seed)
+
+    def _tokens(self, dataset: str, seed: int) -> TokenBatches:
+        o = self.options
         return model_tokens(self.folder, self.config, dataset, o.samples, self.seq_len, seed, o.trust_remote_code)
 
     def _written(self, seed: int, progress: Progress) -> TokenBatches:

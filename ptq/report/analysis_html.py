@@ -17,7 +17,7 @@ from ptq.analysis.sites import ROLES
 from ptq.analysis.softmax_record import SoftmaxSweep
 from ptq.report import analysis_charts as charts
 from ptq.report import figures, softmax_markdown
-from ptq.report.analysis_markdown import TRIAL_HEADER, trial_cells
+from ptq.report.analysis_markdown import EPSILON_NOTE, TRIAL_HEADER, trial_cells
 from ptq.report.figures import short
 from ptq.report.html import Figure
 from ptq.report.page import render_page
@@ -75,6 +75,7 @@ def render(record: AnalysisRecord) -> str:
         pareto=charts.pareto_chart(record),
         sensitivity_header=charts.SENSITIVITY_HEADER,
         sensitivity_rows=charts.sensitivity_rows(record.sensitivity),
+        epsilon_note=EPSILON_NOTE,
         header=HEADER,
         rows=[_row(s) for s in record.sites],
         command=record.command,

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from calibration.record import RunRecord
 from ptq.report import figures, loading, markdown, wording
@@ -12,12 +17,38 @@ from ptq.report.figures import code, plain, table
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILE_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".md", ".gz", ".zst")
-_PLAIN_YAML = re.compile(r"[A-Za-z][\w./-]*( [A-Za-z0-9][\w./-]*)*")
-_YAML_WORDS = {"y", "n", "yes", "no", "true", "false", "on", "off", "null"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card says of the base model.
+
+    Attributes:
+        base_model: its hub id, where the run read a copy from a folder.
+        license: an identifier of the hub. language: ISO 639 codes.
+    """
+
+    base_model: str | None = None
+    license: str | None = None
+    language: tuple[str, ...] = ()
+
+
+def facts_of(folder: Path) -> Facts:
+    """License and languages as the card in a model's folder names them; none where there is no readable card."""
+    from huggingface_hub.repocard import metadata_load
+
+    file = folder / "README.md"
+    try:
+        data = (metadata_load(file) if file.is_file() else None) or {}
+    except (OSError, ValueError, yaml.YAMLError):  # somebody's card: the run does not depend on it
+        return Facts()
+    license_id, language = data.get("license"), data.get("language") or ()
+    languages = (language,) if isinstance(language, str) else tuple(map(str, language))
+    return Facts(license=license_id if isinstance(license_id, str) else None, language=languages)
 
 
 def model_card(
-    record: RunRecord, base_model: str, files: Mapping[str, int] | None = None, license_id: str | None = None
+    record: RunRecord, base_model: str, files: Mapping[str, int] | None = None, facts: Facts | None = None
 ) -> str:
     """The card as Markdown with YAML front matter.
 
@@ -25,9 +56,9 @@ def model_card(
         record: of the run that wrote the checkpoint.
         base_model: Hub id, or the folder the run read: a folder is named in the text but is no metadata.
         files: name to bytes of the files beside the card, listed in name order.
-        license_id: the base model's, if it is known; a wrong one is worse than none.
+        facts: what is known of the base model; a wrong license is worse than none.
     """
-    sections = [_front_matter(record, base_model, license_id), _title(record, base_model)]
+    sections = [_front_matter(record, base_model, facts or Facts()), _title(record, base_model)]
     sections += [
         markdown.scope(record),
         markdown.quality(record, own="this checkpoint"),
@@ -62,21 +93,29 @@ def _sizes(record: RunRecord, files: Mapping[str, int]) -> str:
     return "\n\n".join(parts)
 
 
-def _front_matter(record: RunRecord, base_model: str, license_id: str | None) -> str:
-    lines = ["---"]
-    if license_id:
-        lines.append(f"license: {_yaml(license_id)}")
-    if _HUB_ID.fullmatch(base_model):
-        lines += [f"base_model: {_yaml(base_model)}", "base_model_relation: quantized"]
-    lines += [
-        f"library_name: {_library(record)}",
-        "pipeline_tag: text-generation",
-        f"tags: {_yaml_list(_tags(record))}",
-    ]
-    dataset = str(record.calibration.get("dataset", ""))
-    if "/" in dataset and _HUB_ID.fullmatch(dataset) and not dataset.lower().endswith(_FILE_SUFFIXES):
-        lines.append(f"datasets: {_yaml_list([dataset])}")
-    return "\n".join([*lines, *_model_index(record, base_model), "---"])
+def _front_matter(record: RunRecord, base_model: str, facts: Facts) -> str:
+    from huggingface_hub import ModelCardData
+
+    base = facts.base_model or (base_model if _HUB_ID.fullmatch(base_model) else None)
+    data = ModelCardData(
+        language=list(facts.language) or None,
+        license=facts.license,
+        base_model=base,
+        base_model_relation="quantized" if base else None,
+        library_name=_library(record),
+        pipeline_tag="text-generation",
+        tags=_tags(record),
+        datasets=_datasets(record) or None,
+        **_results(record, base_model),
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _datasets(record: RunRecord) -> list[str]:
+    """The calibration set by its hub id, where it has one: ``Salesforce/wikitext`` of a source and configuration."""
+    name, _, _ = str(record.calibration.get("dataset", "")).partition(" ")
+    known = "/" in name and _HUB_ID.fullmatch(name) and not name.lower().endswith(_FILE_SUFFIXES)
+    return [name] if known else []
 
 
 def _library(record: RunRecord) -> str:
@@ -96,49 +135,30 @@ def _tags(record: RunRecord) -> list[str]:
     return list(dict.fromkeys(tag.lower() for tag in tags if tag))
 
 
-def _model_index(record: RunRecord, base_model: str) -> list[str]:
-    measured = [
-        result
-        for result in wording.results(record.evaluations)
-        if result.quantized and math.isfinite(result.quantized.perplexity)
-    ]
-    if not measured:
-        return []
-    lines = ["model-index:", f"- name: {_yaml(_name(record, base_model))}", "  results:"]
-    for result in measured:
+def _results(record: RunRecord, base_model: str) -> dict[str, Any]:
+    """Perplexities as the hub's model index has them, with the name they stand under; nothing where none is finite."""
+    from huggingface_hub import EvalResult
+
+    found = []
+    for result in wording.results(record.evaluations):
         own, protocol = result.quantized, result.protocol
-        assert own is not None
+        if own is None or not math.isfinite(own.perplexity):
+            continue
         kind = re.sub(r"[^a-z0-9]+", "-", protocol.dataset.lower()).strip("-") or "text"
         label = f"PPL, {protocol.window}-token windows, protocol {protocol.name}"
-        lines += [
-            "  - task: {type: text-generation, name: Language modelling}",
-            f"    dataset: {{type: {_yaml(kind)}, name: {_yaml(protocol.dataset)}}}",
-            "    metrics:",
-            f"    - {{type: perplexity, name: {_yaml(label)}, value: {_yaml_number(own.perplexity)}}}",
-        ]
+        values = {label: own.perplexity}
         if result.reference is not None and math.isfinite(result.reference):
-            value = _yaml_number(result.reference)
-            label = f"PPL of the unquantized model, {label[5:]}"
-            lines.append(f"    - {{type: perplexity, name: {_yaml(label)}, value: {value}}}")
-    return lines
-
-
-def _yaml_number(value: float) -> str:
-    return f"{value:.4f}".rstrip("0").rstrip(".")
-
-
-def _yaml_list(items: Iterable[str]) -> str:
-    return f"[{', '.join(map(_yaml, items))}]"
-
-
-def _yaml(text: str) -> str:
-    """A YAML scalar that reads back as this string: as it is where that is safe, else in double quotes."""
-    if _PLAIN_YAML.fullmatch(text) and text.lower() not in _YAML_WORDS:
-        return text
-    return '"' + "".join(map(_yaml_char, text)) + '"'
-
-
-def _yaml_char(char: str) -> str:
-    if char in '"\\':
-        return f"\\{char}"
-    return char if char.isprintable() else f"\\U{ord(char):08x}"
+            values[f"PPL of the unquantized model, {label[5:]}"] = result.reference
+        found += [
+            EvalResult(
+                task_type="text-generation",
+                task_name="Language modelling",
+                dataset_type=kind,
+                dataset_name=protocol.dataset,
+                metric_type="perplexity",
+                metric_name=name,
+                metric_value=round(value, 4),
+            )
+            for name, value in values.items()
+        ]
+    return {"model_name": _name(record, base_model), "eval_results": found} if found else {}

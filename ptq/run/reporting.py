@@ -163,7 +163,9 @@ def write_reports(outcome: Outcome, folder: Path, watch: Stopwatch, resumed: int
         REPORT_FILE: record.to_json(),
         "report.md": markdown.render(record),
         "report.html": html.render(record),
-        "README.md": card.model_card(record, job.name if job.origin == "hub" else f"./{job.name}", files),
+        "README.md": card.model_card(
+            record, job.name if job.origin == "hub" else f"./{job.name}", files, card.facts_of(job.folder)
+        ),
         TIMINGS_FILE: watch.timings(str(job.device), resumed).to_json(),
     }
     for name, text in texts.items():
@@ -197,6 +199,7 @@ def run_record(outcome: Outcome, scores: tuple[Evaluation, ...]) -> RunRecord:
             "forward_passes": plan.sizes.forwards,
             "loads_in": fmt.loads_in(plan.layout),
             "verified": outcome.verified,
+            "outside": {linear.name: str(linear.scheme) for linear in plan.layout.outside},
         },
         linears=linear_records(outcome.walk, plan),
         left=left_in_float(job, plan),

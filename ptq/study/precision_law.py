@@ -5,13 +5,12 @@ tokens, a model trained in high precision loses, in nats per token,
 
     delta(N, D, P) = C_T D^gD / N^gN exp(-P / g_post),
 
-on top of L(N, D) = A N^-alpha + B D^-beta + E. Trained with P-bit weights from the start, it has the loss of one with
-N_eff = N (1 - exp(-P / g_w)) parameters.
+where D and N only scale what one model shows: its runs at two numbers of bits give the slope and the factor.
 
-Of the constants gD, gN and g_kv were found in two sources; C_T, g_post, B, E and g_w come from one recollection of the
-paper. It fits models of 30 to 220 million parameters (checked up to 1.7 billion), at most 26 billion tokens, with
-GPTQ-like rounding, and its authors warn that the constants do not carry over: every number here is an order of
-magnitude until the law is fitted to runs of one's own (`fit`).
+The exponents gD and gN are the published ones, which a second source confirms. The paper's other constants are not in
+this module: they could not be looked up, and its authors warn that none carries over to other models. C_T and g_post
+come from runs of one's own (`fit`). The form was tested on models of 30 to 220 million parameters (checked up to 1.7
+billion) and at most 26 billion tokens, with GPTQ-like rounding.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ EXAMPLE = "give e.g. 8e9 parameters, 15e12 tokens, 3 bits"
 class PrecisionLaw:
     """delta = coefficient D^data_exponent / N^parameter_exponent exp(-bits / bits_scale), see the module."""
 
-    coefficient: float = 0.0598
+    coefficient: float
+    bits_scale: float
     data_exponent: float = 0.5068
     parameter_exponent: float = 0.3439
-    bits_scale: float = 0.5907
 
     def increase(self, parameters: float, tokens: float, bits: float) -> float:
         """Nats per token that ``bits`` stored bits per weight (scales and zero points included) add to the loss."""
@@ -48,50 +47,16 @@ class PrecisionLaw:
 
 
 @dataclass(frozen=True)
-class LossLaw:
-    """L = A N^-alpha + B D^-beta + E in nats per token; ``weight_scale`` is g_w of N_eff."""
-
-    parameter_coefficient: float = 4.299e3
-    data_coefficient: float = 1.806e4
-    exponent: float = 0.4965
-    irreducible: float = 2.7648
-    weight_scale: float = 2.6745
-
-    def loss(self, parameters: float, tokens: float) -> float:
-        by_size = self.parameter_coefficient * parameters**-self.exponent
-        return by_size + self.data_coefficient * tokens**-self.exponent + self.irreducible
-
-    def effective_share(self, bits: float) -> float:
-        """N_eff / N of a model trained with weights of so many bits."""
-        return -math.expm1(-bits / self.weight_scale)
-
-    def trained_increase(self, parameters: float, bits: float) -> float:
-        """What training with weights of so many bits, instead of rounding afterwards, adds to the loss."""
-        effective = parameters * self.effective_share(bits)
-        return self.parameter_coefficient * (effective**-self.exponent - parameters**-self.exponent)
-
-    def critical_tokens(self, law: PrecisionLaw, parameters: float, bits: float) -> float:
-        """D at which further training data no longer lower the loss after rounding: dL/dD + d delta/dD = 0."""
-        ratio = self.exponent * self.data_coefficient / (law.data_exponent * law.coefficient)
-        powers = math.log(ratio) + law.parameter_exponent * math.log(parameters) + bits / law.bits_scale
-        return math.exp(powers / (law.data_exponent + self.exponent))
-
-
-@dataclass(frozen=True)
 class Prediction:
     """For one model and one number of bits.
 
     Attributes:
         increase: nats per token; ``ratio`` of perplexities is its exponential.
-        trained_increase: if the weights had been trained in so many bits instead.
-        critical_tokens: training data beyond which the rounded model gets worse.
     """
 
     bits: float
     increase: float
     ratio: float
-    trained_increase: float
-    critical_tokens: float
 
     @property
     def measurable(self) -> bool:
@@ -99,15 +64,12 @@ class Prediction:
         return self.increase >= MEASURABLE
 
 
-def predict(
-    parameters: float, tokens: float, bits: Sequence[float], law: PrecisionLaw | None = None
-) -> tuple[Prediction, ...]:
+def predict(parameters: float, tokens: float, bits: Sequence[float], law: PrecisionLaw) -> tuple[Prediction, ...]:
     """What rounding to each of ``bits`` costs a model of ``parameters`` that was trained on ``tokens``.
 
     Raises:
         ToolkitError: a number that is not positive, or so far out that the law overflows.
     """
-    law, losses = law or PrecisionLaw(), LossLaw()
     for name, value in [("--params", parameters), ("--tokens", tokens), *(("--bits", b) for b in bits)]:
         if not 0 < value < math.inf:
             raise ToolkitError(
@@ -118,13 +80,12 @@ def predict(
         try:
             increase = law.increase(parameters, tokens, b)
             ratio = math.exp(increase)
-            critical = losses.critical_tokens(law, parameters, b)
         except OverflowError:
             raise ToolkitError(
                 f"--params {parameters:g} --tokens {tokens:g} --bits {b:g}: the law gives no finite number there",
                 EXAMPLE,
             ) from None
-        found.append(Prediction(b, increase, ratio, losses.trained_increase(parameters, b), critical))
+        found.append(Prediction(b, increase, ratio))
     return tuple(found)
 
 
@@ -201,7 +162,7 @@ def fit(measurements: Sequence[Measurement]) -> Fit:
             "no slope to fit",
             "measure at two or more numbers of bits, low enough for a loss increase of twice its standard error",
         )
-    published = PrecisionLaw()
+    published = PrecisionLaw(1.0, 1.0)
     columns = {
         "data_exponent": np.log([m.tokens for m in used]),
         "parameter_exponent": -np.log([m.parameters for m in used]),

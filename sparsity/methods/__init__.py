@@ -8,6 +8,7 @@ from sparsity.methods.chess import Chess, ChessWithAttention
 from sparsity.methods.fatrelu import FatRelu
 from sparsity.methods.scap import Scap
 from sparsity.methods.teal import Teal
+from sparsity.methods.wina import Wina
 
 METHODS: dict[str, type[GatePass]] = {
     "cats": Cats,
@@ -15,7 +16,8 @@ METHODS: dict[str, type[GatePass]] = {
     "chess-qo": ChessWithAttention,
     "scap": Scap,
     "teal": Teal,
+    "wina": Wina,
     "fatrelu": FatRelu,
 }
 
-__all__ = ["METHODS", "Cats", "Chess", "ChessWithAttention", "FatRelu", "Scap", "Teal"]
+__all__ = ["METHODS", "Cats", "Chess", "ChessWithAttention", "FatRelu", "Scap", "Teal", "Wina"]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from calibration.architectures import BlockSpec
 from calibration.errors import Problem
-from calibration.walk.capture import Watch
+from calibration.model.watching import Watch
 from calibration.walk.context import Context
 from calibration.walk.passes import PlanView
 from calibration.walk.segment import Segment

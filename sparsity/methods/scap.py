@@ -8,25 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
 
-from calibration.architectures import ArchitectureSpec, BlockSpec
+from calibration.architectures import BlockSpec
 from calibration.errors import Problem
-from calibration.walk.capture import Watch
+from calibration.model.watching import Watch
 from calibration.walk.context import Context
 from calibration.walk.passes import PlanView
 from calibration.walk.segment import Segment
-from sparsity.files import sites_from
-from sparsity.gate import GatePass
-from sparsity.masking import Masks, block_masked, block_watches
 from sparsity.pools import calibration_rows, input_pools
-from sparsity.rules import Rule, pool_rule, put, share_of, target_problems, token_problems
-from sparsity.sites import Site, prune
+from sparsity.rules import Rule, share_of, target_problems, token_problems
+from sparsity.sites import prune
+from sparsity.stages import StagedPass, rules_of
 from sparsity.thresholds import kernel_mode
 
 GAIN = 0.99  # a center must lower the error of the output by 1 %; else it is noise, and costs a bias
@@ -34,7 +30,7 @@ NEAR_ZERO = 1e-6
 
 
 @dataclass(frozen=True)
-class Scap(GatePass):
+class Scap(StagedPass):
     """Prune a share of the input of every linear of the feed-forward networks (or of all linears).
 
     Stage by stage: thresholds of a stage are taken from what arrives behind the pruned stages before it, as published.
@@ -69,29 +65,19 @@ class Scap(GatePass):
         return (2 if self.linears == "ffn" else 4) * (1 if self.centering == "none" else 2)
 
     def apply(self, segment: Segment, context: Context) -> None:
-        sites: list[Site] = []
-        for stage in self._stages(segment):
-            before = block_watches(Masks(), segment.architecture, segment.index, sites)
-            pools = input_pools(segment, context, stage, before)
-            shares = {linear: share_of(linear, self.target, self.targets) for linear in stage}
-            rules = [pool_rule(linear, "input", pools[linear]) for linear in stage]
-            rules = self._centered(segment, context, rules, shares, before)
-            sites += put(segment, rules, shares)
+        shares = {n: share_of(n, self.target, self.targets) for n in self.skipped(segment.spec)}
+        self.put_by_stage(segment, context, shares)
 
-    def masked(
-        self, block: nn.Module, spec: ArchitectureSpec, index: int, gates: Mapping[str, torch.Tensor]
-    ) -> AbstractContextManager[Any]:
-        return block_masked(block, spec, index, sites_from(gates))
-
-    def _stages(self, segment: Segment) -> list[list[str]]:
-        """Linears to prune, by stage of execution."""
-        pruned = self.skipped(segment.spec)
-        stages: dict[int, list[str]] = {}
-        for shared in segment.spec.inputs:
-            wanted = [n for n in shared.linears if n in pruned]
-            if wanted:
-                stages.setdefault(shared.stage, []).extend(wanted)
-        return [stages[stage] for stage in sorted(stages)]
+    def stage_rules(
+        self,
+        segment: Segment,
+        context: Context,
+        stage: Sequence[str],
+        shares: Mapping[str, float],
+        before: Sequence[Watch],
+    ) -> Iterable[Rule]:
+        pools = input_pools(segment, context, stage, before)
+        return self._centered(segment, context, rules_of(pools, {}), shares, before)
 
     def _centered(
         self,

@@ -1,11 +1,14 @@
 """TEAL (Liu et al. 2024, arXiv 2408.14690): prune what every linear reads; a greedy search spreads a block's budget.
 
-Thresholds are quantiles of |x|, which for symmetric inputs are the published F^-1(0.5 + s/2), and for others right.
+Thresholds are quantiles of |x|, which for symmetric inputs are the published F^-1(0.5 + s/2), and for others right. The
+search looks at the block's inputs as they come, as published; the thresholds of the shares that it finds are then
+calibrated behind what is pruned before them (the published ones are those of the dense model, and prune more than
+they were asked for).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -13,20 +16,20 @@ import torch
 
 from calibration.architectures import BlockSpec
 from calibration.errors import Problem
-from calibration.walk.capture import Watch
+from calibration.model.watching import Watch
 from calibration.walk.context import Context
 from calibration.walk.passes import PlanView
 from calibration.walk.segment import Segment
-from sparsity.gate import GatePass
 from sparsity.masking import Masks, block_watches
 from sparsity.pools import calibration_rows, input_pools
-from sparsity.rules import Rule, pool_rule, put, share_of, target_problems, token_problems
+from sparsity.rules import Rule, share_of, target_problems, token_problems
+from sparsity.stages import StagedPass, rules_of
 
 Shares = dict[str, float]
 
 
 def greedy_shares(
-    numel: Mapping[str, int], error: Callable[[Shares], float], step: float, target: float
+    numel: Mapping[str, int], error: Callable[[Shares], float], unit: float, target: float
 ) -> list[tuple[float, float, Shares]]:
     """Block-wise greedy allocation: every step removes the same number of weights where it hurts least.
 
@@ -38,7 +41,7 @@ def greedy_shares(
     Args:
         numel: weights of each linear.
         error: squared, of the block's output for given shares.
-        step: weights removed per step, as a share of the largest linear.
+        unit: weights removed per step.
         target: share of all weights to be removed, in [0, 1).
 
     Returns:
@@ -46,7 +49,6 @@ def greedy_shares(
         removes ``target`` exactly, for which its step is shortened.
     """
     total = sum(numel.values())
-    unit = step * max(numel.values())
     shares = dict.fromkeys(numel, 0.0)
     removed = 0.0
     rows = [(0.0, 0.0, dict(shares))]
@@ -68,8 +70,19 @@ def greedy_shares(
     return rows
 
 
+def shares_at(rows: list[tuple[float, float, Shares]], target: float) -> Shares:
+    """The shares on the way of a greedy search at which ``target`` of all weights are removed: between two rows, the
+    part of the step that is needed."""
+    after = next(i for i, row in enumerate(rows) if row[0] >= target - 1e-9)
+    if after == 0:
+        return dict(rows[0][2])
+    low, high = rows[after - 1], rows[after]
+    inside = min(1.0, (target - low[0]) / (high[0] - low[0]))
+    return {name: low[2][name] + inside * (high[2][name] - low[2][name]) for name in low[2]}
+
+
 @dataclass(frozen=True)
-class Teal(GatePass):
+class Teal(StagedPass):
     """Prune a share of what every linear of the blocks reads.
 
     Attributes:
@@ -77,7 +90,7 @@ class Teal(GatePass):
         targets: shares by name, ``k_proj=0.2,*=0.5``; only for the uniform allocation.
         allocation: ``greedy`` spreads the target over the linears of a block by the error of its output (all blocks
             skip the same share of weights, as published); ``uniform`` prunes the same share everywhere.
-        step: of the greedy search, as a share of the largest linear's weights.
+        step: of the greedy search, as a share of the weights of q; every other linear loses as many weights per step.
         batches: calibration batches that the search runs the block on.
     """
 
@@ -94,33 +107,74 @@ class Teal(GatePass):
     def check(self, view: PlanView[Any]) -> Iterable[Problem]:
         yield from target_problems(self.target, self.targets)
         if not 0.0 < self.step <= 1.0:
-            yield Problem(f"teal.step {self.step:g}", "outside (0, 1]", "use 0.05")
+            yield Problem(f"{self.name}.step {self.step:g}", "outside (0, 1]", "use 0.05")
         if self.batches < 1:
-            yield Problem(f"teal.batches {self.batches}", "not positive", "use 1")
+            yield Problem(f"{self.name}.batches {self.batches}", "not positive", "use 1")
         yield from token_problems(view.tokens)
 
     def skipped(self, block: BlockSpec) -> tuple[str, ...]:
         return block.linears
 
+    @property
+    def searches(self) -> bool:
+        return self.allocation == "greedy" and not self.targets
+
     def forwards(self) -> int:
-        return 1
+        return 4 + self.searches
+
+    def importance(self, segment: Segment, linear: str) -> torch.Tensor | None:
+        """What |x| counts by channel, float32 ``[in]``; None: all alike."""
+        return None
 
     def apply(self, segment: Segment, context: Context) -> None:
-        pools = input_pools(segment, context, segment.spec.linears)
-        rules = {linear: pool_rule(linear, "input", pool) for linear, pool in pools.items()}
-        if self.allocation == "uniform" or self.targets:
-            shares = {linear: share_of(linear, self.target, self.targets) for linear in rules}
+        if self.searches:
+            shares = self._all_shares(segment, self._search(segment, context, self.target), self.target)
         else:
-            shares = self._search(segment, context, rules)
-        put(segment, rules.values(), shares)
+            shares = {n: share_of(n, self.target, self.targets) for n in segment.spec.linears}
+        self.put_by_stage(segment, context, shares)
 
-    def _search(self, segment: Segment, context: Context, rules: Mapping[str, Rule]) -> Shares:
-        """Shares per linear. Experts of one kind get one share: a group counts with all its weights."""
+    def apply_each(
+        self, segment: Segment, context: Context, targets: Sequence[float]
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """One search serves all targets: its way to the largest passes the others."""
+        if not self.searches:
+            yield from super().apply_each(segment, context, targets)
+            return
+        rows = self._search(segment, context, max(targets))
+        for target in targets:
+            segment.gates = {}
+            self.put_by_stage(segment, context, self._all_shares(segment, rows, target))
+            yield segment.gates
+
+    def stage_rules(
+        self,
+        segment: Segment,
+        context: Context,
+        stage: Sequence[str],
+        shares: Mapping[str, float],
+        before: Sequence[Watch],
+    ) -> Iterable[Rule]:
+        found = {linear: self.importance(segment, linear) for linear in stage}
+        weights = {linear: tensor for linear, tensor in found.items() if tensor is not None}
+        return rules_of(input_pools(segment, context, stage, before, weights or None), weights)
+
+    def _groups(self, segment: Segment) -> dict[str, list[str]]:
+        """What gets one share: a linear, or all experts' linears of one kind."""
         groups: dict[str, list[str]] = {}
-        for linear in rules:
+        for linear in segment.spec.linears:
             shared = segment.spec.shared_input(linear)
             key = linear if shared.expert is None else f"expert {linear.rpartition('.')[2]}"
             groups.setdefault(key, []).append(linear)
+        return groups
+
+    def _all_shares(self, segment: Segment, rows: list[tuple[float, float, Shares]], target: float) -> Shares:
+        found = shares_at(rows, target)
+        return {n: min(found[key], LAST) for key, names in self._groups(segment).items() for n in names}
+
+    def _search(self, segment: Segment, context: Context, target: float) -> list[tuple[float, float, Shares]]:
+        """The rows of `greedy_shares`, by group."""
+        rules = {rule.linear: rule for rule in self.stage_rules(segment, context, segment.spec.linears, {}, ())}
+        groups = self._groups(segment)
         numel = {key: sum(segment.weight(n).numel() for n in names) for key, names in groups.items()}
         members = {n: key for key, names in groups.items() for n in names}
         dense = _block_outputs(segment, context, [], self.batches)
@@ -133,8 +187,15 @@ class Teal(GatePass):
             watches = block_watches(Masks(), segment.architecture, segment.index, sites)
             return float((_block_outputs(segment, context, watches, self.batches) - dense).square().sum())
 
-        best = greedy_shares(numel, error, self.step, self.target)[-1][2]
-        return {linear: min(best[members[linear]], LAST) for linear in rules}
+        return greedy_shares(numel, error, self.step * query_weights(segment), target)
+
+
+def query_weights(segment: Segment) -> int:
+    """Weights of q, in which the published steps are counted; of what takes its place where it is fused with k and v
+    or made of two factors: a square of the width of the first input."""
+    scores = segment.spec.scores
+    width = segment.weight(segment.spec.inputs[0].linears[0]).shape[1]
+    return segment.weight(scores[0]).numel() if len(scores) > 1 else width * width
 
 
 LAST = 1.0 - 1e-6

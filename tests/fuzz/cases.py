@@ -158,5 +158,8 @@ KINDS: dict[str, Callable[[Path, random.Random], Case]] = {
 }
 
 
-def copy_bases(bases: Path, place: Path) -> None:
-    shutil.copytree(bases, place, symlinks=True)
+def copy_bases(bases: Path, place: Path, with_interrupted: bool) -> None:
+    """Fresh files for a case. An interrupted run lies only where it is damaged: elsewhere every run would be refused
+    because of it, whatever else is wrong."""
+    ignored = None if with_interrupted else shutil.ignore_patterns("out.partial")
+    shutil.copytree(bases, place, symlinks=True, ignore=ignored)

@@ -8,17 +8,15 @@ import argparse
 import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
-import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from command import done, products
+from forked import kill, start, wait
 
 from fuzz.cases import KINDS, Case, copy_bases, make_bases
 
@@ -39,39 +37,12 @@ class Ended:
 def run_forked(words: list[str], place: Path, seconds: float = SECONDS) -> tuple[int, str]:
     """Exit code (-1: killed after ``seconds``) and everything printed, of ``ptq WORDS...`` in a forked process."""
     log = place / "log"
-    child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT, 0o644)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            os.chdir(place)
-            sys.argv = ["ptq", *words]
-            from cli.main import main
-
-            try:
-                main()
-                code = 0
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else int(end.code is not None)
-            except BaseException:  # noqa: BLE001  (this is what is looked for)
-                traceback.print_exc()
-                code = 71
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends:
-        done_pid, status = os.waitpid(child, os.WNOHANG)
-        if done_pid:
-            return os.waitstatus_to_exitcode(status), log.read_text(errors="replace") if log.exists() else ""
-        time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return -1, log.read_text(errors="replace") if log.exists() else ""
+    child = start(words, place, log)
+    code = wait(child, seconds)
+    if code is None:
+        kill(child)
+        code = -1
+    return code, log.read_text(errors="replace") if log.exists() else ""
 
 
 def judge(case: Case, code: int, printed: str, place: Path, expected: dict[str, bytes] | None) -> str:
@@ -102,7 +73,7 @@ def fuzz(bases: Path, cases: int, seed: int, report: Callable[[Ended], None]) ->
         kind = list(KINDS)[number % len(KINDS)]
         with tempfile.TemporaryDirectory() as scratch:
             place = Path(scratch) / "place"
-            copy_bases(bases, place)
+            copy_bases(bases, place, with_interrupted=kind == "committed")
             case = KINDS[kind](place, rng)
             code, printed = run_forked(case.words, place)
             wrong = judge(case, code, printed, place, expected if kind == "committed" else None)

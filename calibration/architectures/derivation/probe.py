@@ -21,6 +21,7 @@ from calibration.model.classes import (
     empty_model,
     expert_names,
     find_blocks,
+    is_wrapper,
     setting,
     text_config,
 )
@@ -58,8 +59,9 @@ class Probe:
         self.generator = torch.Generator().manual_seed(seed)
         self.attention: Attention = attention_of(config)
         self.model = empty_model(config, torch.float32, torch.device("cpu"), self.attention)
-        count = int(setting(self.text, "num_hidden_layers") or 0)
-        path = find_blocks(self.model, count) if count else None
+        counts = [int(setting(self.text, name) or 0) for name in ("num_hidden_layers", "num_layers")]
+        count = counts[0]
+        path = next((found for n in counts if n and (found := find_blocks(self.model, n))), None)
         if path is None:
             raise underivable(config, f"no list of {count} decoder blocks in {type(self.model).__name__}")
         self.path = path
@@ -73,11 +75,11 @@ class Probe:
 
     def _fill_stem(self) -> None:
         """Random weights for what the language model has outside its blocks; tables get few rows."""
-        tower = self.path.rpartition(".")[0]
+        tower = self.path.rpartition(".")[0] if is_wrapper(self.config) else ""
         for path, module in self.model.named_modules():
-            if path.startswith(self.path + ".") or not (path == "lm_head" or f"{path}.".startswith(f"{tower}.")):
-                continue
-            self._fill(module)
+            inside = path == "lm_head" or f"{path}.".startswith(tower and f"{tower}.")
+            if inside and not path.startswith(self.path + "."):
+                self._fill(module)
         self.model.tie_weights()
 
     def _fill(self, module: nn.Module) -> None:
@@ -218,12 +220,15 @@ def _activation(module: nn.Module, config: Any) -> str | None:
     """transformers' name of the activation inside an experts module."""
     from transformers.activations import ACT2FN
 
-    act = getattr(module, "act_fn", None)
-    for key in ("hidden_activation", "hidden_act", "activation_function", "mlp_hidden_act"):
-        name = setting(config, key)
-        if isinstance(name, str) and name in ACT2FN and (act is None or type(act) is type(ACT2FN[name])):
-            return name
-    return None
+    named = [setting(config, k) for k in ("hidden_activation", "hidden_act", "activation_function", "mlp_hidden_act")]
+    names = [name for name in (*named, "silu") if isinstance(name, str) and name in ACT2FN]  # SiLU: often unsaid
+    act, x = getattr(module, "act_fn", None), torch.linspace(-4.0, 4.0, 33)
+    if act is None:
+        return names[0]
+    try:
+        return next((name for name in names if torch.equal(act(x), ACT2FN[name](x))), None)
+    except TypeError:  # a function of two tensors
+        return None
 
 
 def _kinds(blocks: nn.Module, roles: list[str] | None) -> list[int]:

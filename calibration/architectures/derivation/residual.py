@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from calibration.architectures.derive_inputs import Observed, close, key, widths
-from calibration.architectures.derive_pairs import NormFacts
-from calibration.architectures.derive_probe import ROWS, TOKENS, Probe
+from calibration.architectures.derivation.inputs import Observed, close, key, widths
+from calibration.architectures.derivation.pairs import NormFacts
+from calibration.architectures.derivation.probe import ROWS, TOKENS, Probe
 from calibration.architectures.spec import Balance, Residual
-from calibration.walk.capture import Seen, Watch, trace, watching
+from calibration.model.watching import Seen, Watch, trace, watching
 
 POST_NORMS = "a norm with gains stands between each sublayer and the residual stream, and gains do not commute with it"
 Turn = Callable[[torch.Tensor], torch.Tensor]

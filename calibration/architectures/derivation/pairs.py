@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from calibration.architectures.derive_inputs import Observed, Readers, close, is_linear, key, widths
+from calibration.architectures.derivation.inputs import Observed, Readers, close, is_linear, key, widths
 from calibration.architectures.spec import Balance, Heads
 from calibration.model.classes import setting
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from calibration.architectures.derive_probe import Probe
+from calibration.architectures.derivation.probe import Probe
 from calibration.model.classes import setting
 from calibration.model.skeleton import set_submodule
-from calibration.walk.capture import Seen, Watch, trace, watching
+from calibration.model.watching import Seen, Watch, trace, watching
 
 TOLERANCE = 3e-5  # of the largest output value, in float32
 Key = tuple[int, int]
@@ -104,6 +104,7 @@ def widths(module: nn.Module) -> tuple[int, int]:
 
 
 def key(tensor: torch.Tensor) -> Key:
+    """Address and size: a view of all but the last token is another tensor."""
     return tensor.data_ptr(), tensor.numel()
 
 

