@@ -149,9 +149,10 @@ def attempt(model_type: str) -> dict[str, Any]:
             stage = "failed"
             return {"type": model_type, **examine(model_type, folder)}
         except ToolkitError as error:
-            return {"type": model_type, "refused": error.message}
+            return {"type": model_type, "refused": error.message.replace(f"{place}/", "")}
         except Exception as error:  # noqa: BLE001 - a table of everything: the reason is its content
-            return {"type": model_type, stage: f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"}
+            reason = f"{type(error).__name__}: {' '.join(str(error).replace(f'{place}/', '').split())[:160]}"
+            return {"type": model_type, stage: reason}
 
 
 def page(records: list[dict[str, Any]]) -> str:

@@ -155,3 +155,10 @@ def test_a_type_taken_from_the_table_gives_the_same_files(method, tmp_path, monk
     quantize(source, tmp_path / "derived", **options)
     written, found = (load_file(tmp_path / name / "model.safetensors") for name in ("table", "derived"))
     assert written.keys() == found.keys() and all(torch.equal(written[n], found[n]) for n in written)
+
+
+def test_blocks_that_take_other_hidden_states_are_refused():
+    """XLNet's are [tokens, batch, hidden]: nothing that works on windows could run them."""
+    with pytest.raises(ToolkitError, match=r"take hidden states .*, not \[batch, tokens, hidden\]"):
+        derive(tiny_config("xlnet"))
+    assert derive(tiny_config("gptj")).blocks == "transformer.h"  # whose blocks return tuples

@@ -204,11 +204,15 @@ def _without_waiting(location: str) -> Iterator[None]:
     with suppress(Exception):  # the client's own kinds, which change with its version
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
         answered = True
-    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = not answered
+    if answered:
+        yield
+        return
+    before = datasets.config.HF_HUB_OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = False
+        huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = False, before
 
 
 def text_column(dataset: Any, label: str, names: Sequence[str]) -> Sequence[str]:

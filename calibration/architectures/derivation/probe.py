@@ -107,10 +107,12 @@ class Probe:
     @torch.no_grad()
     def _record(self) -> list[Call]:
         calls: list[tuple[int, Call]] = []
+        entering: list[tuple[int, ...]] = []
 
         def recorder(index: int):  # type: ignore[no-untyped-def]
             def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
                 calls.append((index, Call(args, kwargs)))
+                entering.append(tuple(hidden.shape))
                 return hidden
 
             return forward
@@ -123,6 +125,7 @@ class Probe:
         except (IndexError, AttributeError, TypeError, ValueError, RuntimeError):
             # what follows the first block takes its result for a tuple
             calls.clear()
+            entering.clear()
             self.tuple_output = True
             self._record_tuples(calls, ids)
         finally:
@@ -130,6 +133,9 @@ class Probe:
                 del block.forward
         if [index for index, _ in calls] != list(range(len(self.blocks))):
             raise underivable(self.config, f"the blocks of {self.path} are not called once each, in order")
+        if any(shape[:2] != (1, TOKENS) for shape in entering):  # XLNet: [tokens, batch, hidden]
+            reason = f"the blocks of {self.path} take hidden states {list(entering[-1])}, not [batch, tokens, hidden]"
+            raise underivable(self.config, reason)
         return [call for _, call in calls]
 
     def _record_tuples(self, calls: list[tuple[int, Call]], ids: torch.Tensor) -> None:
