@@ -44,12 +44,12 @@ class Processes:
     Attributes:
         rank: of this one. The first writes, reports and shows progress.
         size: how many there are.
-        sent: bytes of tensors that this one has handed to others.
+        moved: bytes of tensors that this one has sent to others and received from them.
     """
 
     rank: int = 0
     size: int = 1
-    sent: int = field(default=0)
+    moved: int = field(default=0)
 
     @property
     def first(self) -> bool:
@@ -118,7 +118,7 @@ class Processes:
         """Hand over the attributes of some objects; see `receive`."""
         self.call(dist.send_object_list, [[_described(vars(item)) for item in items]], dst=to, device=CPU)
         for tensor in _tensors(items):
-            self.sent += tensor.nbytes
+            self.moved += tensor.nbytes
             self.call(dist.send, tensor.contiguous(), dst=to)
 
     def receive(self, items: Sequence[Any], source: int, take: Callable[[int, dict[str, Any]], None]) -> None:
@@ -127,6 +127,7 @@ class Processes:
         self.call(dist.recv_object_list, box, src=source, device=CPU)
         for position, description in enumerate(box[0]):
             attributes = _filled(description, items[position], lambda t: self.call(dist.recv, t, src=source))
+            self.moved += sum(value.nbytes for value in attributes.values() if torch.is_tensor(value))
             take(position, attributes)
 
     def share(self, items: Sequence[Any]) -> None:
@@ -137,10 +138,11 @@ class Processes:
         for item, description in zip(items, described, strict=True):
             if self.first:
                 for tensor in _tensors([item]):
-                    self.sent += tensor.nbytes * (self.size - 1)
+                    self.moved += tensor.nbytes * (self.size - 1)
                     self.call(dist.broadcast, tensor.contiguous(), src=0)
             else:
                 vars(item).update(_filled(description, item, lambda t: self.call(dist.broadcast, t, src=0)))
+                self.moved += sum(tensor.nbytes for tensor in _tensors([item]))
 
 
 CPU = torch.device("cpu")

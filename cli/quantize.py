@@ -88,7 +88,7 @@ def quantize(
     """
     from calibration.errors import ToolkitError
     from cli.plan_view import print_plan, print_result
-    from cli.progress import TerminalProgress
+    from cli.progress import TerminalProgress, load_libraries
 
     if method is not None and recipe is not None:
         raise ToolkitError("--method and --recipe exclude each other", "leave one out")
@@ -96,7 +96,7 @@ def quantize(
         raise ToolkitError("--method or --recipe is missing", "pass e.g. --method awq")
     if out is None and not dry_run:
         raise ToolkitError("--out is missing", "pass --out DIR, or --dry-run to see the plan only")
-    quiet_libraries()
+    load_libraries() if shared.first() else quiet_libraries()  # the first process shows progress
     import ptq
 
     options: Any = {

@@ -1,10 +1,6 @@
-"""Devices and dtypes by name, and the memory of this process."""
+"""Devices and dtypes by name."""
 
 from __future__ import annotations
-
-import resource
-import sys
-from pathlib import Path
 
 import torch
 
@@ -48,28 +44,6 @@ def parse_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise unknown_value("--dtype", name, ("auto", *DTYPES))
     return DTYPES[name]
-
-
-def peak_rss_bytes() -> int:
-    """Highest resident set of this process so far.
-
-    Linux: VmHWM, which starts anew with the program; ``ru_maxrss`` would count the process that launched this one.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def available_bytes() -> int | None:
-    """Memory that this machine can still give, None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def evaluation_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
+import several_processes
 import torch
-from command import environment, refused
+from command import refused
 from tiny_runs import text_file, tiny_checkpoint
 
 from calibration.distributed import LANES, Processes, lanes_of
@@ -29,6 +27,7 @@ from calibration.walk.statistics import (
     Sample,
     TokenMaxima,
 )
+from cli.main import COMMANDS
 
 KINDS = (Gram, Mean, AbsMax, Sample, EqualBins, Extremes, Midpoints, TokenMaxima)
 
@@ -75,35 +74,16 @@ def test_a_statistic_that_does_not_add_up_is_not_added():
         lanes.merge(object(), object())
 
 
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+def together(size: int, words: list[str], place: Path) -> list[tuple[int | None, str]]:
+    """Exit code and what it printed of every process."""
+    codes = several_processes.wait(several_processes.start(size, words, place), 240)
+    return [(code, (place / f"rank{rank}.log").read_text()) for rank, code in enumerate(codes)]
 
 
-def start(rank: int, size: int, at: int, *words: str | Path) -> subprocess.Popen[str]:
-    """One of the processes of a run, as a launcher starts it."""
-    place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": at}
-    return subprocess.Popen(
-        [sys.executable, "-m", "cli.main", *map(str, words)],
-        env={**environment(), **{name: str(value) for name, value in place.items()}, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def together(size: int, *words: str | Path) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of every process."""
-    at = port()
-    processes = [start(rank, size, at, *words) for rank in range(size)]
-    texts = [process.communicate(timeout=240) for process in processes]
-    return [(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
-
-
-def digests(folder: Path) -> dict[str, str]:
-    files = [p for p in folder.iterdir() if p.name != "timings.json"]
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+@pytest.fixture(autouse=True)
+def batches_of_two_windows(monkeypatch):
+    """So that a few short windows make enough batches for every lane; processes that are forked have it, too."""
+    monkeypatch.setattr("ptq.planning.source.BATCH_TOKENS", 64)
 
 
 @pytest.fixture(scope="module")
@@ -111,59 +91,88 @@ def command(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("shared")
     model = tiny_checkpoint("llama", folder / "model")
     text = text_file(folder)
-    options = ["--samples", "12", "--seq-len", "32", "--dataset", str(text), "--scheme", "w4a16-g32"]
+    options = ["--samples", "36", "--seq-len", "32", "--dataset", str(text), "--out", "out"]
     return ["quantize", str(model), *options]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["awq+gptq", "rotate+gptq"])
-def test_two_processes_write_the_bytes_of_one(command, tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "scheme"),
+    [
+        ("awq+gptq", "w4a16-g32"),
+        pytest.param("rotate+gptq", "w4a4", marks=pytest.mark.slow),
+        pytest.param("smoothquant", "w8a8", marks=pytest.mark.slow),
+        pytest.param("gptaq+lorc", "w4a16-g32", marks=pytest.mark.slow),
+    ],
+)
+def test_several_processes_write_the_bytes_of_one(command, tmp_path, method, scheme):
     found = {}
-    for size in (1, 2):
-        out = tmp_path / "out"
-        results = together(size, *command, "--method", method, "--out", out)
-        assert [code for code, *_ in results] == [0] * size, results
-        found[size] = digests(out)
-        assert all(not text for _, text, _ in results[1:]), "only the first process prints"
-        out.rename(tmp_path / f"out-{size}")
-    assert found[1] == found[2]
+    for size in (1, 3):
+        results = together(size, [*command, "--method", method, "--scheme", scheme], tmp_path)
+        assert [code for code, _ in results] == [0] * size, results
+        assert all(not text for _, text in results[1:]), "only the first process prints"
+        found[size] = several_processes.digests(tmp_path / "out")
+        (tmp_path / "out").rename(tmp_path / f"out-{size}")
+    assert found[1] == found[3] and "report.json" in found[1]
 
 
-@pytest.mark.slow
 def test_a_killed_process_ends_the_others_and_one_process_goes_on(command, tmp_path):
-    out, whole = tmp_path / "out", tmp_path / "whole"
-    words = [*command, "--method", "gptq", "--samples", "200"]
-    at = port()
-    first, second = (start(rank, 2, at, *words, "--out", out) for rank in range(2))
+    words = [*command, "--method", "gptq", "--scheme", "w4a16-g32", "--samples", "200"]
+    expected, _ = several_processes.whole_run(1, words, tmp_path)
+    first, second = several_processes.start(2, words, tmp_path)
     while not list((tmp_path / "out.partial").glob("blocks/*.json")):
-        assert first.poll() is None
-        time.sleep(0.01)
-    second.send_signal(signal.SIGKILL)
-    killed = time.monotonic()
-    _, message = first.communicate(timeout=60)
-    second.communicate()
-    assert time.monotonic() - killed < 30
-    if first.returncode == 0:
-        pytest.skip("the run had finished")
-    assert "another process of this run has ended" in message and "--resume" in message
-    for target, extra in ((out, ["--resume"]), (whole, [])):
-        [(code, _, error)] = together(1, *words, "--out", target, *extra)
-        assert code == 0, error
-    assert digests(out) == digests(whole)
+        assert forked.wait(first, 0) is None
+        time.sleep(0.002)
+    forked.kill(second)
+    assert several_processes.wait([first], several_processes.PATIENCE) == [2]
+    message = (tmp_path / "rank0.log").read_text()
+    assert "another process of this run has ended" in message and "--resume" in message and "Traceback" not in message
+    [(code, text)] = together(1, [*words, "--resume"], tmp_path)
+    assert code == 0, text
+    assert several_processes.digests(tmp_path / "out") == expected
 
 
-@pytest.mark.slow
-def test_processes_that_differ_are_refused(command, tmp_path):
-    at = port()
-    processes = [
-        start(rank, 2, at, *command, "--method", "gptq", "--seed", str(rank), "--out", tmp_path / "out")
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 2 and "differs between the processes" in error and "Traceback" not in error
-        assert "'calibration'" in error
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    ("named", "theirs"),
+    [
+        ("calibration", ["--seed", "1"]),
+        ("recipe", ["--scheme", "w3a16-g32"]),
+        ("weights", ["MODEL"]),
+        ("versions", []),
+    ],
+)
+def test_processes_that_differ_are_refused(command, tmp_path, monkeypatch, named, theirs):
+    words = [*command, "--method", "gptq"]
+    other = [*words, *theirs]
+    if theirs == ["MODEL"]:
+        other = [words[0], str(tiny_checkpoint("llama", tmp_path / "other", seed=7)), *words[2:]]
+    at = several_processes.free_port()
+    first = several_processes.start_one(0, 2, at, words, tmp_path)
+    if named == "versions":
+        monkeypatch.setattr("ptq.run.identity.versions", lambda: {"torch": "1.0"})
+    second = several_processes.start_one(1, 2, at, other, tmp_path)
+    assert several_processes.wait([first, second], 120) == [2, 2]
+    for rank in range(2):
+        error = (tmp_path / f"rank{rank}.log").read_text()
+        assert f"'{named}' differs between the processes" in error and "Traceback" not in error
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_port_that_is_taken_is_named(command, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        at = int(taken.getsockname()[1])
+        child = several_processes.start_one(0, 2, at, [*command, "--method", "gptq"], tmp_path)
+        assert several_processes.wait([child], 60) == [2]
+    error = (tmp_path / "rank0.log").read_text()
+    assert f"no connection by 127.0.0.1:{at}" in error and "--master-port" in error and "Traceback" not in error
+
+
+def test_more_processes_than_windows_is_said(command, tmp_path):
+    words = [*command, "--method", "gptq", "--samples", "6", "--scheme", "w4a16-g32"]
+    results = together(3, words, tmp_path)
+    assert [code for code, _ in results] == [0] * 3, results
+    assert "3 processes, and work for 2" in results[0][1]
 
 
 def launched(monkeypatch, rank: int = 0, size: int = 2) -> None:
@@ -174,7 +183,9 @@ def launched(monkeypatch, rank: int = 0, size: int = 2) -> None:
 
 def test_what_cannot_be_shared_is_refused(command, tmp_path, monkeypatch):
     launched(monkeypatch)
-    assert "ptq eval: started as 2 processes" in refused("eval", "demo")
+    for name in sorted({*COMMANDS, "study"} - {"quantize"}):
+        assert f"ptq {name}: started as 2 processes" in refused(name, "demo")
+    assert "ptq eval: started as 2 processes" in refused("--verbose", "eval", "demo")
     assert "reads no calibration text" in refused(*command, "--method", "rtn", "--out", tmp_path / "out")
     longer = [*command, "--samples", "40"]
     assert "scap: looks at" in refused(*longer, "--method", "gptq+scap", "--target", "0.5", "--out", tmp_path / "out")

@@ -57,10 +57,10 @@ def run(
     session = Session(Path(out))
     tokens = _check(job, session, overwrite, resume, tokens, progress)
     agree(job, tokens, processes, progress)
+    progress.stage("check weights", len(job.reader.infos))  # the class of the model is made first, which takes seconds
     skeleton = Skeleton(job.plan.model_config(job.config), job.spec, job.dtype, job.device)
     skeleton.check_complete(job.reader.infos, job.plan.new_biases)
     with watch("check weights"):
-        progress.stage("check weights", len(job.reader.infos))
         weights = check_weights(job.reader, progress.advance)
     session.begin(run_identity(job, tokens, weights), resume)
     session.keep(frozenset({BLOCKS}))
