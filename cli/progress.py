@@ -18,7 +18,7 @@ NAME = 14  # columns of the name of a stage
 NUMBERS = 27  # columns of percentage and times
 BAR = (10, 40)  # columns of the bar: fewest and most
 DETAIL = 30  # columns of memory and detail that must remain beside the bar
-SHORTEST = 8  # columns below which a detail says nothing
+SHORTEST = 12  # columns below which a detail says nothing
 
 
 def clock(seconds: float | None) -> str:

@@ -48,9 +48,9 @@ def test_percentage_and_times_survive_on_narrow_terminals(columns, memory, detai
     with TerminalProgress(console) as progress:
         progress.stage("check weights", 4)
         progress.advance("block 1/2 mlp.down_proj")
-        assert progress._bars is not None
-        with console.capture() as captured:
-            console.print(progress._bars.get_renderable())
+    assert progress._bars is not None
+    with console.capture() as captured:
+        console.print(progress._bars.get_renderable())
     [line] = captured.get().splitlines()
     assert "check weights" in line and " 25%" in line and "0:00:00" in line and "-:--:--" in line
     assert (" GB" in line, "block 1/2" in line, "\u2501" in line) == (memory, detail, bar), line
