@@ -126,12 +126,15 @@ def _peak_gb() -> float:
 
 
 def load_libraries() -> None:
-    """Import what every command on a model needs, which takes seconds, and show that this is what happens."""
+    """Import what every command on a model needs, which takes seconds, and show on a terminal that this happens."""
     from cli.options import quiet_libraries
 
     with TerminalProgress() as progress:
-        progress.stage("load libraries", 1)
+        shown = progress.console.is_terminal
+        if shown:
+            progress.stage("load libraries", 1)
         quiet_libraries()
         import ptq  # noqa: F401
 
-        progress.advance("libraries")
+        if shown:
+            progress.advance("libraries")
