@@ -48,3 +48,14 @@ def check_counts(**options: int | None) -> None:
                 f"--{name.replace('_', '-')} {str(value)[:40]}: not within {-largest}..{largest}",
                 "use a smaller number",
             )
+
+
+def check_amounts(**options: float | None) -> None:
+    """Options of the command line that are real numbers from 0 on, by their names.
+
+    Raises:
+        ToolkitError: one is negative, not finite, or out of all proportion.
+    """
+    for name, value in options.items():
+        if value is not None and not 0 <= value <= COARSEST:  # nor is NaN
+            raise ToolkitError(f"--{name.replace('_', '-')} {value}: not within 0..{COARSEST:g}", "use a smaller number")
