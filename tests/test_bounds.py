@@ -55,7 +55,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bounds")
     text_file(folder / "text.txt")
     model = tiny(folder / "model")
-    assert run_ptq("quantize", model, "--method", "rtn", "--scheme", "w4a16-g32", "--out", folder / "quantized").code == 0
+    assert (
+        run_ptq("quantize", model, "--method", "rtn", "--scheme", "w4a16-g32", "--out", folder / "quantized").code == 0
+    )
     words = ["--target", "0.5", "--samples", "64", "--seq-len", "16", "--dataset", folder / "text.txt"]
     assert run_ptq("sparsify", model, "--method", "teal", "--out", folder / "sparse", *words).code == 0
     return folder

@@ -69,8 +69,8 @@ NOT_TEXT = "give text without lone surrogates (half of a character such as \\ud8
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool) -> Tensor:
-    """The tokens of one text, int64 ``[n]``, without the warning that it is longer than the model's context (it is never
-    fed whole). Long texts are tokenized in pieces, with the same result, see `calibration.text.pieces`.
+    """The tokens of one text, int64 ``[n]``, without the warning that it is longer than the model's context (it is
+    never fed whole). Long texts are tokenized in pieces, with the same result, see `calibration.text.pieces`.
 
     Fast tokenizers are asked for ids alone: without offsets a large text takes half the time and less memory.
     """

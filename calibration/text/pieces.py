@@ -1,11 +1,11 @@
 """A long text in pieces that are tokenized one after the other: the same tokens, at a fraction of the memory.
 
-A tokenizer holds about a hundred bytes for every byte of its text while it runs. Byte-level BPE first splits a text with
-a pattern and looks at each part alone. All patterns known here (`calibration.model.pretokenizers`) begin a new part at a
-single space between two letters, wherever it stands: a letter ends what came before, and a space in front of a letter
-belongs to what follows. Behind such a place the tokens do not depend on what was in front of it, and the text may be cut
-there. Tokenizers of other kinds (a whole text as one word, spaces put in front, added tokens that take spaces in) get the
-text whole.
+A tokenizer holds about a hundred bytes for every byte of its text while it runs. Byte-level BPE first splits a text
+with a pattern and looks at each part alone. All patterns known here (`calibration.model.pretokenizers`) begin a part at
+a single space between two letters, wherever it stands: a letter ends what came before, and a space in front of a letter
+belongs to what follows. Behind such a place the tokens do not depend on what was in front of it, and the text may be
+cut there. Tokenizers of other kinds (a whole text as one word, spaces put in front, added tokens that take spaces in)
+get the text whole.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from command import done, text_file, tiny
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 
-from fuzz.mutations import DONE, REFUSED, Damage, damage_text, mutate_json, nudged, replace_by_other_kind
+from fuzz.mutations import DONE, REFUSED, Damage, damage_text, mutate_json, replace_by_other_kind
 from fuzz.settings import RECIPE, option, recipe
 from fuzz.tensor_files import mutate_file, mutate_header, mutate_values
 
@@ -60,7 +60,9 @@ def make_bases(folder: Path) -> None:
     (folder / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "say 12 and 13"}]}\n' * 40)
     (folder / "recipe.toml").write_text(RECIPE)
     model = tiny(folder / "model", **SIZES)
-    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    )
     shutil.copytree(model, folder / "shards")
     (folder / "shards" / "model.safetensors").unlink()
     whole = tiny_model("llama", vocab_size=load_file(model / "model.safetensors")["lm_head.weight"].shape[0], **SIZES)
@@ -78,10 +80,9 @@ def copy_bases(bases: Path, place: Path, words: Words, with_interrupted: bool) -
     """Fresh files for a case: what its command names. An interrupted run lies only where it is damaged: elsewhere
     every run would be refused because of it, whatever else is wrong."""
     place.mkdir()
+    names = {words[1], *words, *(["out.partial"] if with_interrupted else [])}
     for path in bases.iterdir():
-        if path.name == "out.partial" if with_interrupted else path.name == words[1]:
-            shutil.copytree(path, place / path.name) if path.is_dir() else shutil.copy(path, place)
-        elif path.name in words:
+        if path.name in names:
             shutil.copytree(path, place / path.name) if path.is_dir() else shutil.copy(path, place)
 
 
@@ -267,4 +268,3 @@ KINDS: dict[str, Kind] = {
     ),
     "committed": Kind(((*GPTQ, "--resume"),), committed),
 }
-assert nudged

@@ -7,7 +7,6 @@ import random
 from pathlib import Path
 
 from fuzz.mutations import DONE, ODD_VALUES, REFUSED, Damage, damage_text
-
 from ptq.methods import METHODS
 
 Words = tuple[str, ...]
@@ -21,8 +20,8 @@ name = "gptq"
 match = "*.v_proj"
 scheme = "w4a16-g32"
 """
-ODD_TOML = ("nan", "-inf", "-1", "0", "1", "2", "0.5", "1e300", "1e-300", '"x"', "[]", "true", '""', "10000000000000000000000",
-            "{a = 1}", "1979-05-27", "'''x'''")  # fmt: skip
+ODD_TOML = ("nan", "-inf", "-1", "0", "1", "2", "0.5", "1e300", "1e-300", '"x"', "[]", "true", '""',
+            "10000000000000000000000", "{a = 1}", "1979-05-27", "'''x'''")  # fmt: skip
 LINES = ('method = "rtn"', "method = 3", "pass = 1", 'scheme = "w4a16-g32"', 'format = "native"', 'format = "nope"',
          "[[pass]]", "[[rule]]", "[pass]", 'match = "*"', "unknown = 1", "# nothing", "")  # fmt: skip
 GOOD, BAD = "good", "bad"
@@ -32,7 +31,10 @@ OPTIONS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
         "--samples": WHOLE,
         "--seq-len": {GOOD: ("2", "8", "64", "4096"), BAD: ("0", "1", "-4", "x", "99999999999")},
         "--seed": {GOOD: ("0", "1", "123456"), BAD: ("x", "1.5", "9" * 30, "nan")},
-        "--method": {GOOD: ("rtn", "hqq", "awq", "equalize+rtn"), BAD: ("", "nope", "rtn+", "+", "rtn+gptq+rtn", "awq")},
+        "--method": {
+            GOOD: ("rtn", "hqq", "awq", "equalize+rtn"),
+            BAD: ("", "nope", "rtn+", "+", "rtn+gptq+rtn"),
+        },
         "--scheme": {
             GOOD: ("w3a16-g32", "w8a16-gchannel", "fp8", "w8a8", "w2a16-g32-sym"),
             BAD: ("", "w99a16", "w4a16-g7", "w4", "w4a16-g-32", "float", "é"),
@@ -40,7 +42,10 @@ OPTIONS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
         "--format": {GOOD: ("native", "compressed-tensors", "gptq"), BAD: ("", "nope", "float", "gguf")},
         "--dtype": {GOOD: ("float32", "bfloat16", "auto"), BAD: ("", "float23", "int8")},
         "--device": {GOOD: ("cpu", "auto"), BAD: ("", "gpu", "cuda:77", "cpu:x")},
-        "--dataset": {GOOD: ("text.txt", "builtin", "random"), BAD: ("", "nope", "nope.txt", ".", "/dev/zero", "a" * 300)},
+        "--dataset": {
+            GOOD: ("text.txt", "builtin", "random"),
+            BAD: ("", "nope", "nope.txt", ".", "/dev/zero", "a" * 300),
+        },
         "--embeddings": {GOOD: ("float",), BAD: ("nope", "")},
         "--out": {GOOD: ("deep/er/out",), BAD: ("text.txt", "/", "model", "a" * 300, "/dev/null/x")},
     },
@@ -74,7 +79,7 @@ def option(place: Path, rng: random.Random, words: Words) -> tuple[Damage, Words
     left = [w for i, w in enumerate(words) if i < 2 or (w != name and words[i - 1] != name)]
     certain = {GOOD: DONE, BAD: REFUSED}.get(kind)
     unread = "rtn" in words and name in UNREAD["rtn"]
-    if not known[name].get(kind) or (unread and kind == BAD) or (name == "--method" and value == "awq"):
+    if not known[name].get(kind) or (unread and kind == BAD):
         certain = None
     if name == "--max-new-tokens" and kind == "odd":
         value = "7"  # as many as one likes is no mistake

@@ -62,7 +62,20 @@ def mutate_header(path: Path, rng: random.Random) -> Damage:
     header, body = header_of(path)
     name = rng.choice([key for key in header if key != "__metadata__"])
     kind = rng.choice(
-        ("dtype", "shape", "offset", "drop", "rename", "overlap", "metadata", "value", "cut", "bytes", "exchange", "twice")
+        (
+            "dtype",
+            "shape",
+            "offset",
+            "drop",
+            "rename",
+            "overlap",
+            "metadata",
+            "value",
+            "cut",
+            "bytes",
+            "exchange",
+            "twice",
+        )
     )
     if kind == "bytes":
         return damage_text(path, rng)
