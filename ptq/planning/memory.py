@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
+from calibration.memory import available_bytes
 from calibration.model.classes import text_config
 from calibration.progress import Progress
 from calibration.scoring.perplexity import CHUNK_ELEMENTS
 from calibration.text.pieces import PIECE, folder_cuts_freely
-from ptq.devices import available_bytes, evaluation_dtype
+from ptq.devices import evaluation_dtype
 from ptq.evaluation import EVAL_TOKENS
 from ptq.planning.plan import Plan
 from ptq.planning.source import Source

@@ -113,7 +113,8 @@ def _blocks(
     watched = c.batch_tokens * widths * c.itemsize if watches_float(recipe.passes) else 0  # inputs of the float block
     alone = bool(trained) and all(p.by_window for p in trained)
     training = graph + (c.window if alone else c.batch_tokens) * per_token
-    working = max(c.batch_tokens * per_token, training if trained else 0, rounding, (BLOCK - LOADED) * block)
+    gathering = c.batch_tokens * per_token + kept  # the sums of a few batches beside those of all
+    working = max(gathering, training if trained else 0, rounding, (BLOCK - LOADED) * block)
     return weights + _states(recipe, c, hidden) + kept + watched + working
 
 
