@@ -75,6 +75,7 @@ def quantize(
     metadata: Metadata = None,
     embeddings: Embeddings = None,
     head: Head = None,
+    push: Annotated[str | None, typer.Option(help="Send the result to org/name on the hub: ptq upload.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Quantize MODEL into a folder that other programs load, with a report.
@@ -97,7 +98,10 @@ def quantize(
         raise ToolkitError("--out is missing", "pass --out DIR, or --dry-run to see the plan only")
     quiet_libraries()
     import ptq
+    from ptq.publishing import check_push
 
+    if push is not None and not dry_run:
+        check_push(push)
     options: Any = {
         "method": method,
         "scheme": scheme,
@@ -134,3 +138,6 @@ def quantize(
             command=command_line(),
         )
     print_result(record, out)
+    if push is not None:
+        sent = ptq.upload(out, push)
+        print(f"{len(sent.files)} files, {sum(sent.files.values()) / 1e9:.2f} GB, sent to {sent.url}")
