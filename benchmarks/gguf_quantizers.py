@@ -6,7 +6,7 @@
 The float model is written as GGUF, F32 by llama-quantize, and is what llama-imatrix reads and what llama-perplexity
 compares with. ``--linears`` says which linears get the type, as a pattern here and in llama.cpp's names, where rows of
 others do not divide into blocks of 256; those, and the embeddings, stay as they are in both files. What lies in WORK is
-not made again. One thread.
+not made again. One thread. llama-perplexity takes special tokens for text: ``--test`` should have none (wiki.test.raw).
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def prepare(args: argparse.Namespace) -> None:
         quantize(args, plain, "q8_0", "", "rtn")
         tool(args.llama / "llama-quantize", plain, whole, "F32", 1)
     if not (args.work / "imatrix.gguf").exists():
-        words = ("-f", args.work / "train.txt", "-c", args.length, "--chunks", args.samples, "-t", 1, "--no-ppl")
+        words = ("-f", args.work / "train.txt", "-c", args.length, "--chunks", args.samples, "-t", 1)
+        words = (*words, "--no-ppl", "--parse-special")  # as tokenizers do here
         tool(args.llama / "llama-imatrix", "-m", whole, *words, "-o", args.work / "imatrix.gguf")
     if not base.exists():
         exact = ("-ctk", "f32", "-ctv", "f32", "-fa", "off")
