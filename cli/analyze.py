@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, command_line, entries, quiet_libraries
+from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, command_line, entries
 from cli.verbosity import detail
 
 
@@ -59,9 +59,10 @@ def analyze(
 
       ptq analyze demo --clipped-softmax --gated --out demo-heads
     """
-    quiet_libraries()
+    from cli.progress import TerminalProgress, load_libraries
+
+    load_libraries()
     import ptq
-    from cli.progress import TerminalProgress
     from ptq.report.figures import perplexity, short
 
     with TerminalProgress() as progress:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cli import shared
 from cli.options import (
     Device,
     Embeddings,
@@ -75,6 +76,7 @@ def quantize(
     metadata: Metadata = None,
     embeddings: Embeddings = None,
     head: Head = None,
+    push: Annotated[str | None, typer.Option(help="Send the result to org/name on the hub: ptq upload.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Quantize MODEL into a folder that other programs load, with a report.
@@ -87,7 +89,7 @@ def quantize(
     """
     from calibration.errors import ToolkitError
     from cli.plan_view import print_plan, print_result
-    from cli.progress import TerminalProgress
+    from cli.progress import TerminalProgress, load_libraries
 
     if method is not None and recipe is not None:
         raise ToolkitError("--method and --recipe exclude each other", "leave one out")
@@ -95,9 +97,12 @@ def quantize(
         raise ToolkitError("--method or --recipe is missing", "pass e.g. --method awq")
     if out is None and not dry_run:
         raise ToolkitError("--out is missing", "pass --out DIR, or --dry-run to see the plan only")
-    quiet_libraries()
+    load_libraries() if shared.first() else quiet_libraries()  # the first process shows progress
     import ptq
+    from ptq.publishing import check_push
 
+    if push is not None and not dry_run:
+        check_push(push)
     options: Any = {
         "method": method,
         "scheme": scheme,
@@ -120,7 +125,11 @@ def quantize(
         "trust_remote_code": trust_remote_code,
     }
     if dry_run or out is None:
-        print_plan(ptq.plan(model, **options))
+        if shared.first():
+            print_plan(ptq.plan(model, **options))
+        return
+    if not shared.first():  # the first process writes, reports and shows progress
+        ptq.quantize(model, out=out, **options, resume=resume, overwrite=overwrite, command=command_line())
         return
     with TerminalProgress() as progress:
         record = ptq.quantize(
@@ -134,3 +143,6 @@ def quantize(
             command=command_line(),
         )
     print_result(record, out)
+    if push is not None:
+        sent = ptq.upload(out, push)
+        print(f"{len(sent.files)} files, {sum(sent.files.values()) / 1e9:.2f} GB, sent to {sent.url}")
