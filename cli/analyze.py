@@ -48,6 +48,7 @@ def analyze(
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of forward passes: auto, float32, bfloat16 or float16.")] = "auto",
     overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted analysis with --try.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Find what makes MODEL hard to quantize, float or quantized: outliers of activations and weights.
@@ -83,6 +84,7 @@ def analyze(
             device=device,
             dtype=dtype,
             overwrite=overwrite,
+            resume=resume,
             trust_remote_code=trust_remote_code,
             progress=progress,
             command=command_line(),
