@@ -120,7 +120,8 @@ class Gptq(Pass):
             global_scale=global_scale,
             cross=self._cross(context, members[0]),
         )
-        found, first = {}, 0
+        found: dict[str, tuple[QuantizedTensor, dict[str, float]]] = {}
+        first = 0
         for name, w in zip(members, weights, strict=True):
             rows = first, first + w.shape[0]
             codes, scale, zero = result.rows(*rows, scheme.weights)
