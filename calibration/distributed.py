@@ -12,19 +12,22 @@ gloo carries tensors of CPUs and nccl those of GPUs.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from calibration.errors import ToolkitError
 from calibration.launcher import launched, local_number
+from calibration.nested import moved, nbytes
 
+T = TypeVar("T")
 LANES = 8
+CONNECTING = timedelta(minutes=10)  # from the first process that starts to the last one
 HANGING = timedelta(hours=6)  # the others wait while the first one writes a large model
 """A process that says nothing for so long is given up. (One that ends is noticed at once: its connections close.)"""
 RESUME = "what is finished is kept: run the same command again with --resume, on any number of processes"
@@ -114,6 +117,29 @@ class Processes:
         self.call(dist.all_gather_object, found, value)
         return found
 
+    def spread(self, costs: Sequence[float], work: Callable[[int], T]) -> Iterator[T]:
+        """The results of tasks that depend on nothing but what all processes have, in order. Each is carried out once,
+        by the process that `owners_by_cost` gives it, whose results then come to all; tensors in them (in dataclasses,
+        mappings and tuples) come on the CPU where there are several processes.
+
+        Args:
+            costs: what each task takes, in any unit.
+            work: carries out the task of a number.
+        """
+        if self.size == 1:
+            yield from map(work, range(len(costs)))
+            return
+        owners = owners_by_cost(costs, self.size)
+        own = {i: moved(work(i), CPU) for i, owner in enumerate(owners) if owner == self.rank}
+        results: dict[int, T] = {}
+        for rank in range(self.size):
+            box = [own if rank == self.rank else None]
+            self.call(dist.broadcast_object_list, box, src=rank, device=CPU)
+            results |= box[0] or {}
+            self.moved += nbytes(box[0]) * (self.size - 1 if rank == self.rank else 1)
+        for i in range(len(costs)):
+            yield results.pop(i)
+
     def send(self, items: Sequence[Any], to: int) -> None:
         """Hand over the attributes of some objects; see `receive`."""
         self.call(dist.send_object_list, [[_described(vars(item)) for item in items]], dst=to, device=CPU)
@@ -173,6 +199,15 @@ def _filled(description: dict[str, Any], item: Any, fill: Callable[[torch.Tensor
     return attributes
 
 
+def owners_by_cost(costs: Sequence[float], size: int) -> list[int]:
+    """Which of ``size`` processes has every task: the dearest first, each to the one with the least to do."""
+    load, owners = [0.0] * size, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[i] = load.index(min(load))
+        load[owners[i]] += costs[i]
+    return owners
+
+
 def join(on_gpu: bool) -> Processes:
     """The processes that the launcher has started, connected; a run of one without a launcher.
 
@@ -186,11 +221,14 @@ def join(on_gpu: bool) -> Processes:
         torch.cuda.set_device(local_number())
     if not dist.is_initialized():
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=HANGING)
+            store, _, _ = next(dist.rendezvous("env://", timeout=CONNECTING))
+            store.set_timeout(HANGING)
+            backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=HANGING)
         except (RuntimeError, ValueError, dist.DistError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise ToolkitError(
                 f"process {rank + 1} of {size}: no connection by {where} ({str(error).splitlines()[0][:160]})",
-                "free that port, or choose another with --master-port of the launcher",
+                "start all processes at once; if the port is taken, choose another with --master-port of the launcher",
             ) from None
     return Processes(rank, size)

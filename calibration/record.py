@@ -197,7 +197,7 @@ class Timings:
         device, threads: where it ran.
         resumed_from: number of blocks that were already there.
         processes: that shared the run.
-        wire_bytes: of tensors that the first of them sent and received, which is all that any of them did.
+        wire_bytes: of tensors that the first of them sent to others and received from them.
     """
 
     seconds: float

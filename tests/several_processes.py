@@ -24,7 +24,8 @@ from pathlib import Path
 import forked
 import torch
 
-import ptq.run.pipeline  # noqa: F401  (what is imported here is there after a fork)
+import ptq.planning.source
+import ptq.run.pipeline
 
 PATIENCE = 30.0  # seconds that the others have to end
 LONG = 600.0  # seconds for a whole run
@@ -155,8 +156,11 @@ def main() -> None:
     parser.add_argument("--methods", default="awq+gptq")
     parser.add_argument("--sizes", default="1,2,3,4")
     parser.add_argument("--points", type=int, default=10)
+    parser.add_argument("--batch-tokens", type=int, help="fewer than a run has, so that short texts make many batches")
     options, rest = parser.parse_known_args()
     sizes, methods = [int(size) for size in options.sizes.split(",")], options.methods.split(",")
+    if options.batch_tokens:
+        ptq.planning.source.BATCH_TOKENS = options.batch_tokens
     words = ["quantize", options.model, "--out", "out", *rest]
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)

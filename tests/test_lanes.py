@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import forked
@@ -14,7 +15,8 @@ import torch
 from command import refused
 from tiny_runs import text_file, tiny_checkpoint
 
-from calibration.distributed import LANES, Processes, lanes_of
+from calibration.distributed import LANES, Processes, lanes_of, owners_by_cost
+from calibration.nested import moved, nbytes
 from calibration.walk import lanes
 from calibration.walk.statistics import (
     AbsMax,
@@ -72,6 +74,18 @@ def test_cross_grams_add_up():
 def test_a_statistic_that_does_not_add_up_is_not_added():
     with pytest.raises(TypeError, match="object"):
         lanes.merge(object(), object())
+
+
+def test_tasks_go_to_the_process_with_the_least_to_do():
+    assert owners_by_cost([5, 1, 1, 9, 3], 2) == [1, 1, 0, 0, 1]
+    assert owners_by_cost([1, 1, 1], 5) == [0, 1, 2] and owners_by_cost([], 3) == []
+
+
+def test_results_are_handed_over_without_the_rest_of_what_they_were_cut_from():
+    whole = torch.arange(100)
+    cut = moved({"codes": (whole[3:5], None, "text")}, torch.device("cpu"))["codes"]
+    assert torch.equal(cut[0], whole[3:5]) and cut[1:] == (None, "text")
+    assert cut[0].untyped_storage().nbytes() == 2 * whole.itemsize == nbytes({"codes": cut})
 
 
 def together(size: int, words: list[str], place: Path) -> list[tuple[int | None, str]]:
@@ -166,6 +180,15 @@ def test_a_port_that_is_taken_is_named(command, tmp_path):
         assert several_processes.wait([child], 60) == [2]
     error = (tmp_path / "rank0.log").read_text()
     assert f"no connection by 127.0.0.1:{at}" in error and "--master-port" in error and "Traceback" not in error
+
+
+def test_a_first_process_that_never_comes_is_not_waited_for(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("calibration.distributed.CONNECTING", timedelta(seconds=2))
+    at = several_processes.free_port()
+    child = several_processes.start_one(1, 2, at, [*command, "--method", "gptq"], tmp_path)
+    assert several_processes.wait([child], 60) == [2]
+    error = (tmp_path / "rank1.log").read_text()
+    assert f"process 2 of 2: no connection by 127.0.0.1:{at}" in error and "Traceback" not in error
 
 
 def test_more_processes_than_windows_is_said(command, tmp_path):

@@ -13,10 +13,11 @@ from tiny_models import save_tiny
 from calibration.errors import ToolkitError
 from calibration.progress import Silent
 from calibration.text.crops import TokenBatches
+from calibration.walk import lanes
 from calibration.walk.context import Context
 from calibration.walk.passes import forwards_per_block
 from calibration.walk.states import HiddenStates
-from calibration.walk.statistics import AbsMean, Gram, Mean
+from calibration.walk.statistics import AbsMean, CrossGram, Gram, Mean
 from calibration.walk.token_weights import weights_by_norm
 from calibration.walk.walk import Walk
 from ptq.methods import Awq, Gptq, Rtn
@@ -315,3 +316,18 @@ def test_forwards_are_counted(name, tmp_path, monkeypatch):
     assert forwards_per_block(passes) == total and calls.count(0) == total * batches
     assert calls.count(1) == gathered * batches  # nothing follows the last block
     assert [json.loads(walk.finished.record_path(i).read_text())["forwards"] for i in (0, 1)] == [gathered, gathered]
+
+
+@pytest.mark.parametrize("kind", [Gram, CrossGram])
+def test_products_that_nothing_was_added_to_are_zeros_without_memory(kind):
+    empty, seen = (kind(1000, torch.device("cpu")) for _ in range(2))
+    assert empty.matrix.shape == (1000, 1000) and empty.matrix.untyped_storage().nbytes() == 4
+    empty.rescale(torch.full((1000,), 2.0))
+    assert empty.finite() and not empty.matrix.any()
+    x = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        seen.update(x) if kind is Gram else seen.update_pair(x, 2 * x)
+    for total, other in ((empty, seen), (seen, kind(1000, torch.device("cpu")))):
+        lanes.merge(total, other)
+        torch.testing.assert_close(total.matrix, 2 * x.T @ x)
+        assert total.tokens == 6

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from calibration.architectures.spec import SharedInput
 from calibration.distributed import Processes
 from calibration.errors import ToolkitError
 from calibration.model.watching import Watch, watching
+from calibration.nested import moved
 from calibration.walk.capture import Call, Inputs, accumulate, record_calls, record_inputs
 from calibration.walk.lanes import sum_of_lanes
 from calibration.walk.segment import Segment
@@ -19,6 +20,7 @@ from calibration.walk.statistics import Gram, Statistic, TwoStreams
 from calibration.walk.token_weights import TokenWeights, weights_by_norm
 
 S = TypeVar("S", bound=Statistic)
+T = TypeVar("T")
 
 
 class Context:
@@ -158,6 +160,20 @@ class Context:
         if row is None:
             self.advance("train")
         return result
+
+    @property
+    def workers(self) -> int:
+        """How many processes `spread` has."""
+        return self._processes.size
+
+    def spread(self, costs: Sequence[float], work: Callable[[int], T]) -> Iterator[T]:
+        """The results of independent tasks, in order, each carried out by one of the processes; see
+        `Processes.spread`. What ``work`` reads of statistics must have been gathered before."""
+        results = self._processes.spread(costs, work)
+        if self._processes.size == 1:
+            return results
+        device = next(iter(self.segment.masters.values())).device
+        return (moved(result, device) for result in results)
 
     def rescale(self, linears: Sequence[str], s: torch.Tensor) -> None:
         """Follow an exact balance: the inputs of ``linears`` are now divided by ``s [in]``."""

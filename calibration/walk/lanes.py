@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from calibration.distributed import Processes
+from calibration.walk.products import plus
 from calibration.walk.statistics import (
     AbsMax,
     CrossGram,
@@ -100,7 +101,8 @@ def _extend(total: Any, other: Any) -> None:
 @merge.register(Gram)
 @merge.register(CrossGram)
 def _(total: Gram | CrossGram, other: Gram | CrossGram) -> None:
-    _add(total, other, "matrix")
+    total.matrix = plus(total.matrix, other.matrix)
+    _add(total, other)
 
 
 @merge.register

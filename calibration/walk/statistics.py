@@ -11,6 +11,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from calibration.walk.products import no_products, plus
+
 
 class Statistic(Protocol):
     """What a pass may ask for about one shared input ``X [tokens, in]``."""
@@ -38,22 +40,21 @@ class Gram:
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
-        self.matrix = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.matrix = no_products(in_features, device)
         self.tokens = 0
 
     def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
-        if x.dtype == torch.float64:
-            self.matrix = self.matrix.double()
-        elif x.dtype == torch.float16:
+        if x.dtype == torch.float16:
             x = x.float()  # squares of outliers overflow float16
         if weight is not None:
             x = x * weight.sqrt().to(x.dtype)[:, None]  # on both sides, so that rounding keeps the product symmetric
-        self.matrix += x.T @ x
+        self.matrix = plus(self.matrix, x.T @ x)
         self.tokens += x.shape[0]
 
     def rescale(self, s: torch.Tensor) -> None:
-        s = s.to(self.matrix.dtype)
-        self.matrix.div_(s[:, None]).div_(s[None, :])
+        if self.matrix.is_contiguous():
+            s = s.to(self.matrix.dtype)
+            self.matrix.div_(s[:, None]).div_(s[None, :])
 
     def finite(self) -> bool:
         return bool(torch.isfinite(self.matrix.diagonal()).all())
@@ -73,7 +74,7 @@ class CrossGram:
     Products and sums as in `Gram`."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
-        self.matrix = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.matrix = no_products(in_features, device)
         self.tokens = 0
 
     def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
@@ -81,20 +82,19 @@ class CrossGram:
         self.tokens += x.shape[0]
 
     def update_pair(self, x: torch.Tensor, x_float: torch.Tensor, weight: torch.Tensor | None = None) -> None:
-        if x.dtype == torch.float64:
-            self.matrix = self.matrix.double()
-        elif x.dtype == torch.float16:
+        if x.dtype == torch.float16:
             x, x_float = x.float(), x_float.float()
         difference = x_float - x
         if weight is not None:
             root = weight.sqrt().to(x.dtype)[:, None]
             difference, x = difference * root, x * root
-        self.matrix += difference.T @ x
+        self.matrix = plus(self.matrix, difference.T @ x)
         self.update(x)
 
     def rescale(self, s: torch.Tensor) -> None:
-        s = s.to(self.matrix.dtype)
-        self.matrix.div_(s[:, None]).div_(s[None, :])
+        if self.matrix.is_contiguous():
+            s = s.to(self.matrix.dtype)
+            self.matrix.div_(s[:, None]).div_(s[None, :])
 
     def finite(self) -> bool:
         return bool(torch.isfinite(self.matrix).all())

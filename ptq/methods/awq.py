@@ -72,14 +72,22 @@ class Awq(Pass):
                 self._balance(segment, context, group)
         if self.clip:
             shared = global_scales(segment)
-            for linear, scheme in segment.schemes.items():
-                # K-quants choose the ranges of their groups themselves, with the integers that they have for them
-                if linear not in segment.spec.scores and not scheme.weights.superblocks:
-                    gram = context.statistic(linear, Gram)
-                    if gram.tokens:
-                        w, quant = segment.weight(linear), scheme.weights
-                        bounds = clip_bounds(w, gram.matrix, quant, self.clip_steps, self.clip_shrink)
-                        segment.grids[linear] = grid_of(w, quant, bounds, shared.get(linear))
+            # K-quants choose the ranges of their groups themselves, with the integers that they have for them
+            linears = [
+                linear
+                for linear, scheme in segment.schemes.items()
+                if linear not in segment.spec.scores and not scheme.weights.superblocks
+            ]
+            linears = [linear for linear in linears if context.statistic(linear, Gram).tokens]
+
+            def bounds_of(i: int) -> torch.Tensor:
+                gram, quant = context.statistic(linears[i], Gram).matrix, segment.schemes[linears[i]].weights
+                return clip_bounds(segment.weight(linears[i]), gram, quant, self.clip_steps, self.clip_shrink)
+
+            costs = [segment.weight(linear).numel() for linear in linears]
+            for linear, bounds in zip(linears, context.spread(costs, bounds_of), strict=True):
+                w, quant = segment.weight(linear), segment.schemes[linear].weights
+                segment.grids[linear] = grid_of(w, quant, bounds, shared.get(linear))
 
     def _balance(self, segment: Segment, context: Context, group: Balance) -> None:
         inputs = quantized_consumers(segment, group)
@@ -94,15 +102,24 @@ class Awq(Pass):
             quant = segment.schemes[inputs[0][0]].weights
             scales = duo_scales(mean, relative_magnitude(weights, quant), alphas)
         factors = [spread(group, s) for s in scales]
-        losses = torch.zeros(len(scales), device=mean.device)
-        for names in inputs:
-            gram = context.product_gram(names[0])
-            for name in names:
-                quant = segment.schemes[name].weights
-                w = segment.weight(name)
-                if quant.grouping.axis == "in":  # a sample of rows would tear groups of rows apart
-                    w = sample_rows(w, self.rows)
-                losses += torch.stack([scaled_error(w, s, gram, quant) for s in factors])
+
+        def losses_of(own: Sequence[torch.Tensor]) -> torch.Tensor:
+            found = torch.zeros(len(own), device=mean.device)
+            for names in inputs:
+                gram = context.product_gram(names[0])
+                for name in names:
+                    quant = segment.schemes[name].weights
+                    w = segment.weight(name)
+                    if quant.grouping.axis == "in":  # a sample of rows would tear groups of rows apart
+                        w = sample_rows(w, self.rows)
+                    found += torch.stack([scaled_error(w, s, gram, quant) for s in own])
+            return found
+
+        n = min(context.workers, len(factors))  # every n-th candidate in each process
+        shares = context.spread([1.0] * n, lambda i: losses_of(factors[i::n]))
+        losses = torch.zeros(len(factors), device=mean.device)
+        for i, found in enumerate(shares):
+            losses[i::n] = found
         if not bool(torch.isfinite(losses).any()):
             return
         best = int(losses.nan_to_num(torch.inf).argmin())

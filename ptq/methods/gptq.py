@@ -8,15 +8,16 @@ from typing import ClassVar, Literal
 
 import torch
 
+from calibration.architectures import SharedInput
 from calibration.errors import Problem
 from calibration.walk.context import Context
 from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram, Statistic
 from ptq.linears import ModelLayout
-from ptq.methods.rounding import global_scales, put
+from ptq.methods.rounding import global_scales, place, put, relative_errors
 from ptq.methods.rtn import round_to_nearest
-from ptq.numerics.gptq import Order, gptq_round
+from ptq.numerics.gptq import Order, column_loop_cost, gptq_round
 from ptq.numerics.grids import Grid, grid_of, stacked
 from ptq.quantized import QuantizedTensor
 from ptq.scheme import QuantScheme, TensorQuant
@@ -66,51 +67,69 @@ class Gptq(Pass):
     def apply(self, segment: Segment, context: Context) -> None:
         shared_scales = global_scales(segment)
         stages = sorted({shared.stage for shared in segment.spec.inputs})
-        for stage in stages:
-            if self.true_sequential and stage > 0:
-                context.refresh(stage, *self.statistics)
-            for shared in segment.spec.inputs:
-                linears = [name for name in shared.linears if name in segment.schemes]
-                if shared.stage == stage and linears:
-                    self._round(segment, context, linears, shared_scales)
+        for now in [[stage] for stage in stages] if self.true_sequential else [stages]:
+            if self.true_sequential and now[0] > 0:
+                context.refresh(now[0], *self.statistics)
+            inputs = [shared for stage in now for shared in segment.spec.inputs if shared.stage == stage]
+            self._round(segment, context, inputs, shared_scales)
 
     def _round(
-        self, segment: Segment, context: Context, linears: Sequence[str], shared_scales: Mapping[str, torch.Tensor]
+        self,
+        segment: Segment,
+        context: Context,
+        inputs: Sequence[SharedInput],
+        shared_scales: Mapping[str, torch.Tensor],
     ) -> None:
-        """Linears that share an input are stacked, one run of the column loop per scheme among them."""
-        gram = context.statistic(linears[0], Gram)
-        if gram.tokens == 0:  # an expert without data, which the user allowed
-            for name in linears:
-                w, scheme, grid = segment.weight(name), segment.schemes[name], segment.grids.get(name)
-                put(segment, name, round_to_nearest(w, scheme, grid, shared_scales.get(name)), None)
-                segment.note(name, gptq="no calibration tokens: rounded to nearest")
-            return
-        for members in self._stacks(segment, linears):
-            scheme, weights = segment.schemes[members[0]], [segment.weight(name) for name in members]
-            global_scale = shared_scales.get(members[0])
-            result = gptq_round(
-                torch.cat(weights),
-                gram.matrix,
-                scheme.weights,
-                damping=self.damping,
-                block_size=self.block_size,
-                order=self.order,
-                static_groups=self.static_groups,
-                grid=self._grid(segment, members, global_scale),
-                global_scale=global_scale,
-                cross=self._cross(context, linears[0]),
-            )
-            first = 0
-            for name, w in zip(members, weights, strict=True):
-                rows = first, first + w.shape[0]
-                codes, scale, zero = result.rows(*rows, scheme.weights)
-                first = rows[1]
-                index = self._index(result.group_index, w, scheme.weights)
-                q = QuantizedTensor(
-                    codes, scale.float(), zero, scheme, index, {}, global_scale, *result.super_rows(*rows)
-                )
-                put(segment, name, q, gram.matrix)
+        """Linears that share an input are stacked, one run of the column loop per scheme among them. The loops do not
+        depend on each other, and several processes spread them."""
+        stacks: list[list[str]] = []
+        for shared in inputs:
+            linears = [name for name in shared.linears if name in segment.schemes]
+            if linears and context.statistic(linears[0], Gram).tokens == 0:  # an expert without data, which is allowed
+                for name in linears:
+                    w, scheme, grid = segment.weight(name), segment.schemes[name], segment.grids.get(name)
+                    put(segment, name, round_to_nearest(w, scheme, grid, shared_scales.get(name)), None)
+                    segment.note(name, gptq="no calibration tokens: rounded to nearest")
+            else:
+                stacks += self._stacks(segment, linears)
+        shapes = [[segment.weight(name).shape for name in members] for members in stacks]
+        costs = [column_loop_cost(sum(rows for rows, _ in members), members[0][1]) for members in shapes]
+        found = context.spread(costs, lambda i: self._column_loop(segment, context, stacks[i], shared_scales))
+        for members, rounded in zip(stacks, found, strict=True):
+            for name in members:
+                q, errors = rounded[name]
+                place(segment, name, q, q.dequantize(segment.weight(name).dtype), errors)
                 context.advance(name)
+
+    def _column_loop(
+        self, segment: Segment, context: Context, members: Sequence[str], shared_scales: Mapping[str, torch.Tensor]
+    ) -> dict[str, tuple[QuantizedTensor, dict[str, float]]]:
+        """One stack, and the errors of its linears."""
+        gram = context.statistic(members[0], Gram).matrix
+        scheme, weights = segment.schemes[members[0]], [segment.weight(name) for name in members]
+        global_scale = shared_scales.get(members[0])
+        result = gptq_round(
+            torch.cat(weights),
+            gram,
+            scheme.weights,
+            damping=self.damping,
+            block_size=self.block_size,
+            order=self.order,
+            static_groups=self.static_groups,
+            grid=self._grid(segment, members, global_scale),
+            global_scale=global_scale,
+            cross=self._cross(context, members[0]),
+        )
+        found: dict[str, tuple[QuantizedTensor, dict[str, float]]] = {}
+        first = 0
+        for name, w in zip(members, weights, strict=True):
+            rows = first, first + w.shape[0]
+            codes, scale, zero = result.rows(*rows, scheme.weights)
+            first = rows[1]
+            index = self._index(result.group_index, w, scheme.weights)
+            q = QuantizedTensor(codes, scale.float(), zero, scheme, index, {}, global_scale, *result.super_rows(*rows))
+            found[name] = q, relative_errors(w, q.dequantize(w.dtype), gram)
+        return found
 
     def _cross(self, context: Context, linear: str) -> torch.Tensor | None:
         """See ``cross`` of `gptq_round`."""

@@ -20,7 +20,7 @@ from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram, Statistic
 from ptq.formats.checks import matching, refuse
 from ptq.linears import ModelLayout
-from ptq.methods.rounding import record_errors
+from ptq.methods.rounding import relative_errors
 from ptq.numerics.lowrank import FACTOR_BITS, factor_bits, low_rank, quantize_factors
 from ptq.quantized import LORA, QuantizedTensor
 
@@ -84,7 +84,7 @@ class Lorc(Pass):
             effective = dataclasses.replace(rounded, parts=segment.parts[linear]).dequantize(w.dtype)
             before = segment.errors[linear].get("output")
             segment.set_weight(linear, effective)
-            record_errors(segment, linear, w, effective, matrix)
+            segment.errors[linear] = relative_errors(w, effective, matrix)
             if before:
                 segment.note(linear, **{"lorc.error_left": segment.errors[linear]["output"] / before})
 

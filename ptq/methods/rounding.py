@@ -31,10 +31,8 @@ def global_scales(segment: Segment) -> dict[str, torch.Tensor]:
     return found
 
 
-def record_errors(
-    segment: Segment, linear: str, w: torch.Tensor, changed: torch.Tensor, gram: torch.Tensor | None
-) -> None:
-    """Relative errors of ``changed`` against the weight ``w`` that it stands for go into the record.
+def relative_errors(w: torch.Tensor, changed: torch.Tensor, gram: torch.Tensor | None) -> dict[str, float]:
+    """Errors of ``changed`` against the weight ``w`` that it stands for: "weight", and "output" with a Gram matrix.
 
     Args:
         gram: Gram matrix ``[in, in]`` of the linear's input, or None where no data were gathered.
@@ -46,13 +44,18 @@ def record_errors(
     errors = {"weight": error / energy if energy > 0 else 0.0}
     if gram is not None:
         errors["output"] = output_error(w, changed, gram)
+    return errors
+
+
+def place(segment: Segment, linear: str, q: QuantizedTensor, rounded: torch.Tensor, errors: dict[str, float]) -> None:
+    """Store ``q`` for a linear, and its errors; the weight becomes ``rounded``, what q stands for."""
     segment.errors[linear] = errors
+    segment.quantized[linear] = q
+    segment.set_weight(linear, rounded)
 
 
 def put(segment: Segment, linear: str, q: QuantizedTensor, gram: torch.Tensor | None) -> None:
-    """Store ``q`` for a linear; its weight becomes the dequantized one. ``gram`` as in `record_errors`."""
+    """`place`, and measure the errors; ``gram`` as in `relative_errors`."""
     w = segment.weight(linear)
     rounded = q.dequantize(w.dtype)
-    record_errors(segment, linear, w, rounded, gram)
-    segment.quantized[linear] = q
-    segment.set_weight(linear, rounded)
+    place(segment, linear, q, rounded, relative_errors(w, rounded, gram))

@@ -25,7 +25,7 @@ from calibration.walk.states import Reference
 from calibration.walk.statistics import Gram
 from ptq.formats.checks import matching, refuse
 from ptq.linears import ModelLayout
-from ptq.methods.rounding import record_errors
+from ptq.methods.rounding import relative_errors
 from ptq.numerics.activations import fake_quantize_inputs
 from ptq.numerics.signround import Learned, relative_loss
 from ptq.quantized import INPUT_GRID, LORA, QuantizedTensor
@@ -101,7 +101,8 @@ class SignRound(Pass):
             w, weight = segment.original(name), state.weight()
             segment.quantized[name] = q
             segment.set_weight(name, weight)
-            record_errors(segment, name, w, weight, context.statistic(name, Gram).matrix if context.has(Gram) else None)
+            gram = context.statistic(name, Gram).matrix if context.has(Gram) else None
+            segment.errors[name] = relative_errors(w, weight, gram)
             segment.note(name, **{"signround.first_loss": losses[0], "signround.last_loss": min(losses)})
 
     def _train(

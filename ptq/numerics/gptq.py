@@ -147,6 +147,11 @@ class _Grids:
             self.zero[group] = zero
 
 
+def column_loop_cost(rows: int, columns: int) -> float:
+    """Operations of rounding ``[rows, columns]`` and of measuring its layer objective, roughly, for sharing work."""
+    return 4.0 * rows * columns**2 + 2.0 * columns**3
+
+
 def gptq_round(
     w: torch.Tensor,
     h: torch.Tensor,
