@@ -190,7 +190,9 @@ def test_bad_input_is_refused_in_a_sentence(tmp_path):
     refused = run_ptq(*words, "--format", "gguf", "--out", tmp_path / "m.gguf")
     assert refused.code == 2 and "is there already" in refused.err
     data = (tmp_path / "m.gguf").read_bytes()
-    for name, content in (("short", data[: len(data) // 2]), ("magic", b"GGML" + data[4:]), ("empty", b"")):
+    nameless = data.replace(b"general.architecture", b"general.architecturf")
+    damaged = {"short": data[: len(data) // 2], "magic": b"GGML" + data[4:], "empty": b"", "nameless": nameless}
+    for name, content in damaged.items():
         (tmp_path / f"{name}.gguf").write_bytes(content)
         refused = run_ptq("eval", tmp_path / f"{name}.gguf")
         assert refused.code == 2 and "not readable as GGUF" in refused.err, refused.err
