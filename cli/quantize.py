@@ -76,6 +76,7 @@ def quantize(
     metadata: Metadata = None,
     embeddings: Embeddings = None,
     head: Head = None,
+    push: Annotated[str | None, typer.Option(help="Send the result to org/name on the hub: ptq upload.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Quantize MODEL into a folder that other programs load, with a report.
@@ -98,7 +99,10 @@ def quantize(
         raise ToolkitError("--out is missing", "pass --out DIR, or --dry-run to see the plan only")
     load_libraries() if shared.first() else quiet_libraries()  # the first process shows progress
     import ptq
+    from ptq.publishing import check_push
 
+    if push is not None and not dry_run:
+        check_push(push)
     options: Any = {
         "method": method,
         "scheme": scheme,
@@ -139,3 +143,6 @@ def quantize(
             command=command_line(),
         )
     print_result(record, out)
+    if push is not None:
+        sent = ptq.upload(out, push)
+        print(f"{len(sent.files)} files, {sum(sent.files.values()) / 1e9:.2f} GB, sent to {sent.url}")

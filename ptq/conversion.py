@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from calibration.architectures import ArchitectureSpec
 from calibration.errors import PlanError, ToolkitError, unknown_value
 from calibration.model.checkpoint import CheckpointReader
 from calibration.model.opening import fingerprint, locate, open_model, weights_fingerprint
+from calibration.model.skeleton import build_model
 from calibration.progress import Progress, Silent
 from calibration.shown import Shown
 from ptq.formats.adapter import FOLDER, adapter_problems, base_of, read_adapter, without_low_rank, write_adapter
@@ -95,7 +97,7 @@ def export_model(
     source_format, schemes = found
     layout = quantized_layout(reader, config, spec, source_format, schemes)
     problems = adapter_problems(layout) if adapter else []
-    outside = ConvertedOuterTensors(reader, source_format, spec, schemes)
+    outside = ConvertedOuterTensors(reader, source_format, config, spec, schemes)
     layout = replace(layout, outside=outside.planned(embeddings, head, format))
     whole, layout = layout, base_of(layout) if adapter else layout
     problems += FORMATS[format].check(layout)
@@ -111,18 +113,17 @@ def export_model(
     session.begin({"export": fingerprint(reader), "format": format}, resume=False)
     everything = QuantizedBlocks(reader, source_format, whole).blocks
     blocks = without_low_rank(everything) if adapter else everything
+    outer = partial(outside.tensors, layout)
     with session.unless_done():
         progress.stage("export", (1 + adapter) * len(layout.quantized))
         origin = Origin(folder, reader.stored_name, metadata)
-        fmt, _ = write_checkpoint(
-            blocks, outside.tensors(layout), layout, FORMATS[format], session.partial, origin, progress.advance
-        )
+        fmt, _ = write_checkpoint(blocks, outer, layout, FORMATS[format], session.partial, origin, progress.advance)
         if adapter:
             write_adapter(everything, session.partial / FOLDER, progress.advance)
         if not session.single:
             copy_small_files(folder, session.partial)
-        progress.stage("verify", len(layout.quantized))
-        verified = verify_checkpoint(blocks, fmt, layout, session.partial, progress.advance, reader.stored_name)
+        progress.stage("verify", len(layout.quantized) + len(layout.outside))
+        verified = verify_checkpoint(blocks, outer, fmt, layout, session.partial, progress.advance, reader.stored_name)
         reader.close()
         if sparsity is not None:  # the codes are the same, so the thresholds fit
             move_thresholds(sparsity, session.partial)
@@ -175,9 +176,9 @@ class ConvertedOuterTensors:
     """What lies outside the blocks of a quantized checkpoint: floats, and an embedding and head with codes."""
 
     def __init__(
-        self, reader: CheckpointReader, fmt: Format, spec: ArchitectureSpec, schemes: Mapping[str, Any]
+        self, reader: CheckpointReader, fmt: Format, config: Any, spec: ArchitectureSpec, schemes: Mapping[str, Any]
     ) -> None:
-        self._reader, self._format, self._spec = reader, fmt, spec
+        self._reader, self._format, self._config, self._spec = reader, fmt, config, spec
         self._schemes = {n: known for n, known in schemes.items() if spec.block_of(n) is None}
 
     def planned(self, embeddings: str | None, head: str | None, format_name: str) -> tuple[PlannedLinear, ...]:
@@ -187,7 +188,8 @@ class ConvertedOuterTensors:
             ToolkitError: the source's codes cannot be rounded to another scheme, or the format cannot hold them.
         """
         if not self._schemes:
-            return quantized_outside(self._reader.infos, self._spec, embeddings, head, format_name)
+            model = build_model(self._config, self._spec, torch.float32, torch.device("meta"))
+            return quantized_outside(self._reader.infos, self._spec, model, embeddings, head, format_name)
         if embeddings or head:
             fix = "leave --embeddings and --head out, or quantize the float checkpoint anew"
             raise ToolkitError("--embeddings, --head: the source has them quantized already", fix)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def upload(
     for option, name in (("REPO", repo), ("--base-model", base_model)):
         if name is not None:
             _check_id(option, name)
+    _check_token(repo)
     path = Path(model)
     files = _gguf_files(path) if path.suffix == ".gguf" else _folder_files(path)
     card = _card(path, files.get("README.md"), Facts(base_model, license, tuple(language)))
@@ -77,6 +79,28 @@ def _check_id(option: str, name: str) -> None:
         known = False
     if not known:
         raise ToolkitError(f"{option} {name}: not a hub id", "write org/name: letters, digits, and . _ - between them")
+
+
+def _check_token(repo: str) -> None:
+    import huggingface_hub
+
+    if huggingface_hub.get_token() is None:
+        raise ToolkitError(f"{repo}: no token of the hub on this machine", TOKEN)
+
+
+def check_push(repo: str) -> None:
+    """Refuse before a run what `upload` would refuse behind it: the name, and a token that is missing or that the hub
+    does not know.
+
+    Raises:
+        ToolkitError: one of these, or the hub cannot be reached.
+    """
+    import huggingface_hub
+
+    _check_id("--push", repo)
+    _check_token(repo)
+    with _hub(repo):
+        huggingface_hub.HfApi().whoami()
 
 
 def _folder_files(folder: Path) -> dict[str, Path]:
@@ -134,18 +158,25 @@ def _size(content: Path | bytes) -> int:
 def _send(repo: str, private: bool, contents: dict[str, Path | bytes]) -> str:
     """One commit with all files; the address of the repository."""
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
 
-    if huggingface_hub.get_token() is None:
-        raise ToolkitError(f"{repo}: no token of the hub on this machine", TOKEN)
     api = huggingface_hub.HfApi()
     operations: list[Any] = [
         huggingface_hub.CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
         for name, content in sorted(contents.items())
     ]
-    try:
+    with _hub(repo):
         url = api.create_repo(repo, private=private, exist_ok=True, repo_type="model")
         api.create_commit(repo, operations, commit_message="Quantized model, written by ptq", repo_type="model")
+    return str(url)
+
+
+@contextmanager
+def _hub(repo: str) -> Iterator[None]:
+    """Errors of the hub, and of the way there, as one message."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
     except HfHubHTTPError as error:
         code = error.response.status_code if error.response is not None else 0
         if code in _NO_RIGHT:
@@ -156,4 +187,3 @@ def _send(repo: str, private: bool, contents: dict[str, Path | bytes]) -> str:
         reason = (str(error).splitlines() or [""])[0]
         fix = "connect, or set HF_ENDPOINT; the same command sends what is missing"
         raise ToolkitError(f"{repo}: the hub cannot be reached ({type(error).__name__}: {reason})", fix) from error
-    return str(url)

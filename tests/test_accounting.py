@@ -152,6 +152,24 @@ def test_float8_sources_are_multiplied_by_their_scales(how, named, tmp_path):
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
 
 
+def test_blocks_of_llm_compressor_are_float8_sources(tmp_path):
+    coded, plain = (tiny_checkpoint("llama", tmp_path / n, torch.bfloat16) for n in ("coded", "plain"))
+    stored, meant = float8(load_file(plain / "model.safetensors"), "block")
+    rewrite(coded, lambda _: {name.replace("weight_scale_inv", "weight_scale"): t for name, t in stored.items()})
+    rewrite(plain, lambda _: meant)
+    weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128], "dynamic": False}
+    inputs = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128, "dynamic": True}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}}
+    settings = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
+    edit_config(coded, quantization_config=settings)
+    with torch.no_grad():
+        assert_close(logits(load_model(coded).model), logits(load_model(plain).model))
+    groups["group_1"] = {"targets": ["re:.*o_proj"], "weights": {**weights, "strategy": "channel"}}
+    edit_config(coded, quantization_config=settings)
+    with pytest.raises(ToolkitError, match="weights per block"):
+        load_model(coded)
+
+
 def test_float8_without_scales_is_refused(tmp_path):
     folder = tiny_checkpoint("llama", tmp_path / "float")
     name = f"{ATTENTION}q_proj.weight"

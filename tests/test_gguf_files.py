@@ -6,9 +6,11 @@ import json
 import struct
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
-from command import run_ptq
+from command import refused, run_ptq
 from safetensors.torch import load_file
 from tiny_runs import IDS, TEXT, edit_config, logits, quantize, text_file, tiny_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,7 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from calibration.errors import PlanError, ToolkitError
 from calibration.model.opening import DEMO_FOLDER, load_tokenizer, locate
 from calibration.model.pretokenizers import PATTERNS, pre_name, pre_tokenizer
+from calibration.model.shards import ShardWriter
 from ptq.conversion import export_model
+from ptq.formats import gguf_file, write
 from ptq.formats.gguf_tokenizer import tokenizer_keys
 from ptq.runtime.load import load_model
 
@@ -46,6 +50,41 @@ def test_a_file_read_back_is_the_model_that_was_written(family, tmp_path):
     # a source model's weights are rounded to bfloat16; rows in another order or gains off by one are far away
     rounded_to(found, expected, 0.03)
     assert record.result["bits_per_weight"] == 8.5
+
+
+@pytest.mark.parametrize(("format", "place"), [("gguf", "token_embd"), ("gguf", "output"), ("native", "lm_head")])
+def test_embedding_and_head_are_read_back_and_compared(format, place, tmp_path, monkeypatch):
+    model = tiny_checkpoint("llama", tmp_path / "model")
+    out = tmp_path / ("m.gguf" if format == "gguf" else "m")
+    settings = {"method": "rtn", "scheme": "q8_0", "embeddings": "q8_0", "head": "q8_0", "format": format}
+    assert quantize(model, out, **settings).result["verified"] == 14  # linears
+
+    def damage(name, array):
+        return array ^ 1 if place in name and array.dtype in (np.uint8, torch.uint8) else array
+
+    whole, add = gguf_file._array, ShardWriter.add
+    names = {"model.embed_tokens.weight": "token_embd", "lm_head.weight": "output"}
+
+    def damaged(name, value, config):
+        array, kind = whole(name, value, config)
+        return damage(names.get(name, ""), array), kind
+
+    monkeypatch.setattr(gguf_file, "_array", damaged)
+    monkeypatch.setattr(ShardWriter, "add", lambda self, name, tensor: add(self, name, damage(name, tensor)))
+    with pytest.raises(ToolkitError, match=r"embed_tokens|lm_head"):
+        quantize(model, out, overwrite=True, **settings)
+
+
+def test_embeddings_behind_which_a_norm_stands(tmp_path):
+    model = tiny_checkpoint("bloom", tmp_path / "model")
+    settings = {"method": "rtn", "scheme": "w4a16-g32", "format": "native"}
+    plain = quantize(model, tmp_path / "plain", **settings)
+    small = quantize(model, tmp_path / "small", embeddings="w8a16-g32", **settings)
+    stored = load_file(tmp_path / "small" / "model.safetensors")
+    assert stored["transformer.word_embeddings.codes"].dtype == torch.uint8
+    assert small.result["bytes"] < plain.result["bytes"]
+    expected, found = (logits(load_model(tmp_path / n, dtype=torch.float32).model) for n in ("plain", "small"))
+    assert 0 < (found - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_transformers_reads_what_we_write(tmp_path):
@@ -146,7 +185,6 @@ def test_the_tokenizer_of_another_file(tmp_path):
     ("family", "settings", "message"),
     [
         ("llama", {"scheme": "w3a16-g32"}, "has no type in 'gguf'"),
-        ("llama", {"scheme": "q4_k"}, "not a multiple of group size 256"),
         ("llama", {"scheme": "w8a16-g32-asym"}, "has no type in 'gguf'"),
         ("opt", {}, "is not written to 'gguf'"),
         ("llama", {"scheme": "w8a8"}, "has quantized inputs"),
@@ -154,7 +192,6 @@ def test_the_tokenizer_of_another_file(tmp_path):
         ("llama", {"method": "awq+scap", "target": 0.5}, "makes activation thresholds"),
         ("llama", {"embeddings": "q6_k"}, "not a multiple of the 256"),
         ("llama-tied-bias", {"head": "q4_0", "embeddings": "q8_0", "format": "native"}, "is tied to the embedding"),
-        ("bloom", {"scheme": "w4a16-g32", "embeddings": "q8_0", "format": "native"}, "has no such tensor"),
         ("gemma3", {}, "another pattern of windows"),
         ("llama-tied-bias", {}, "no biases in the feed-forward part"),
     ],
@@ -179,29 +216,60 @@ def test_k_quants_have_no_place_elsewhere_and_few_passes_know_them(tmp_path):
             quantize(Path(DEMO_FOLDER), tmp_path / "out", scheme="q4_k", **settings)
 
 
+def test_rows_that_a_k_quant_does_not_divide_get_a_smaller_block_and_it_is_said(tmp_path):
+    model = tiny_checkpoint("llama", tmp_path / "model", hidden_size=64, intermediate_size=256)
+    words = ["quantize", model, "--method", "rtn", "--scheme", "q3_k", "--format", "gguf", "--out", tmp_path / "m.gguf"]
+    said = " ".join(run_ptq(*words).out.split())
+    asked = "q4_0 where the 256 weights of a block of q3_k do not divide 64 inputs: "
+    assert f"{asked}q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj" in said
+    tensors = gguf.GGUFReader(tmp_path / "m.gguf").tensors
+    kinds = {t.name.split(".")[2]: t.tensor_type.name for t in tensors if t.name.startswith("blk")}
+    assert (kinds["attn_q"], kinds["ffn_down"]) == ("Q4_0", "Q3_K")
+    words[1] = tiny_checkpoint("llama", tmp_path / "odd", hidden_size=72, head_dim=32, intermediate_size=256)
+    message = refused(*words, "--overwrite")
+    assert "72 input columns are not a multiple of group size 256" in message
+
+
 def test_bad_input_is_refused_in_a_sentence(tmp_path):
     model = tiny_checkpoint("llama", tmp_path / "model")
     words = ["quantize", model, "--method", "rtn", "--scheme", "q8_0"]
-    refused = run_ptq(*words, "--format", "gguf", "--out", tmp_path / "folder")
-    assert refused.code == 2 and "gguf is one file" in refused.err
-    refused = run_ptq(*words, "--format", "native", "--out", tmp_path / "m.gguf")
-    assert refused.code == 2 and "format native is a folder" in refused.err
+    assert "gguf is one file" in refused(*words, "--format", "gguf", "--out", tmp_path / "folder")
+    assert "format native is a folder" in refused(*words, "--format", "native", "--out", tmp_path / "m.gguf")
     assert run_ptq(*words, "--format", "gguf", "--out", tmp_path / "m.gguf").code == 0
-    refused = run_ptq(*words, "--format", "gguf", "--out", tmp_path / "m.gguf")
-    assert refused.code == 2 and "is there already" in refused.err
+    assert "is there already" in refused(*words, "--format", "gguf", "--out", tmp_path / "m.gguf")
     data = (tmp_path / "m.gguf").read_bytes()
     nameless = data.replace(b"general.architecture", b"general.architecturf")
     damaged = {"short": data[: len(data) // 2], "magic": b"GGML" + data[4:], "empty": b"", "nameless": nameless}
     for name, content in damaged.items():
         (tmp_path / f"{name}.gguf").write_bytes(content)
-        refused = run_ptq("eval", tmp_path / f"{name}.gguf")
-        assert refused.code == 2 and "not readable as GGUF" in refused.err, refused.err
+        assert "not readable as GGUF" in refused("eval", tmp_path / f"{name}.gguf")
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    refused = run_ptq(*words, "--format", "gguf", "--out", tmp_path / "n.gguf")
-    assert refused.code == 2 and "--metadata FROM.gguf" in refused.err
+    assert "--metadata FROM.gguf" in refused(*words, "--format", "gguf", "--out", tmp_path / "n.gguf")
     assert not list(tmp_path.glob("n.*"))
+
+
+def test_other_versions_and_missing_tensors_are_named(tmp_path, monkeypatch):
+    model = tiny_checkpoint("llama", tmp_path / "model")
+    settings = {"method": "rtn", "scheme": "q8_0", "format": "gguf"}
+    quantize(model, tmp_path / "m.gguf", **settings)
+    data = (tmp_path / "m.gguf").read_bytes()
+    for name, version in (("new", (4).to_bytes(4, "little")), ("big", (3).to_bytes(4, "big"))):
+        (tmp_path / f"{name}.gguf").write_bytes(data[:4] + version + data[8:])
+        message = refused("eval", tmp_path / f"{name}.gguf")
+        assert ("version 4 of GGUF" if name == "new" else "big-endian") in message and "versions 2 and 3" in message
+    entries = gguf_file._entries
+    for i, lost in enumerate(("layers.1.mlp.down_proj.weight", "layers.0.input_layernorm.weight", "model.norm.weight")):
+        kept = lambda *words, lost=lost: ((n, value) for n, value in entries(*words) if not n.endswith(lost))  # noqa: E731
+        monkeypatch.setattr(gguf_file, "_entries", kept)
+        monkeypatch.setattr(write, "verify_file", lambda *_: 0)
+        quantize(model, tmp_path / f"{i}.gguf", **settings)
+        text = ("--dataset", tmp_path / "text.txt")
+        for words in (("eval", *text), ("quantize", *text, "--method", "rtn", "--out", tmp_path / "out")):
+            message = refused(words[0], tmp_path / f"{i}.gguf", *words[1:])
+            assert lost.removesuffix(".weight") in message, message
+            assert not (tmp_path / "out").exists()
 
 
 def test_a_gguf_file_is_quantized_like_any_model(tmp_path):

@@ -1,10 +1,10 @@
 """What plans quote of readers.json."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from command import done
 
 from ptq.formats import readers
 from ptq.formats.registry import FORMATS
@@ -64,6 +64,27 @@ def test_the_file_has_a_difference_for_every_yes() -> None:
 
 
 def test_plans_quote_it() -> None:
-    answers = FORMATS["awq"].loads_in(dataclasses.replace(layout("w4a16-g128-asym", None)))
-    assert answers["GPTQModel"].startswith("no: read wrongly (by GPTQModel 7.7.0")
+    answers = FORMATS["awq"].loads_in(layout("w4a16-g128-asym", None))
+    assert answers["GPTQModel"].startswith("yes (run in GPTQModel 7.7.0")
     assert "run in llama.cpp" in FORMATS["gguf"].loads_in(layout("q4_k"))["llama.cpp"]
+
+
+@pytest.mark.parametrize(
+    ("reader", "format", "scheme"),
+    [
+        ("vLLM", "compressed-tensors", "w8a8-asym"),
+        ("GPTQModel", "gptq", "w4a16-g128"),
+        ("GPTQModel", "awq", "w4a16-g64-asym"),
+        ("transformers", "compressed-tensors", "w8a8"),
+        ("llama.cpp", "gguf", "q5_1"),
+    ],
+)
+def test_a_dry_run_prints_the_verdict_of_the_file(reader: str, format: str, scheme: str) -> None:
+    out = "m.gguf" if format == "gguf" else "m"
+    words = ("--method", "rtn", "--scheme", scheme, "--format", format, "--dry-run")
+    printed = " ".join(done("quantize", "demo", *words, "--out", out).split())
+    full = str(parse_scheme(scheme))
+    run = next(r for r in readers.seen()["runs"] if (r["reader"], r["format"], r["scheme"]) == (reader, format, full))
+    known = readers.seen()["readers"][reader]
+    assert f"{reader} {known['version']} on a {known['machine']}, {known['date']}" in printed
+    assert (f"{run['difference']:.2g} nats per token" if run["answer"] == "run" else "no scheme for") in printed

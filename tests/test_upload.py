@@ -14,6 +14,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import yaml
+from command import run_ptq
 
 import ptq
 from calibration.errors import ToolkitError
@@ -113,6 +114,20 @@ def test_refuses_without_a_token(folder: Path, hub: None, monkeypatch: pytest.Mo
     with pytest.raises(ToolkitError, match="no token") as refused:
         ptq.upload(folder, "org/tiny")
     assert "hf auth login" in str(refused.value)
+
+
+def test_quantize_pushes_its_result(folder: Path, hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["quantize", "demo", "--method", "rtn", "--quiet", "--out", tmp_path / "out", "--push"]
+    refusals = [("no-org", "not a hub id"), ("org/tiny", "no token"), ("org/tiny", "cannot be reached")]
+    token = huggingface_hub.get_token
+    for (repo, reason), lacking in zip(refusals, (False, True, False), strict=True):
+        monkeypatch.setattr(huggingface_hub, "get_token", (lambda: None) if lacking else token)
+        done = run_ptq(*words, repo)  # the api here has no whoami, as if the way there failed
+        assert done.code == 2 and reason in done.err and not (tmp_path / "out").exists()
+    monkeypatch.setattr(FakeApi, "whoami", lambda self: {"name": "me"}, raising=False)
+    done = run_ptq(*words, "org/tiny")
+    assert done.code == 0 and "sent to https://hub/org/tiny" in done.out
+    assert FakeApi.sent["repo"] == "org/tiny" and "model.safetensors" in FakeApi.sent["files"]
 
 
 class Forbidden(http.server.BaseHTTPRequestHandler):

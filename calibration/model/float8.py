@@ -1,13 +1,15 @@
 """Float8 checkpoints as the float weights they stand for, and every other dtype that is not understood by name.
 
 DeepSeek-V3, Kimi K2 and MiniMax-M2 are published only so: E4M3 codes with a scale for every block of 128 x 128
-(``weight_scale_inv``: what to multiply by, in spite of its name). Others have a scale per row or per tensor.
+(``weight_scale_inv``: what to multiply by, in spite of its name). llm-compressor's FP8_BLOCK is the same under other
+names. Others have a scale per row or per tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -18,8 +20,19 @@ CODES = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = ("_scale_inv", "_scale")
 BESIDE = ("input_scale", "activation_scale", "input_scale_ub", "weight_scale_inv", "weight_scale")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-METHODS = ("fp8", "fbgemm_fp8")  # of quantization_config
+METHODS = ("fp8", "fbgemm_fp8")  # of quantization_config, beside the blocks of compressed-tensors
 BLOCK = 128
+
+
+def is_float8(settings: Mapping[str, Any]) -> bool:
+    """Whether a ``quantization_config`` describes such a checkpoint: one of `METHODS`, or compressed-tensors all of
+    whose weights are float8 in blocks (llm-compressor's FP8_BLOCK)."""
+    groups = settings.get("config_groups")
+    if settings.get("quant_method") != "compressed-tensors" or not isinstance(groups, dict) or not groups:
+        return settings.get("quant_method") in METHODS
+    weights = [group.get("weights") or {} for group in groups.values()]
+    cache = settings.get("kv_cache_scheme")
+    return not cache and all(w.get("strategy") == "block" and w.get("type") == "float" for w in weights)
 
 
 def with_scales(infos: Mapping[str, TensorInfo], dtype: torch.dtype) -> dict[str, TensorInfo]:

@@ -23,6 +23,7 @@ from calibration.model.pretokenizers import byte_level_tokenizer
 
 SUFFIX = ".gguf"
 LINK = "source.gguf"
+VERSIONS = (2, 3)
 _FLOATS = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16}
 
 
@@ -72,11 +73,27 @@ def open_file(path: Path) -> Any:
         import gguf
     except ImportError:
         raise ToolkitError(f"{path}: the package 'gguf' is not installed", "pip install 'ptq[gguf]'") from None
+    _check_version(path)
     try:
         return gguf.GGUFReader(path)
     except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ToolkitError(f"{path}: not readable as GGUF ({reason})", "fetch the file again") from None
+
+
+def _check_version(path: Path) -> None:
+    """Refuse versions that the package does not know, which it calls damaged."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise ToolkitError(f"{path}: not readable ({error.strerror})", "name a GGUF file") from None
+    version = int.from_bytes(start[4:], "little")
+    if start[:4] == b"GGUF" and len(start) == 8 and version not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
+        what = "a big-endian file" if version & 0xFFFF == 0 and version else f"version {version} of GGUF"
+        fix = f"versions {known} are read, little-endian: convert the original model again, with an older llama.cpp"
+        raise ToolkitError(f"{path}: {what}", fix)
 
 
 def _config(file: Path, reader: Any) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from calibration.errors import ToolkitError, foreign
 from calibration.model import mxfp4
 from calibration.model.checkpoint import CheckpointReader, read_config
 from calibration.model.classes import empty_model, joined, renaming, text_config
-from calibration.model.float8 import FLOATS, check_dtypes, with_scales
-from calibration.model.float8 import METHODS as FLOAT8_METHODS
+from calibration.model.float8 import FLOATS, check_dtypes, is_float8, with_scales
 from calibration.model.gguf import SUFFIX, folder_of, open_reader
 
 META = torch.device("meta")
@@ -81,7 +80,7 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[Checkpoin
         )
     reader = open_reader(folder)
     quantized = data.get("quantization_config")
-    if quantized is None or quantized.get("quant_method") in (*FLOAT8_METHODS, mxfp4.METHOD):
+    if quantized is None or is_float8(quantized) or quantized.get("quant_method") == mxfp4.METHOD:
         reader.infos = with_scales(mxfp4.with_blocks(reader.infos, _named_dtype(data)), _named_dtype(data))
         reader.config = {key: value for key, value in data.items() if key != "quantization_config"}
     check_family(str(data.get("model_type")), reader.infos)

@@ -8,6 +8,7 @@ symmetric files store 8 everywhere and say ``zero_point: false``. Source: AutoAW
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -115,7 +116,7 @@ class Awq:
         """``quantization_config`` of config.json."""
         scheme = layout.quantized[0].scheme
         assert scheme is not None
-        return {
+        config: dict[str, Any] = {
             "quant_method": "awq",
             "version": "gemm",
             "bits": BITS,
@@ -123,6 +124,9 @@ class Awq:
             "zero_point": not scheme.weights.symmetric,
             "modules_to_not_convert": self._left(layout),
         }
+        if layout.left:  # gptqmodel's own loader knows no modules_to_not_convert
+            config["dynamic"] = {rf"-:{re.escape(linear.name)}$": {} for linear in layout.left}
+        return config
 
     def schemes(
         self, config: Mapping[str, Any], infos: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor]
@@ -165,12 +169,7 @@ class Awq:
         usual = sizes <= {32, 64, 128}
         return {
             "transformers": "yes, with the packages gptqmodel and accelerate"
-            + ("" if usual else "; one group per row has no fast kernel")
-            + (
-                "; not in gptqmodel's own loader, which takes linears in float for quantized ones"
-                if layout.left
-                else ""
-            ),
+            + ("" if usual else "; one group per row has no fast kernel"),
             "vLLM": vllm_answer(layout, self.name),
             "GPTQModel": quote("GPTQModel", self.name, layout) or "not known: no such file was run",
             "llama.cpp": "no: it reads GGUF files only",

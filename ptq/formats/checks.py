@@ -65,9 +65,8 @@ def group_problems(layout: ModelLayout) -> list[Problem]:
             found += refuse((linear for linear, _, _ in same), reason, choice)
             continue
         if same[0][0].scheme is not None and same[0][0].scheme.weights.superblocks:
-            found += refuse(
-                (linear for linear, _, _ in same), reason, "give these linears q4_0, q5_0 or q8_0 in a rule"
-            )
+            fix = f'give these linears scheme = "float" or w8a16-gchannel in a rule, the latter with {NATIVE}'
+            found += refuse((linear for linear, _, _ in same), reason, fix)
             continue
         choice = f"use group size {' or '.join(sizes)}, or {whole}" if sizes else f"use {whole}"
         found += refuse((linear for linear, _, _ in same), reason, choice)

@@ -209,10 +209,16 @@ def verify_file(
     path: Path,
     advance: Callable[[str], None],
 ) -> int:
-    """Dequantize every quantized linear of the file with the ``gguf`` package and compare; returns how many.
+    """Dequantize every quantized linear, embedding and head of the file with the ``gguf`` package and compare.
+
+    Args:
+        blocks: as for `write_file`, and embedding and head as blocks of their own.
+
+    Returns:
+        how many linears; embedding and head are not counted.
 
     Raises:
-        ToolkitError: the first linear that differs, or is missing.
+        ToolkitError: the first one that differs, or is missing.
     """
     import gguf
 
@@ -235,4 +241,4 @@ def verify_file(
                 )
             count += 1
             advance(name)
-    return count
+    return count - len(layout.outside)

@@ -27,7 +27,8 @@ def vllm_answer(layout: ModelLayout, format_name: str) -> str:
     if unequal:
         reasons.insert(0, f"{checks.summary(unequal)} run as one matrix there and have different schemes")
     if reasons:
-        return f"no: {reasons[0]}"
+        where = seen.removeprefix("no: ").partition(": ")[0] if seen and seen.startswith("no: refused by") else ""
+        return f"no: {reasons[0]}" + (f"; {where}" if where else "")
     if seen is not None and not seen.startswith("not known"):
         return seen
     unknown = [reason for linear in layout.quantized if (reason := _unknown(linear.scheme))]

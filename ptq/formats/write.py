@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ NOT_COPIED = {  # written anew, or belonging to another run
 
 
 Source = Callable[[], Iterator[tuple[dict[str, QuantizedTensor], dict[str, torch.Tensor]]]]
+Outside = Callable[[], Iterable[tuple[str, torch.Tensor | QuantizedTensor]]]
+"""Gives (name, tensor) of everything outside the blocks; where an embedding or head is quantized, its full name without
+``.weight``."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Origin:
 
 def write_checkpoint(
     source: Source,
-    outside: Iterable[tuple[str, torch.Tensor | QuantizedTensor]],
+    outside: Outside,
     layout: ModelLayout,
     fmt: Format,
     out: Path,
@@ -67,20 +71,18 @@ def write_checkpoint(
 
     Args:
         source: gives blocks of (quantized linears, float tensors).
-        outside: (name, tensor) of everything outside the blocks; the full name of a linear or embedding without
-            ``.weight`` where it is quantized.
 
     Returns:
         the format as written (GPTQ settles on version 1 or 2), and the bytes of all tensors.
     """
     variant = fmt.for_grid(all(n.scheme.weights.symmetric for n in layout.quantized if n.scheme is not None))
     if fmt.name == "gguf":
-        return fmt, write_file(source(), outside, layout, out, origin.folder, origin.metadata, advance)
+        return fmt, write_file(source(), outside(), layout, out, origin.folder, origin.metadata, advance)
     dtype = getattr(torch, layout.dtype)
     for stale in [*out.glob("*.safetensors"), *out.glob("*.safetensors.part")]:
         stale.unlink()
     writer = ShardWriter(out)
-    for name, value in outside:
+    for name, value in outside():
         if isinstance(value, QuantizedTensor):
             for suffix, tensor in variant.encode(value, dtype).items():
                 writer.add(origin.stored_name(f"{name}.{suffix}"), tensor)
@@ -110,22 +112,27 @@ def _json(data: dict[str, Any]) -> bytes:
 
 def verify_checkpoint(
     source: Source,
+    outside: Outside,
     fmt: Format,
     layout: ModelLayout,
     out: Path,
     advance: Callable[[str], None],
     stored_name: Callable[[str], str] = str,
 ) -> int:
-    """Read every quantized linear back from the shards with the independent reader; returns how many.
+    """Read every quantized linear, embedding and head back from the files with an independent reader.
+
+    Returns:
+        how many linears; embedding and head are not counted.
 
     Raises:
-        ToolkitError: the first linear that differs, or one whose tensors are missing.
+        ToolkitError: the first one that differs, or whose tensors are missing.
     """
+    everything = chain(source(), _quantized_outside(outside, layout))
     if fmt.name == "gguf":
-        return verify_file(source(), layout, out / SINGLE_FILE, advance)
+        return verify_file(everything, layout, out / SINGLE_FILE, advance)
     count = 0
     with CheckpointReader(out) as reader:
-        for quantized, _ in source():
+        for quantized, _ in everything:
             for name, q in quantized.items():
                 named = {s: stored_name(f"{name}.{s}") for s in fmt.suffixes}
                 found = {s: full for s, full in named.items() if full in reader.infos}
@@ -137,7 +144,17 @@ def verify_checkpoint(
                 count += 1
                 advance(name)
             reader.close()
-    return count
+    return count - len(layout.outside)
+
+
+def _quantized_outside(
+    outside: Outside, layout: ModelLayout
+) -> Iterator[tuple[dict[str, QuantizedTensor], dict[str, torch.Tensor]]]:
+    """Embedding and head where they are quantized, each as a block of its own, rounded once more."""
+    if layout.outside:
+        for name, value in outside():
+            if isinstance(value, QuantizedTensor):
+                yield {name: value}, {}
 
 
 def copy_small_files(source: Path, out: Path) -> None:

@@ -124,8 +124,9 @@ def prepare(
         batch_size=source.batch_size,
         forward_itemsize=source.dtype.itemsize,
     )
-    check_placed(source.reader.infos, build_model(source.config, source.spec, torch.float32, META), source.spec)
-    plan = with_outside(plan, source.reader.infos, source.spec, options.embeddings, options.head)
+    network = build_model(source.config, source.spec, torch.float32, META)
+    check_placed(source.reader.infos, network, source.spec)
+    plan = with_outside(plan, source.reader.infos, source.spec, network, options.embeddings, options.head)
     if plan.format.name == "gguf":
         check_file(source.folder, plan.layout.config, options.metadata)
     elif options.metadata is not None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from calibration.architectures import ArchitectureSpec, Residual
+from calibration.architectures import ArchitectureSpec
 from calibration.errors import PlanError, Problem
 from calibration.model.checkpoint import TensorInfo
 from ptq.formats import checks
@@ -28,26 +29,35 @@ HOLDING = ("native", "gguf")
 GGUF_DEFAULT = "q8_0"  # what llama.cpp itself gives small models' embeddings, or better
 
 
-def outside_names(spec: ArchitectureSpec) -> tuple[str, str]:
-    """Token embedding and head, full names without ``.weight``."""
-    if isinstance(spec.residual, Residual):
-        return spec.residual.embeddings[0], spec.residual.head
-    return f"{spec.blocks.rpartition('.')[0]}.embed_tokens", "lm_head"
+def outside_names(model: Any, stored: Iterable[str], spec: ArchitectureSpec) -> tuple[str, str]:
+    """Token embedding and head of a transformers model, as the checkpoint's tensors are called, without ``.weight``."""
+    checkpoint = {spec.root_module_name(name): name for name in stored}
+    found = []
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        path = next((name for name, other in model.named_modules() if other is module), "lm_head") + ".weight"
+        found.append(checkpoint.get(path, path).removesuffix(".weight"))
+    return found[0], found[1]
 
 
 def quantized_outside(
-    infos: Mapping[str, TensorInfo], spec: ArchitectureSpec, embeddings: str | None, head: str | None, format_name: str
+    infos: Mapping[str, TensorInfo],
+    spec: ArchitectureSpec,
+    model: Any,
+    embeddings: str | None,
+    head: str | None,
+    format_name: str,
 ) -> tuple[PlannedLinear, ...]:
     """Embedding and head with their schemes, those that are quantized.
 
     Args:
+        model: of the checkpoint's class, on any device.
         embeddings, head: schemes, ``float``, or None for the format's own choice.
 
     Raises:
         ToolkitError: no scheme.
         PlanError: they cannot be quantized like that.
     """
-    table, output = outside_names(spec)
+    table, output = outside_names(model, infos, spec)
     tied = f"{output}.weight" not in infos
     default = GGUF_DEFAULT if format_name == "gguf" else FLOAT
     if tied and embeddings is None:
@@ -95,14 +105,19 @@ def outside_problems(linear: PlannedLinear, format_name: str) -> Iterable[Proble
 
 
 def with_outside(
-    plan: Plan, infos: Mapping[str, TensorInfo], spec: ArchitectureSpec, embeddings: str | None, head: str | None
+    plan: Plan,
+    infos: Mapping[str, TensorInfo],
+    spec: ArchitectureSpec,
+    model: Any,
+    embeddings: str | None,
+    head: str | None,
 ) -> Plan:
     """The plan with embedding and head quantized as asked, and the size that makes.
 
     Raises:
         ToolkitError, PlanError: see `quantized_outside`.
     """
-    chosen = quantized_outside(infos, spec, embeddings, head, plan.format.name)
+    chosen = quantized_outside(infos, spec, model, embeddings, head, plan.format.name)
     saved = sum(infos[f"{linear.name}.weight"].nbytes - outside_bytes(linear) for linear in chosen)
     sizes = replace(
         plan.sizes, output_bytes=plan.sizes.output_bytes - saved, disk_bytes=plan.sizes.disk_bytes - 2 * saved

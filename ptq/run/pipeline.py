@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+
+import torch
 
 from calibration.distributed import Processes
 from calibration.errors import ToolkitError
@@ -25,6 +28,7 @@ from ptq.planning.job import Job
 from ptq.planning.memory import tell_short_memory
 from ptq.planning.outside_plan import rounded_outside
 from ptq.planning.plan import Plan
+from ptq.quantized import QuantizedTensor
 from ptq.run.identity import run_identity
 from ptq.run.reporting import Outcome, Stopwatch, write_reports
 from ptq.run.sharing import agree, walk_of
@@ -103,9 +107,12 @@ def _export(
     plan = job.plan.with_schemes({name: parse_scheme(entry["scheme"]) for name, entry in committed.items()})
     layout = plan.layout
     blocks = CommittedBlocks([walk.finished.tensors_path(i) for i in range(job.spec.n_blocks)], layout)
+
+    def outside() -> Iterable[tuple[str, torch.Tensor | QuantizedTensor]]:
+        return rounded_outside(walk.blocks.outside.tensors(), layout)
+
     with watch("export"):
         progress.stage("export", len(layout.quantized))
-        outside = rounded_outside(walk.blocks.outside.tensors(), layout)
         origin = Origin(job.folder, job.reader.stored_name, job.options.metadata)
         fmt, written = write_checkpoint(
             blocks.blocks, outside, layout, plan.format, session.partial, origin, progress.advance
@@ -114,9 +121,9 @@ def _export(
         if not session.single:
             copy_small_files(job.folder, session.partial)
     with watch("verify"):
-        progress.stage("verify", len(layout.quantized))
+        progress.stage("verify", len(layout.quantized) + len(layout.outside))
         names = job.reader.stored_name
-        verified = verify_checkpoint(blocks.blocks, fmt, layout, session.partial, progress.advance, names)
+        verified = verify_checkpoint(blocks.blocks, outside, fmt, layout, session.partial, progress.advance, names)
         if not session.single:
             check_keys(session.partial, job.reader.infos, job.options.trust_remote_code)
     gating = [step for step in plan.recipe.passes if Phase.GATE in step.phases]
