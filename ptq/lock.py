@@ -86,6 +86,12 @@ class Lock:
         self.release()
 
 
+def release_all() -> None:
+    """Let go of every lock of this process, when a command has ended in whatever way and has said what is kept."""
+    for lock in list(_held.values()):
+        lock.release()
+
+
 def locked_targets() -> list[Path]:
     """The output folders that this process is writing."""
     return [lock.target for lock in _held.values() if lock.held]

@@ -143,7 +143,11 @@ class Session:
             if self.partial.exists():
                 shutil.rmtree(self.partial)
             self.partial.mkdir(parents=True)
-        write_atomically(path, (json.dumps(plan, indent=1, sort_keys=True) + "\n").encode())
+        try:
+            write_atomically(path, (json.dumps(plan, indent=1, sort_keys=True) + "\n").encode())
+        except BaseException:
+            shutil.rmtree(self.partial, ignore_errors=True)  # a full disk: without its plan it is of no use
+            raise
 
     def keep(self, names: frozenset[str]) -> None:
         """Remove from DIR.partial all but the plan and ``names``: what a resumed run makes again, and strangers."""

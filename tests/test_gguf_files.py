@@ -238,7 +238,9 @@ def test_bad_input_is_refused_in_a_sentence(tmp_path):
     assert run_ptq(*words, "--format", "gguf", "--out", tmp_path / "m.gguf").code == 0
     assert "is there already" in refused(*words, "--format", "gguf", "--out", tmp_path / "m.gguf")
     data = (tmp_path / "m.gguf").read_bytes()
-    for name, content in (("short", data[: len(data) // 2]), ("magic", b"GGML" + data[4:]), ("empty", b"")):
+    nameless = data.replace(b"general.architecture", b"general.architecturf")
+    damaged = {"short": data[: len(data) // 2], "magic": b"GGML" + data[4:], "empty": b"", "nameless": nameless}
+    for name, content in damaged.items():
         (tmp_path / f"{name}.gguf").write_bytes(content)
         assert "not readable as GGUF" in refused("eval", tmp_path / f"{name}.gguf")
     tokenizer = json.loads((model / "tokenizer.json").read_text())

@@ -192,3 +192,16 @@ def test_another_model_is_not_gone_on_with(place, tmp_path, monkeypatch, name, f
     finally:
         path.write_bytes(before)
     done(*words(place, tmp_path / "out"), "--resume")
+
+
+def test_a_folder_where_a_block_was(place, tmp_path, monkeypatch):
+    """It is made again, whatever stands in its place."""
+    done(*words(place, tmp_path / "whole"))
+    stop(monkeypatch, ptq.run.pipeline, "write_checkpoint", signal.SIGTERM)
+    assert run_ptq(*words(place, tmp_path / "out")).code == 143
+    monkeypatch.undo()
+    for name in ("block-00000.json", "block-00001.safetensors"):
+        (tmp_path / "out.partial" / "blocks" / name).unlink()
+        (tmp_path / "out.partial" / "blocks" / name).mkdir()
+    done(*words(place, tmp_path / "out"), "--resume")
+    assert products(tmp_path / "out") == products(tmp_path / "whole")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from calibration.errors import ToolkitError
+from calibration.errors import ToolkitError, foreign
 from calibration.model.checkpoint import CheckpointReader, TensorInfo, read_config, write_atomically
 from calibration.model.gguf_families import FAMILIES, checkpoint_name, complete, norm_shift, paired_rows
 from calibration.model.pretokenizers import byte_level_tokenizer
@@ -45,15 +45,18 @@ def folder_of(path: Path) -> Path:
     folder = cache_folder() / f"{file.stem}-{key}"
     if folder.is_dir():
         return folder
-    config = _config(file, open_file(path))
+    with foreign(f"{path}: not readable as GGUF", "fetch the file again"):
+        config = _config(file, open_file(path))
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _save_tokenizer(file, partial)
+        with foreign(f"{path}: no tokenizer that is read", "name the original model"):
+            _save_tokenizer(file, partial)
         write_atomically(partial / "config.json", (json.dumps(config, indent=1, sort_keys=True) + "\n").encode())
         (partial / LINK).symlink_to(file)
-        GgufReader(partial)
+        with foreign(f"{path}: not readable as GGUF", "fetch the file again"):
+            GgufReader(partial)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -114,7 +115,8 @@ class FinishedBlocks:
         tensors: Mapping[str, torch.Tensor],
         gates: Mapping[str, torch.Tensor],
     ) -> None:
-        self.gates_path(index).unlink(missing_ok=True)  # of a damaged block that is made again
+        for path in (self.gates_path(index), self.tensors_path(index), self.record_path(index)):
+            _remove(path)  # of a damaged block that is made again
         if gates:
             save_tensors(self.gates_path(index), gates)
         save_tensors(self.tensors_path(index), tensors)
@@ -148,3 +150,11 @@ class Committing:
         self._thread.shutdown()
         if error is None:
             self.wait()
+
+
+def _remove(path: Path) -> None:
+    """A file, a link or a folder, if one is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from unittest import mock
 
 import torch
 from command import products, run_ptq
@@ -117,6 +118,11 @@ def undamaged(bases: Path) -> dict[Words, Left]:
 
 def fuzz(bases: Path, cases: int, seed: int, report: Callable[[Ended], None]) -> list[Ended]:
     """Run so many cases over copies of ``bases`` and hand each one's ending to ``report``."""
+    with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(bases.parent / "cache")}):  # folders for GGUF files
+        return _run(bases, cases, seed, report)
+
+
+def _run(bases: Path, cases: int, seed: int, report: Callable[[Ended], None]) -> list[Ended]:
     interrupted(bases)
     expected = undamaged(bases)
     ended = []
