@@ -18,6 +18,8 @@ They are kept beside that file, block by block, so that a command that was stopp
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import sys
 import tempfile
@@ -30,11 +32,12 @@ from table import remembered
 
 from calibration.model.opening import forward_dtype, load_tokenizer, locate, open_model
 from calibration.progress import Silent
-from calibration.scoring.perplexity import score
+from calibration.scoring.perplexity import LogitsModel, score
 from calibration.scoring.windows import Scoring
 from calibration.text.corpora import load_corpus
-from calibration.text.crops import TokenBatches, calibration_tokens
+from calibration.text.crops import TokenBatches
 from calibration.text.encoding import EncodedText, encode_text
+from calibration.text.samples import model_tokens
 from calibration.walk.context import Context
 from calibration.walk.passes import Pass
 from calibration.walk.segment import Segment
@@ -122,22 +125,30 @@ class Bench:
     """One model and text; scores settings."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.folder, self.window, self.max_windows = locate(args.model), args.seq_len, args.max_windows
-        tokenizer = load_tokenizer(self.folder)
-        corpus = load_corpus(args.eval or default_dataset(self.folder), "score")
-        self.text: EncodedText = encode_text(corpus, tokenizer)
-        reference = load_model(args.reference or self.folder, dtype=torch.float32)
-        self.reference = remembered(reference)
+        self.args, self.folder, self.window = args, locate(args.model), args.seq_len
+        _, config, self.spec = open_model(self.folder)
+        dataset = args.dataset or default_dataset(self.folder)
+        self.tokens = model_tokens(self.folder, config, dataset, args.samples, self.window, args.seed, False)
         self.batch_size = max(1, 2048 // self.window)
-        calibration = load_corpus(args.dataset or default_dataset(self.folder), "calibrate")
-        self.tokens = calibration_tokens(calibration, tokenizer, args.samples, self.window, args.seed)
-        self.spec = open_model(self.folder)[2]
-        self.targets, self.json, self.decode = [float(t) for t in args.targets.split(",")], args.json, args.decode
+        self.targets, self.json = [float(t) for t in args.targets.split(",")], args.json
+
+    @functools.cached_property
+    def text(self) -> EncodedText:
+        """What is scored; not needed by searches that are stopped before."""
+        corpus = load_corpus(self.args.eval or default_dataset(self.folder), "score")
+        return encode_text(corpus, load_tokenizer(self.folder))
+
+    @functools.cached_property
+    def reference(self) -> LogitsModel:
+        return remembered(load_model(self.args.reference or self.folder, dtype=torch.float32))
 
     def step(self, name: str, target: float) -> Pass:
         """The pass of a row; greedy allocations that are kept on the disk are those of one search."""
         step = SETTINGS[name](target)
-        if not isinstance(step, Teal) or not step.searches or self.json is None:
+        if not isinstance(step, Teal) or not step.searches:
+            return step
+        step = dataclasses.replace(step, step=self.args.step)
+        if self.json is None:
             return step
         path = self.json.with_name(f"{self.json.stem}-{name}.json")
         if len(read_rows(path)) < self.spec.n_blocks:
@@ -147,7 +158,7 @@ class Bench:
     def scored(self, sites: tuple[Site, ...], protocol: str) -> tuple[dict[str, float], Masks, Any]:
         loaded = load_model(self.folder, dtype=torch.float32)
         masks = mask_model(loaded.model, self.spec, sites, self.window // 2 if protocol == "decode" else 1)
-        scoring = Scoring(protocol, self.window, batch_size=self.batch_size, max_windows=self.max_windows)
+        scoring = Scoring(protocol, self.window, batch_size=self.batch_size, max_windows=self.args.max_windows)
         result = score(logits_of(loaded, CPU), self.text, scoring, reference_fn=self.reference)
         assert result.divergence is not None
         return {"perplexity": result.perplexity, "kl": result.divergence.kl_mean}, masks, loaded.model
@@ -155,7 +166,7 @@ class Bench:
     def row(self, name: str, target: float, step: Pass | None) -> dict[str, Any]:
         sites = () if step is None else sites_of(self.folder, step, self.tokens, self.batch_size)
         everywhere, masks, model = self.scored(sites, "gptq")
-        decode = self.scored(sites, "decode")[0] if self.decode else None
+        decode = self.scored(sites, "decode")[0] if self.args.decode else None
         kinds: dict[str, list[float]] = {}
         for site in sites:
             kinds.setdefault(site.linear.rpartition(".")[2], []).append(masks.tallies[site.name].share)
@@ -186,13 +197,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--reference", help="model to measure KL against")
-    parser.add_argument("--dataset", help="calibration text")
+    parser.add_argument("--dataset", help="calibration text, or a .safetensors file of token ids")
     parser.add_argument("--eval", help="text to score")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--targets", default="0.3,0.5,0.7")
     parser.add_argument("--methods", default=",".join(SETTINGS), help=f"of: {', '.join(SETTINGS)}")
+    parser.add_argument("--step", type=float, default=Teal.step, help="of greedy searches, a share of q's weights")
     parser.add_argument("--max-windows", type=int, help="score only the first so many windows")
     parser.add_argument("--no-dense", action="store_true", help="leave out the row of the dense model")
     parser.add_argument("--no-decode", dest="decode", action="store_false", help="score once, with masks everywhere")

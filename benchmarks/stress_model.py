@@ -34,6 +34,7 @@ from calibration.text.corpora import load_corpus
 from calibration.text.crops import calibration_tokens
 from calibration.walk.context import Context
 from calibration.walk.float_blocks import FloatBlocks
+from calibration.walk.lanes import merge
 from calibration.walk.passes import Pass, Phase, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Statistic
@@ -68,6 +69,13 @@ class Crest:
 
     def factor(self) -> torch.Tensor:
         return self.maximum / (self.squares / max(self.tokens, 1)).sqrt().clamp(min=1e-12)
+
+
+@merge.register
+def _(total: Crest, other: Crest) -> None:
+    total.maximum = torch.maximum(total.maximum, other.maximum)
+    total.squares += other.squares
+    total.tokens += other.tokens
 
 
 @dataclass(frozen=True)

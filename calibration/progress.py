@@ -32,6 +32,22 @@ class Silent:
         pass
 
 
+class Part:
+    """A run that is part of longer work: its stages appear behind ``name``, and what it has to say does not."""
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self._progress, self._name = progress, name
+
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        self._progress.stage(f"{self._name}: {name}", total, done)
+
+    def advance(self, detail: str, units: int = 1) -> None:
+        self._progress.advance(detail, units)
+
+    def message(self, text: str) -> None:
+        pass
+
+
 class CallbackProgress:
     """Hands everything to one function: ``(stage, units done, units in all, detail)``. A message comes as the stage
     ``note`` of 0 units, with its text as the detail."""

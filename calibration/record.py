@@ -196,6 +196,8 @@ class Timings:
         peak_rss_bytes: highest resident set; ``base_rss_bytes`` is what the interpreter and libraries took before.
         device, threads: where it ran.
         resumed_from: number of blocks that were already there.
+        processes: that shared the run.
+        wire_bytes: of tensors that the first of them sent and received, which is all that any of them did.
     """
 
     seconds: float
@@ -205,6 +207,8 @@ class Timings:
     device: str
     threads: int
     resumed_from: int = 0
+    processes: int = 1
+    wire_bytes: int = 0
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"

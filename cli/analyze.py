@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, command_line, entries, quiet_libraries
+from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, command_line, entries
 from cli.verbosity import detail
 
 
@@ -48,6 +48,7 @@ def analyze(
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of forward passes: auto, float32, bfloat16 or float16.")] = "auto",
     overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted analysis with --try.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Find what makes MODEL hard to quantize, float or quantized: outliers of activations and weights.
@@ -58,9 +59,10 @@ def analyze(
 
       ptq analyze demo --clipped-softmax --gated --out demo-heads
     """
-    quiet_libraries()
+    from cli.progress import TerminalProgress, load_libraries
+
+    load_libraries()
     import ptq
-    from cli.progress import TerminalProgress
     from ptq.report.figures import perplexity, short
 
     with TerminalProgress() as progress:
@@ -82,6 +84,7 @@ def analyze(
             device=device,
             dtype=dtype,
             overwrite=overwrite,
+            resume=resume,
             trust_remote_code=trust_remote_code,
             progress=progress,
             command=command_line(),

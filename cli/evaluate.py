@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.json_output import Json, json_output
-from cli.options import Dense, Device, Model, TrustRemoteCode, entries, quiet_libraries
+from cli.options import Dense, Device, Model, TrustRemoteCode, entries
 from cli.verbosity import detail, verbosity
 
 if TYPE_CHECKING:
@@ -89,7 +89,9 @@ def evaluate(
 
     The last line printed is `perplexity N.NNNN`; with --tasks alone, one line per score.
     """
-    quiet_libraries()
+    from cli.progress import TerminalProgress, load_libraries
+
+    load_libraries()
     names = [] if tasks is None else list(entries("--tasks", tasks))
     asked = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, "include_path": include_path}
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
@@ -98,7 +100,6 @@ def evaluate(
 
     import ptq
     from calibration.record import SCHEMA_VERSION
-    from cli.progress import TerminalProgress
 
     score_tasks = partial(
         ptq.evaluate_tasks,

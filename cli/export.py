@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Embeddings, Head, Metadata, Model, Out, Overwrite, TrustRemoteCode, quiet_libraries
+from cli.options import Embeddings, Head, Metadata, Model, Out, Overwrite, TrustRemoteCode
 
 
 def export(
@@ -23,9 +23,10 @@ def export(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Change the format of a quantized checkpoint: the same codes, laid out anew; or make floats of it again."""
-    quiet_libraries()
+    from cli.progress import TerminalProgress, load_libraries
+
+    load_libraries()
     import ptq
-    from cli.progress import TerminalProgress
 
     with TerminalProgress() as progress:
         written = ptq.export(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import Device, Model, TrustRemoteCode, quiet_libraries
+from cli.options import Device, Model, TrustRemoteCode
 from cli.verbosity import detail
 
 if TYPE_CHECKING:
@@ -40,9 +40,10 @@ def fit(
 
       ptq quantize demo --recipe demo.toml --out demo-3.25
     """
-    quiet_libraries()
+    from cli.progress import TerminalProgress, load_libraries
+
+    load_libraries()
     import ptq
-    from cli.progress import TerminalProgress
 
     with TerminalProgress() as progress:
         found = ptq.fit(

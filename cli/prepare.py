@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, quiet_libraries
+from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode
 
 
 def prepare(
@@ -31,9 +31,10 @@ def prepare(
 
       ptq quantize M --method ptq1.61 --out Q && ptq prepare Q --out P && ptq quantize P --method ptq1.61 --out R
     """
-    quiet_libraries()
+    from cli.progress import TerminalProgress, load_libraries
+
+    load_libraries()
     import ptq
-    from cli.progress import TerminalProgress
 
     with TerminalProgress() as progress:
         found = ptq.prepare(

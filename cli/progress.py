@@ -6,25 +6,75 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress_bar import ProgressBar
+from rich.text import Text
 
+from calibration.memory import peak_rss_bytes
 from cli.verbosity import verbosity
 
 LINE_EVERY = 15.0  # seconds between lines in a log
+NAME = 14  # columns of the name of a stage
+NUMBERS = 27  # columns of percentage and times
+BAR = (10, 40)  # columns of the bar: fewest and most
+DETAIL = 30  # columns of memory and detail that must remain beside the bar
+SHORTEST = 12  # columns below which a detail says nothing
 
 
-def resident_gb() -> float:
-    """Highest resident set so far, GB."""
-    from ptq.devices import peak_rss_bytes
+def clock(seconds: float | None) -> str:
+    """``h:mm:ss``."""
+    if seconds is None:
+        return "-:--:--"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
-    return peak_rss_bytes() / 1e9
+
+class Bar(BarColumn):
+    """As wide as the terminal allows beside the numbers; none where it is too narrow."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def render(self, task: Task) -> ProgressBar:
+        self.bar_width = bar_width(self._console.width)
+        return super().render(task)
+
+
+class Numbers(ProgressColumn):
+    """Percentage, time so far and time left; memory and what is at work in the columns that are still free."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def render(self, task: Task) -> Text:
+        elapsed = task.finished_time if task.finished else task.elapsed
+        left = task.time_remaining
+        text = f"{task.percentage:>3.0f}% {clock(elapsed)} left {clock(left)}"
+        room = self._console.width - NAME - 2 - bar_width(self._console.width)
+        if room < NUMBERS:
+            text = text.replace(" left ", " -")
+        memory, detail = f"  {task.fields['memory']:.2f} GB", task.fields["detail"]
+        if len(text) + len(memory) <= room:
+            text += memory
+            free = room - len(text) - 2
+            if free >= SHORTEST:
+                text += "  " + (detail if len(detail) <= free else detail[: free - 1] + "…")
+        return Text(text, no_wrap=True)
+
+
+def bar_width(columns: int) -> int:
+    """Columns of the bar on a terminal of so many."""
+    free = columns - NAME - 2 - NUMBERS - DETAIL
+    return min(free, BAR[1]) if free >= BAR[0] else 0
 
 
 class TerminalProgress:
     """Draws the stages of a run on stderr; see `calibration.progress.Progress`."""
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, quiet=verbosity.quiet)
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, quiet=verbosity.quiet)
         self._bars: Progress | None = None
         self._task: TaskID | None = None
         self._name, self._total, self._done = "", 0, 0
@@ -32,16 +82,8 @@ class TerminalProgress:
 
     def __enter__(self) -> TerminalProgress:
         if self.console.is_terminal and not verbosity.quiet:
-            self._bars = Progress(
-                TextColumn("{task.description:14}"),
-                BarColumn(),
-                TextColumn("{task.percentage:>3.0f}%"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[memory]:.2f} GB  {task.fields[detail]}"),
-                console=self.console,
-            )
+            name = TextColumn(f"{{task.description:{NAME}}}")
+            self._bars = Progress(name, Bar(self.console), Numbers(self.console), console=self.console)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -53,7 +95,7 @@ class TerminalProgress:
         self._started = self._last_line = time.monotonic()
         if self._bars is not None:
             self._bars.start()  # not before: bars take what is printed to stdout along
-            self._task = self._bars.add_task(name, total=total, completed=done, memory=resident_gb(), detail="")
+            self._task = self._bars.add_task(name, total=total, completed=done, memory=_peak_gb(), detail="")
         else:
             self.console.print(f"{name} ...", highlight=False, soft_wrap=True)
 
@@ -61,7 +103,7 @@ class TerminalProgress:
         self._done += units
         if self._bars is not None and self._task is not None:
             shown = "" if self._done >= self._total else detail
-            self._bars.update(self._task, advance=units, memory=resident_gb(), detail=shown)
+            self._bars.update(self._task, advance=units, memory=_peak_gb(), detail=shown)
             return
         now = time.monotonic()
         if now - self._last_line >= LINE_EVERY:
@@ -69,10 +111,30 @@ class TerminalProgress:
             left = (now - self._started) / max(self._done, 1) * max(self._total - self._done, 0)
             share = self._done / max(self._total, 1)
             self.console.print(
-                f"  {self._name} {share:.0%}, about {left:.0f} s left, {resident_gb():.2f} GB: {detail}",
+                f"  {self._name} {share:.0%}, about {left:.0f} s left, {_peak_gb():.2f} GB: {detail}",
                 highlight=False,
                 soft_wrap=True,
             )
 
     def message(self, text: str) -> None:
         self.console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _peak_gb() -> float:
+    """Highest resident set so far, GB."""
+    return peak_rss_bytes() / 1e9
+
+
+def load_libraries() -> None:
+    """Import what every command on a model needs, which takes seconds, and show on a terminal that this happens."""
+    from cli.options import quiet_libraries
+
+    with TerminalProgress() as progress:
+        shown = progress.console.is_terminal
+        if shown:
+            progress.stage("load libraries", 1)
+        quiet_libraries()
+        import ptq  # noqa: F401
+
+        if shown:
+            progress.advance("libraries")

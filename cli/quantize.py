@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cli import shared
 from cli.options import (
     Device,
     Embeddings,
@@ -88,7 +89,7 @@ def quantize(
     """
     from calibration.errors import ToolkitError
     from cli.plan_view import print_plan, print_result
-    from cli.progress import TerminalProgress
+    from cli.progress import TerminalProgress, load_libraries
 
     if method is not None and recipe is not None:
         raise ToolkitError("--method and --recipe exclude each other", "leave one out")
@@ -96,7 +97,7 @@ def quantize(
         raise ToolkitError("--method or --recipe is missing", "pass e.g. --method awq")
     if out is None and not dry_run:
         raise ToolkitError("--out is missing", "pass --out DIR, or --dry-run to see the plan only")
-    quiet_libraries()
+    load_libraries() if shared.first() else quiet_libraries()  # the first process shows progress
     import ptq
     from ptq.publishing import check_push
 
@@ -124,7 +125,11 @@ def quantize(
         "trust_remote_code": trust_remote_code,
     }
     if dry_run or out is None:
-        print_plan(ptq.plan(model, **options))
+        if shared.first():
+            print_plan(ptq.plan(model, **options))
+        return
+    if not shared.first():  # the first process writes, reports and shows progress
+        ptq.quantize(model, out=out, **options, resume=resume, overwrite=overwrite, command=command_line())
         return
     with TerminalProgress() as progress:
         record = ptq.quantize(

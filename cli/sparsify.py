@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, percentage, quiet_libraries
+from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, percentage
 from cli.verbosity import detail
 
 
@@ -49,9 +49,10 @@ def sparsify(
       ptq eval demo-chess --reference demo --dataset builtin
     """
     increase = None if max_ppl_increase is None else percentage("--max-ppl-increase", max_ppl_increase)
-    quiet_libraries()
+    from cli.progress import TerminalProgress, load_libraries
+
+    load_libraries()
     import ptq
-    from cli.progress import TerminalProgress
 
     with TerminalProgress() as progress:
         sparsity = ptq.sparsify(

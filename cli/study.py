@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, entries, quiet_libraries
+from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, entries
 from cli.scheme_hint import Command
 from cli.verbosity import detail, with_verbosity
 
@@ -44,11 +44,11 @@ def calibration(
       ptq study calibration demo --scheme w3a16-g128 --datasets builtin,generated,random --samples 8,32 --seq-len 512 \\
           --out study
     """
-    from cli.progress import TerminalProgress
+    from cli.progress import TerminalProgress, load_libraries
 
     sizes, lengths = _integers("--samples", samples), _integers("--seq-len", seq_len)
     texts = entries("--datasets", datasets)
-    quiet_libraries()
+    load_libraries()
     import ptq
     from ptq.report.calibration_markdown import render
 
@@ -93,10 +93,10 @@ def sensitivity(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """What rounding each linear alone costs: the layer objective, the divergence of the model, and their ranks."""
-    from cli.progress import TerminalProgress
+    from cli.progress import TerminalProgress, load_libraries
 
     offered = entries("--schemes", schemes)
-    quiet_libraries()
+    load_libraries()
     import ptq
     from ptq.report.sensitivity_markdown import render
 

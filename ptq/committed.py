@@ -90,11 +90,11 @@ def saturated_scales(q: QuantizedTensor) -> int:
     w = q.scheme.weights
     if w.scale_format != "half" or w.salient_percent is not None:
         return 0
-    lost = (q.scale <= SMALLEST_SCALE).any(dim=1)
+    lost = (q.scale.abs() <= SMALLEST_SCALE).any(dim=1)
     if bool(lost.any()):
         weights = q.dequantize(torch.float32)
         lost &= ((weights if w.grouping.axis == "in" else weights.T) != 0).any(dim=1)
-    return int((q.scale >= LARGEST_SCALE).sum()) + int(lost.sum())
+    return int((q.scale.abs() >= LARGEST_SCALE).sum()) + int(lost.sum())
 
 
 class Restore:

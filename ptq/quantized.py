@@ -9,11 +9,14 @@ import torch
 
 from ptq.numerics.binary import mixed_values, unpack_mask
 from ptq.numerics.grids import levels_of, step_of
-from ptq.numerics.groups import join, split
+from ptq.numerics.groups import join, rows_per_group, scales_of_rows, split
 from ptq.numerics.lowrank import factor_product
+from ptq.numerics.objective import row_chunks
 from ptq.numerics.superblocks import SuperGrid
 from ptq.numerics.superblocks import dequantize as dequantize_super
 from ptq.scheme import QuantScheme
+
+CHUNK = 1_000_000  # bytes of float32 weights at a time, which stay in cache
 
 PARTS: dict[str, str] = {
     "lora_a": "int8 codes or float16 values [rank, in] of the low-rank part W += (b * scale) a",
@@ -127,9 +130,14 @@ class QuantizedTensor:
             index = self.group_index.long()
             zero = None if zero is None else zero[:, index]
             return (levels_of(self.codes, zero, quant) * step[:, index]).to(dtype)
-        zero = None if zero is None else zero.unsqueeze(-1)
-        units = levels_of(split(self.codes, quant.grouping), zero, quant) * step.unsqueeze(-1)
-        return join(units, quant.grouping).to(dtype).contiguous()
+        out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        for rows in row_chunks(*self.shape, multiple=rows_per_group(quant, self.shape[0]), size=CHUNK):
+            where = scales_of_rows(quant, self.shape[0], rows)
+            level = levels_of(
+                split(self.codes[rows], quant.grouping), None if zero is None else zero[where].unsqueeze(-1), quant
+            )
+            out[rows] = join(level.mul_(step[where].unsqueeze(-1)), quant.grouping)
+        return out
 
     def bits_per_weight(self) -> float:
         """Stored bits of codes, scales, zeros, index and parts over the number of weights."""

@@ -13,8 +13,8 @@ from ptq.activations import PRESETS, ActivationQuant, CacheQuant, take_activatio
 from ptq.float_formats import E2M1, E4M3FN, FloatFormat, float_formats
 from ptq.scheme_names import GGUF_BLOCKS, plain_name
 
-IntegerQuantizer = Literal["asym_minmax", "asym_zero_in", "sym_full", "sym_restricted", "sym_gptq"]
-"""The five integer grids in common use (A to E of the literature's vocabulary; see `ptq.numerics.integers`)."""
+IntegerQuantizer = Literal["asym_minmax", "asym_zero_in", "sym_full", "sym_restricted", "sym_gptq", "sym_signed"]
+"""Integer grids in common use, see `ptq.numerics.integers`."""
 
 Quantizer = IntegerQuantizer | Literal["asym_float", "float", "binary", "sym_super", "asym_super"]
 ScaleFormat = Literal["half", "bf16", "e8m0", "e4m3", "k4", "k6", "k8"]
@@ -22,6 +22,7 @@ ScaleFormat = Literal["half", "bf16", "e8m0", "e4m3", "k4", "k6", "k8"]
 the whole tensor (NVFP4); integers of 4, 6 or 8 bits beside a float16 for every 256 weights (GGUF's K-quants)."""
 
 Axis = Literal["in", "out"]
+Kind = Literal["sym", "asym"]
 QUANTIZERS: tuple[str, ...] = get_args(IntegerQuantizer)
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -30,6 +31,14 @@ SUPER_WIDTH = 256
 """Weights of a row that share a float16 scale (and minimum) over their groups' integer ones, in K-quants."""
 NARROW_SCALES: tuple[ScaleFormat, ...] = ("e8m0", "e4m3")
 """Scales of one byte, of formats that hardware defines: their group sizes and axis are fixed."""
+
+
+def integer_quantizer(bits: int, kind: Kind) -> IntegerQuantizer:
+    """The grid that ``-sym`` and ``-asym`` stand for. Below eight bits a symmetric one has steps of either sign, so
+    that its longer side lies where the largest weight is; of 256 levels one more is worth nothing."""
+    if kind == "asym":
+        return "asym_zero_in"
+    return "sym_signed" if bits < 8 else "sym_gptq"
 
 
 @dataclass(frozen=True)
@@ -138,8 +147,8 @@ class QuantScheme:
             return f"fp{w.bits}-{w.float_format}-{w.grouping}"
         if w.salient_percent is not None:
             return f"w1a16-salient{w.salient_percent}"
-        suffix = {"sym_gptq": "sym", "asym_zero_in": "asym"}.get(w.quantizer, w.quantizer)
-        return f"w{w.bits}a16-{w.grouping}-{suffix}"
+        usual = next((kind for kind in get_args(Kind) if integer_quantizer(w.bits, kind) == w.quantizer), None)
+        return f"w{w.bits}a16-{w.grouping}-{usual or w.quantizer}"
 
     def bits_per_weight(self, out_features: int, in_features: int, reordered: bool = False) -> float:
         """Stored bits over weights: codes, scales, zero points (``bits`` wide, or floats of 16 bits), the scale of the
@@ -199,11 +208,11 @@ _FLOAT_SCHEME = re.compile(r"fp(\d)-e(\d)m(\d)(fn)?(?:-((?:g|ic)\w+))?")
 _SCHEME = re.compile(r"w(\d+)a16(?:-((?:g|ic)\w+?))?(?:-(sym|asym|asym_float|" + "|".join(QUANTIZERS) + r"))?")
 
 
-def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantScheme:
+def parse_scheme(text: str, default: Kind = "sym") -> QuantScheme:
     """``w4a16-g128-sym``, ``w8a8``, ``w4a4kv4-atoken``, ``mxfp4``, ``nvfp4``, ``fp4-e2m1-g128`` and their relatives.
 
     Suffixes may come in any order; those of activations are described in `ptq.activations`. The group part defaults to
-    ``g128`` (``gchannel`` where inputs are quantized); without ``-sym`` or ``-asym`` the grid is ``default_quantizer``.
+    ``g128`` (``gchannel`` where inputs are quantized); without ``-sym`` or ``-asym`` the grid is ``default``.
     The full quantizer names are accepted in place of the suffix (recipes use them), ``-asym_float`` for zero points
     that are floats, and names of other tools, see `ptq.scheme_names`. Case does not count.
 
@@ -237,9 +246,9 @@ def parse_scheme(text: str, default_quantizer: Quantizer = "sym_gptq") -> QuantS
     if bits not in BITS:
         raise ToolkitError(f"scheme: '{text}' asks for {bits}-bit weights", f"use one of {choices}")
     grouping = _parse_grouping(text, match[2], choices)
-    aliases: dict[str, Quantizer] = {"sym": "sym_gptq", "asym": "asym_zero_in"}
-    aliases |= {name: name for name in (*get_args(IntegerQuantizer), "asym_float")}
-    quantizer = default_quantizer if kind is None else aliases[kind]
+    kinds: dict[str, Quantizer] = {"sym": integer_quantizer(bits, "sym"), "asym": integer_quantizer(bits, "asym")}
+    kinds |= {name: name for name in (*get_args(IntegerQuantizer), "asym_float")}
+    quantizer = kinds[kind or default]
     return QuantScheme(TensorQuant(bits, grouping, quantizer), inputs, cache)
 
 

@@ -20,6 +20,7 @@ from ptq.analysis.advice import advise
 from ptq.analysis.observe import Findings, Subject, observe
 from ptq.planning.job import Options, prepare
 
+ALL = (("rotate+gptq", "w8a8"), ("smoothquant+gptq", "w8a8"), ("rotate+gptq", "w4a8"), ("rrs", "w4a4"))
 CHANNELS = (3, 77, 130, 131, 200, 255)
 
 
@@ -58,7 +59,8 @@ def test_no_alarm_on_a_plain_model(tmp_path):
     found = analysed(tmp_path, {}, {})
     advice = advise(found.sites, found.weights)
     assert [a.rule for a in advice] == ["recipe"] and not advice[0].alarm
-    assert "rtn" in advice[0].helps[0] and not any(s.standout for s in found.sites)
+    assert advice[0].recipes == (("rtn", "w8a8"), ("awq+gptq", "w4a16"), ("rrs", "w4a4"))
+    assert not any(s.standout for s in found.sites)
 
 
 def test_exactly_the_planted_channels_and_what_moves_them(tmp_path):
@@ -73,7 +75,7 @@ def test_exactly_the_planted_channels_and_what_moves_them(tmp_path):
     channels, recipe = (a for a in advise(found.sites, found.weights) if a.rule in ("channels", "recipe"))
     assert channels.alarm and channels.channels == CHANNELS and "attention input (blocks 0, 1, 2)" in channels.finding
     assert channels.helps[1].startswith("smoothquant:") and channels.cannot[0].startswith("atoken")
-    assert recipe.recipes == (("rotate+gptq", "w8a8"), ("smoothquant+gptq", "w8a8"), ("rotate+gptq", "w4a8"))
+    assert recipe.recipes == ALL
     inputs = [s for s in found.sites if s.role == "attention input"]
     assert all(s.sqnr["channel-8"] > 30 for s in inputs) and all(s.output_error["token-8"] > 0.03 for s in inputs)
 
@@ -90,6 +92,18 @@ def test_a_first_token_calls_for_a_scale_per_token(tmp_path):
     assert advice["spikes"].helps[0].startswith("rotate") and "rotate" in advice["recipe"].helps[0]
 
 
+def test_static_inputs_are_proposed_as_a_mixture(tmp_path):
+    """Where one token is too large for a static step, as a recipe that the plan takes, and that does what is said."""
+    found = analysed(tmp_path, {}, {})
+    sites = [dataclasses.replace(s, token_disparity=300.0) if s.role == "down input" else s for s in found.sites]
+    (advice,) = (a for a in advise(sites, found.weights) if a.rule == "static inputs")
+    assert advice.finding.startswith("3 of 21 linears") and not advice.alarm
+    assert advice.helps[0].startswith("--method rotate+ranges+gptq --scheme w8a8-astatic:")
+    folder = tiny_checkpoint("gemma3", tmp_path / "gemma3")
+    (advice,) = (a for a in advise(sites, found.weights, refusal_of(folder, Options())) if a.rule == "static inputs")
+    assert advice.helps[0].startswith("--method smoothquant+ranges+gptq ")
+
+
 def test_channels_and_spikes_together_call_for_rotation(tmp_path):
     found = analysed(tmp_path, {}, {})
     spike = dataclasses.replace(found.sites[0].largest, position=9)
@@ -97,7 +111,7 @@ def test_channels_and_spikes_together_call_for_rotation(tmp_path):
         found.sites[0], token_disparity=300.0, largest=spike, standout=(5,), output_error={"token-8": 0.2}
     )
     *_, recipe = advise([site, *found.sites[1:]], found.weights)
-    assert recipe.recipes == (("rotate+gptq", "w8a8"), ("smoothquant+gptq", "w8a8"), ("rotate+gptq", "w4a8"))
+    assert recipe.recipes == ALL
 
 
 def test_a_channel_stands_out_by_its_mean_and_its_largest_value():
@@ -143,7 +157,7 @@ def test_what_the_plan_refuses_is_not_advised(tmp_path):
     channels, *_, recipe = advise(sites, found.weights, refusal_of(folder, Options()))
     assert not any(h.startswith("rotate") for h in channels.helps)
     assert any(c.startswith("rotate:") for c in channels.cannot)
-    assert recipe.recipes == (("smoothquant+gptq", "w8a8"),)
+    assert recipe.recipes == (("smoothquant+gptq", "w8a8"), ("rs+gptq", "w4a4"))
     for method, scheme in recipe.recipes:
         prepare(folder, method=method, scheme=scheme, options=Options())
 

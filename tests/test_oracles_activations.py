@@ -25,11 +25,13 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 SCHEMES = {
     "w8a8": QuantScheme(CHANNEL, ActivationQuant()),
-    "w6a6": QuantScheme(TensorQuant(6, Grouping("channel")), ActivationQuant(6)),
-    "w4a8": QuantScheme(TensorQuant(4, Grouping("channel")), ActivationQuant(8)),
-    "w4a4": QuantScheme(TensorQuant(4, Grouping("channel")), ActivationQuant(4)),
-    "w4a4kv4": QuantScheme(TensorQuant(4, Grouping("channel")), ActivationQuant(4), CacheQuant(4)),
-    "w4a16kvfp8-g128": QuantScheme(TensorQuant(4, Grouping("group", 128)), None, CacheQuant(8, "fp8-e4m3")),
+    "w6a6": QuantScheme(TensorQuant(6, Grouping("channel"), "sym_signed"), ActivationQuant(6)),
+    "w4a8": QuantScheme(TensorQuant(4, Grouping("channel"), "sym_signed"), ActivationQuant(8)),
+    "w4a4": QuantScheme(TensorQuant(4, Grouping("channel"), "sym_signed"), ActivationQuant(4)),
+    "w4a4kv4": QuantScheme(TensorQuant(4, Grouping("channel"), "sym_signed"), ActivationQuant(4), CacheQuant(4)),
+    "w4a16kvfp8-g128": QuantScheme(
+        TensorQuant(4, Grouping("group", 128), "sym_signed"), None, CacheQuant(8, "fp8-e4m3")
+    ),
     "w8afp8-astatic": QuantScheme(CHANNEL, ActivationQuant(8, "fp8-e4m3", "tensor", dynamic=False)),
     "w8a8-atensor-wtensor": QuantScheme(TensorQuant(8, Grouping("tensor")), ActivationQuant(8, granularity="tensor")),
     "w8a8-achannel": QuantScheme(CHANNEL, ActivationQuant(8, granularity="channel", dynamic=False)),
@@ -37,11 +39,13 @@ SCHEMES = {
         TensorQuant(8, Grouping("channel"), "asym_zero_in"), ActivationQuant(symmetric=False)
     ),
     "w4a8-ag64-g32": QuantScheme(
-        TensorQuant(4, Grouping("group", 32)), ActivationQuant(8, granularity="group", group_size=64)
+        TensorQuant(4, Grouping("group", 32), "sym_signed"), ActivationQuant(8, granularity="group", group_size=64)
     ),
-    "w4a4-rs128": QuantScheme(TensorQuant(4, Grouping("channel")), ActivationQuant(4, smooth=RuntimeSmooth())),
+    "w4a4-rs128": QuantScheme(
+        TensorQuant(4, Grouping("channel"), "sym_signed"), ActivationQuant(4, smooth=RuntimeSmooth())
+    ),
     "w4a4-rs32nb64": QuantScheme(
-        TensorQuant(4, Grouping("channel")), ActivationQuant(4, smooth=RuntimeSmooth(32, False, 64))
+        TensorQuant(4, Grouping("channel"), "sym_signed"), ActivationQuant(4, smooth=RuntimeSmooth(32, False, 64))
     ),
 }
 

@@ -95,7 +95,7 @@ def test_no_group_gets_worse_and_more_iterations_never_hurt(text):
             stored = grid.zero.half().float() if quant.float_zeros else grid.zero.round()
             assert torch.equal(grid.zero, stored.clamp(0, quant.levels))
             assert not quant.float_zeros or torch.equal(grid.scale, start.scale)
-    assert float(before.sum()) < 0.98 * float(norm_errors(units, start, quant, 0.7).sum())
+    assert float(before.sum()) < 0.985 * float(norm_errors(units, start, quant, 0.7).sum())
     assert torch.equal(half_quadratic(w, quant, start, HalfQuadratic(iterations=0)).scale, start.scale)
 
 

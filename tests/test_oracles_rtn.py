@@ -17,7 +17,7 @@ from ptq.numerics.integers import dequantize, fake_quantize, grid_parameters, qu
 from ptq.scheme import QUANTIZERS, Grouping, QuantScheme, TensorQuant, parse_scheme
 
 torch.set_num_threads(1)
-A, B, C, D, E = QUANTIZERS
+A, B, C, D, E, SIGNED = QUANTIZERS
 BITS = [2, 3, 4, 8]
 WHOLE = Grouping("channel")
 EXACT = pytest.mark.parametrize("exact", [True, False], ids=["exact", "stored"])
@@ -51,6 +51,8 @@ def slow_unit(row: list[float], bits: int, kind: str, exact: bool) -> list[float
         return [(min(max(round(v / s) + z, 0), n) - z) * s for v in row]
     if kind == E:
         s, low, high = keep(2 * (a or 1.0) / n), -half, half - 1
+    elif kind == SIGNED:
+        s, low, high = keep((a or 1.0) / half) * (-1 if mx > -mn else 1), -half, half - 1
     else:
         s, low, high = keep(max(a, 1e-5) / (half - 1)), -half if kind == C else 1 - half, half - 1
     return [min(max(round(v / s), low), high) * s for v in row]
@@ -92,7 +94,8 @@ def test_stored_scales_are_exact_in_both_half_precisions():
 @pytest.mark.parametrize("kind", QUANTIZERS)
 def test_oracle_1_error_is_at_most_half_a_step(kind, bits, exact):
     """1. |w - Q(w)| <= s/2 * (1+1e-6) for A whenever mn <= 0 <= mx, for B always, for C/D always; for E except units'
-    positive max. Stored scales: ends of the range may also lack N e steps."""
+    positive max, for signed steps except where the side away from the largest weight ends. Stored scales: ends of the
+    range may also lack N e steps."""
     w = weights(64, 16, seed=bits)
     if kind != A:
         w[:8] = w[:8].abs() + 0.5
@@ -100,8 +103,8 @@ def test_oracle_1_error_is_at_most_half_a_step(kind, bits, exact):
     quant = TensorQuant(bits, WHOLE, kind)
     s = steps(w, quant, exact)
     error = (w - fake_quantize(w, quant, exact_scale=exact)).abs()
-    allowed = s * (0.5 + (0 if exact else quant.levels * 2**-8 / (1 - 2**-8))) * (1 + 1e-6)
-    inside = w < (2 ** (bits - 1) - 1) * s if kind == E else torch.ones_like(w, dtype=torch.bool)
+    allowed = s.abs() * (0.5 + (0 if exact else quant.levels * 2**-8 / (1 - 2**-8))) * (1 + 1e-6)
+    inside = w / s < 2 ** (bits - 1) - 1 if kind in (E, SIGNED) else torch.ones_like(w, dtype=torch.bool)
     assert (error <= allowed)[inside].all()
     if kind == E and exact:  # +a lies half a step above the top code
         top = w == w.abs().amax(dim=1, keepdim=True)
@@ -110,7 +113,7 @@ def test_oracle_1_error_is_at_most_half_a_step(kind, bits, exact):
 
 @EXACT
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("kind", [A, B, C, D])
+@pytest.mark.parametrize("kind", [A, B, C, D, SIGNED])
 def test_oracle_2_idempotence(kind, bits, exact):
     """2. Q(Q(W)) == Q(W) (1e-6 rel) for A and B (units spanning 0), C, D. E is NOT idempotent in general. Stored
     scales: for every unit that uses both end codes (rounding the scale up may leave the top code unused)."""
@@ -122,12 +125,26 @@ def test_oracle_2_idempotence(kind, bits, exact):
     if not exact:
         s, z = grid_parameters(w, quant)
         codes = quantize(w, s[:, None], None if z is None else z[:, None], quant)
-        top = quant.levels - 2 ** (bits - 1)
+        top = 2 ** (bits - 1) if kind == SIGNED else quant.levels - 2 ** (bits - 1)
         ends = (codes - 2 ** (bits - 1)).abs().amax(1) == top if z is None else codes.aminmax(dim=1).max == quant.levels
         rows = ends if z is None else ends & (codes.amin(1) == 0)
         assert rows.sum() > 50
     assert torch.allclose(twice[rows], once[rows], rtol=1e-6, atol=0)
     assert not torch.allclose(once, w, rtol=1e-3)
+
+
+def test_the_largest_weight_is_the_lowest_level_of_a_signed_grid():
+    """Exactly, where the scale is exact; and no level but those is beyond it."""
+    w = weights(200, 16)
+    found = fake_quantize(w, TensorQuant(2, WHOLE, SIGNED), exact_scale=True)
+    top = w.abs() == w.abs().amax(1, keepdim=True)
+    assert (
+        torch.allclose(found[top], w[top], rtol=1e-12) and (found.abs() <= w.abs().amax(1, keepdim=True) + 1e-12).all()
+    )
+    signs = steps(w, TensorQuant(2, WHOLE, SIGNED), True)[top].sign()
+    assert torch.equal(signs, -w[top].sign()) and 50 < (signs < 0).sum() < 150
+    positive = fake_quantize(w, TensorQuant(2, WHOLE, E), exact_scale=True)
+    assert (found - w).square().sum() < 0.9 * (positive - w).square().sum()
 
 
 def test_oracle_2_sym_gptq_is_not_idempotent():
@@ -161,9 +178,9 @@ def test_oracle_3_row_scaling(kind, grouping, exact):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("kind", [A, C, D])
+@pytest.mark.parametrize("kind", [A, C, D, SIGNED])
 def test_oracle_4_odd_symmetry(kind, bits):
-    """4. Q(-W) == -Q(W) for A, C, D (ties aside). With stored scales still for C and D."""
+    """4. Q(-W) == -Q(W) for A, C, D and signed steps (ties aside). With stored scales still for all but A."""
     w, quant = weights(100, 16, seed=bits), TensorQuant(bits, WHOLE, kind)
     for exact in (True, False) if kind != A else (True,):
         q, mirrored = (fake_quantize(v, quant, exact_scale=exact) for v in (w, -w))

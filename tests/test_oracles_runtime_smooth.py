@@ -112,6 +112,14 @@ def test_maxima_of_blocks_of_tokens_are_causal():
     assert torch.equal(torch.cat(rows, 1), fake_quantize_inputs(x, smooth(8, block=8)))
 
 
+@pytest.mark.parametrize("group", [1, 8])
+def test_a_last_block_may_be_short(group):
+    """Every block of tokens is smoothed by its own maxima, also one that is not full."""
+    x = random(2, 21, 40)
+    rows = [fake_quantize_inputs(x[:, first : first + 8], smooth(group)) for first in (0, 8, 16)]
+    assert torch.equal(torch.cat(rows, 1), fake_quantize_inputs(x, smooth(group, block=8)))
+
+
 def test_sequences_of_a_batch_do_not_meet():
     x = random(3, 10, 40)
     together = fake_quantize_inputs(x, smooth(8))

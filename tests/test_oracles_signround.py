@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import done, refused
+from safetensors.torch import save_file
 from test_cli import codes
 from tiny_runs import text_file, tiny_checkpoint
 
@@ -16,7 +17,8 @@ from ptq.numerics import signround
 from ptq.numerics.gptq import gptq_round
 from ptq.numerics.grids import grid_of
 from ptq.numerics.integers import round_scale
-from ptq.numerics.signround import Learned
+from ptq.numerics.signround import Learned, relative_loss
+from ptq.runtime.load import load_model
 from ptq.scheme import parse_scheme
 
 torch.set_num_threads(1)
@@ -74,10 +76,11 @@ def test_published_equations():
     state.offset.copy_(v)
     state.high.fill_(-0.1)
     units = w.unflatten(1, (-1, 32))
-    s = round_scale(2 * units.abs().amax(2) / 7).mul(torch.exp(torch.tensor(-0.1)))
+    largest = units.gather(2, units.abs().argmax(2, keepdim=True)).squeeze(2)
+    s = round_scale(-largest / 4).mul(torch.exp(torch.tensor(-0.1)))
     s = round_scale(s).unsqueeze(-1)
     expected = s * ((units / s + v).round().add(4).clamp(0, 7) - 4)
-    assert (state.weight() - expected.flatten(1)).abs().max() <= float(s.max()) * 1.001  # ties of float32 only
+    assert (state.weight() - expected.flatten(1)).abs().max() <= float(s.abs().max()) * 1.001  # ties of float32 only
     assert (state.weight() == expected.flatten(1)).float().mean() > 0.999
 
 
@@ -143,6 +146,26 @@ def test_the_block_comes_closer(place, family):
         assert len(notes) == len(record.linears)
         first, last = ([n[f"signround.{which}_loss"] for n in notes] for which in ("first", "last"))
         assert all(b <= a for a, b in zip(first, last, strict=True)) and sum(last) < sum(first)
+
+
+@pytest.mark.parametrize("smooth", ["", '[[pass]]\nname = "rs"\n'])
+def test_it_sees_quantized_inputs(place, smooth):
+    """The loss in the record is what the written model has on the calibration windows, inputs on 4 bits: behind the
+    first block, the only one whose float inputs are those of the run."""
+    tokens = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(7))
+    save_file({"input_ids": tokens}, place / "tokens.safetensors")
+    recipe = place / "still.toml"
+    recipe.write_text(f'{smooth}[[pass]]\nname = "signround"\nepochs = 1\nrate = 0.0\nrange_rate = 0.0\n')
+    run = words(place, "gptq", "--scheme", "w3a4", "--dataset", place / "tokens.safetensors", "--samples", 4)
+    run[2:4] = ["--recipe", recipe]
+    done(*run)
+    model, quantized = (load_model(place / name, dtype=torch.float32).model for name in ("llama", "run"))
+    with torch.no_grad():
+        y, target = (m(tokens, output_hidden_states=True).hidden_states[1] for m in (quantized, model))
+    losses = [float(relative_loss(a, b)) for a, b in zip(y, target, strict=True)]
+    assert sum(losses) / 4 == pytest.approx(
+        read_record(place / "run").linears[0].notes["signround.first_loss"], rel=1e-4
+    )
 
 
 def test_zero_epochs_change_nothing(place):

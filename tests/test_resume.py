@@ -104,7 +104,7 @@ def test_resumed_after_every_block(case, place, tmp_path):
 
 
 PLACES = [
-    (ptq.run.pipeline, "Walk", 0),
+    (ptq.run.pipeline, "walk_of", 0),
     (calibration.walk.finished, "write_atomically", 0),
     (calibration.walk.finished, "save_tensors", 0),
     (calibration.model.checkpoint, "save_file", 1),

@@ -47,8 +47,8 @@ def test_schemes_round_trip(bits, quantizer):
 
 def test_what_a_scheme_leaves_out():
     assert str(parse_scheme("w4a16")) == "w4a16-g128-sym" == str(parse_scheme(" W4A16-G128 "))
-    assert str(parse_scheme("w4a16", "asym_zero_in")) == "w4a16-g128-asym"
-    assert str(parse_scheme("w3a16-sym", "asym_zero_in")) == "w3a16-g128-sym"
+    assert str(parse_scheme("w4a16", "asym")) == "w4a16-g128-asym"
+    assert str(parse_scheme("w3a16-sym", "asym")) == "w3a16-g128-sym"
     w = parse_scheme("w8a16-gchannel-asym").weights
     assert (w.bits, w.levels, w.symmetric) == (8, 255, False)
     assert (w.grouping.width(96), w.grouping.count(96)) == (96, 1)

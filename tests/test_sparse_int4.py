@@ -35,7 +35,7 @@ def check_input(kernel, weight: Int4Rows, w: torch.Tensor, tokens: int, density:
     exact = z @ w.T + (0 if b is None else b.double())
     # codes and zeros are summed apart: sums are of the size of 15 steps, not of the weights
     scale = weight.scale.double().repeat_interleave(weight.group, dim=0)
-    sizes = z.abs() @ (15 * scale) + (0 if b is None else b.double().abs())
+    sizes = z.abs() @ (15 * scale.abs()) + (0 if b is None else b.double().abs())
     assert_close(kernel.input_product(x, weight, mask, b), exact, sizes, rounded=torch.zeros(()))
 
 
@@ -46,7 +46,7 @@ def check_output(kernel, weight: Int4Rows, w: torch.Tensor, tokens: int, density
     g = masked(gate, mask)
     scale = weight.scale.double().repeat_interleave(weight.group, dim=1)
     dots = x.double() @ w.T + (0 if b is None else b.double())
-    sizes = (x.double().abs() @ (15 * scale).T + (0 if b is None else b.double().abs())) * g.abs()
+    sizes = (x.double().abs() @ (15 * scale.abs()).T + (0 if b is None else b.double().abs())) * g.abs()
     h = kernel.output_product(x, weight, gate, mask, b)
     assert_close(h, g * dots, sizes, rounded=2 * (x.double().abs() @ w.abs().T) * g.abs())  # the reference rounds rows
     assert (h[g == 0] == 0).all()

@@ -300,8 +300,8 @@ def test_forwards_are_counted(name, tmp_path, monkeypatch):
     """What the plan announces is what the first block runs, and what its record says it gathered."""
     passes, gathered, total = RECIPES[name]
     calls = []
-    run = HiddenStates.run
-    monkeypatch.setattr(HiddenStates, "run", lambda self, b, i, **kw: (calls.append(i), run(self, b, i, **kw)))
+    output = HiddenStates.output
+    monkeypatch.setattr(HiddenStates, "output", lambda self, b, i, *a: (calls.append(i), output(self, b, i, *a))[1])
     blocks = open_blocks(save_tiny("llama", tmp_path), torch.float32)
     schemes = [dict.fromkeys(blocks.skeleton.spec.block(i).linears, scheme()) for i in range(len(blocks))]
     walk = Walk(
@@ -311,6 +311,7 @@ def test_forwards_are_counted(name, tmp_path, monkeypatch):
         folder=tmp_path / "blocks",
     )
     walk.run(tokens() if gathered else None, Silent())
-    assert forwards_per_block(passes) == total == calls.count(0)
-    assert calls.count(1) == gathered  # nothing follows the last block
+    batches = len(list(tokens().batches(blocks.batch_size)))
+    assert forwards_per_block(passes) == total and calls.count(0) == total * batches
+    assert calls.count(1) == gathered * batches  # nothing follows the last block
     assert [json.loads(walk.finished.record_path(i).read_text())["forwards"] for i in (0, 1)] == [gathered, gathered]

@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 import torch
 
 from calibration.architectures.spec import SharedInput
+from calibration.distributed import Processes
 from calibration.errors import ToolkitError
 from calibration.model.watching import Watch, watching
 from calibration.walk.capture import Call, Inputs, accumulate, record_calls, record_inputs
+from calibration.walk.lanes import sum_of_lanes
 from calibration.walk.segment import Segment
 from calibration.walk.states import HiddenStates, Reference
 from calibration.walk.statistics import Gram, Statistic, TwoStreams
@@ -38,6 +40,7 @@ class Context:
         show: called with what is at work and does not count: the searches before rounding.
         token_weights: what tokens count in statistics.
         float_states: hidden states of the float model entering the block, where a kind watches two streams.
+        processes: that share the calibration batches; every one of them asks for the same.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Context:
         show: Callable[[str], None] = lambda _: None,
         token_weights: TokenWeights = "norm",
         float_states: HiddenStates | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.segment = segment
         self.forwards = 0
@@ -63,6 +67,7 @@ class Context:
         self._references = references or {}
         self._weigh = weights_by_norm if token_weights == "norm" else None
         self._float_states = float_states
+        self._processes = processes or Processes()
         self._float_outputs: list[torch.Tensor] = []
         self._store: dict[tuple[SharedInput, type[Any]], Statistic] = {}
         self._products: dict[SharedInput, torch.Tensor] = {}
@@ -175,21 +180,24 @@ class Context:
         assert states is not None, "this run has no calibration samples"
         segment.sync()
         device = next(iter(segment.masters.values())).device
-        fresh = {
-            (shared, kind): kind(segment.weight(shared.linears[0]).shape[1], device)
-            for shared in inputs
-            for kind in kinds
-        }
-        hooks = {
-            segment.architecture.module_name(shared.linears[0]): [fresh[shared, kind] for kind in kinds]
-            for shared in inputs
-        }
-        if any(issubclass(kind, TwoStreams) for kind in kinds):
-            self._run_pairs(states, hooks)
-        else:
-            with accumulate(segment.module, hooks, self._weigh):
-                states.run(segment.module, segment.index, keep=self._propagate, advance=self.advance)
-            self.forwards += 1
+
+        def accumulators() -> dict[tuple[SharedInput, type[Any]], Statistic]:
+            widths = {shared: segment.weight(shared.linears[0]).shape[1] for shared in inputs}
+            return {(shared, kind): kind(widths[shared], device) for shared in inputs for kind in kinds}
+
+        def run(lane: range, fresh: Mapping[tuple[SharedInput, type[Any]], Statistic]) -> None:
+            hooks = {
+                segment.architecture.module_name(shared.linears[0]): [fresh[shared, kind] for kind in kinds]
+                for shared in inputs
+            }
+            if any(issubclass(kind, TwoStreams) for kind in kinds):
+                self._run_pairs(states, hooks, lane)
+            else:
+                with accumulate(segment.module, hooks, self._weigh):
+                    states.run(segment.module, segment.index, self._propagate, self.advance, lane=lane)
+
+        fresh = sum_of_lanes(states.lanes, self._processes, accumulators, run)
+        self.forwards += 2 if any(issubclass(kind, TwoStreams) for kind in kinds) else 1
         self._store.update(fresh)
         self._products.clear()
         for (shared, _), statistic in fresh.items():
@@ -200,16 +208,15 @@ class Context:
                 )
         self._check_seen(inputs, kinds)
 
-    def _run_pairs(self, states: HiddenStates, hooks: Mapping[str, Sequence[Statistic]]) -> None:
+    def _run_pairs(self, states: HiddenStates, hooks: Mapping[str, Sequence[Statistic]], lane: range) -> None:
         """Batch after batch through the float block, as the float model has it, and through the block as it now is."""
         assert not self._propagate, "a float stream has no second one"
         original = self._float_parameters()
-        for batch in self.batches:
+        for batch in lane:
             other = self._float_inputs(batch, hooks, original)
             with accumulate(self.segment.module, hooks, self._weigh, other):
                 states.output(self.segment.module, self.segment.index, batch)
             self.advance("forward")
-        self.forwards += 2
 
     def _float_parameters(self) -> dict[str, torch.Tensor]:
         """Parameters of the block that passes have moved, as they were, by their names in the block's class."""

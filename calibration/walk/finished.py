@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -84,8 +87,8 @@ class FinishedBlocks:
         data = json.loads(self.record_path(index).read_text(encoding="utf-8"))["linears"]
         return {self.spec.prefix(index) + name: entry for name, entry in data.items()}
 
-    def write(self, segment: Segment, tensors: Mapping[str, torch.Tensor], forwards: int) -> None:
-        """Commit one block.
+    def commit(self, segment: Segment, tensors: Mapping[str, torch.Tensor], forwards: int) -> Callable[[], None]:
+        """What commits one block when it is called; it holds the tensors, and nothing else of the segment.
 
         Args:
             tensors: of its file, full checkpoint names.
@@ -102,10 +105,46 @@ class FinishedBlocks:
                 for name, scheme in segment.schemes.items()
             },
         }
-        self.gates_path(segment.index).unlink(missing_ok=True)  # of a damaged block that is made again
-        if segment.gates:
-            save_tensors(self.gates_path(segment.index), segment.gates)
-        save_tensors(self.tensors_path(segment.index), tensors)
+        return partial(self._write, segment.index, record, tensors, dict(segment.gates))
+
+    def _write(
+        self,
+        index: int,
+        record: dict[str, Any],
+        tensors: Mapping[str, torch.Tensor],
+        gates: Mapping[str, torch.Tensor],
+    ) -> None:
+        self.gates_path(index).unlink(missing_ok=True)  # of a damaged block that is made again
+        if gates:
+            save_tensors(self.gates_path(index), gates)
+        save_tensors(self.tensors_path(index), tensors)
         record = json.loads(json.dumps(record))  # as it will be read back: NaN and numbers alike
-        record[DIGESTS] = self._digests(segment.index, record)
-        write_atomically(self.record_path(segment.index), (json.dumps(record, sort_keys=True) + "\n").encode())
+        record[DIGESTS] = self._digests(index, record)
+        write_atomically(self.record_path(index), (json.dumps(record, sort_keys=True) + "\n").encode())
+
+
+class Committing:
+    """Writes finished blocks in a thread, one at a time and in order, while the next one is worked on. What that raises
+    comes out of a later call; leaving the ``with`` waits for the last one, so that it can be resumed from."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def begin(self, write: Callable[[], None]) -> None:
+        self.wait()
+        self._writing = self._thread.submit(write)
+
+    def wait(self) -> None:
+        """Until what was begun is written."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def __enter__(self) -> Committing:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._thread.shutdown()
+        if error is None:
+            self.wait()

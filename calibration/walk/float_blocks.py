@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from calibration.distributed import Processes
 from calibration.memory import return_freed
 from calibration.model.checkpoint import TensorSource
 from calibration.model.skeleton import Skeleton, load_parameters, places, release
@@ -71,15 +72,16 @@ class FloatBlocks:
             segment.masters.clear()  # the caller may still hold the segment while the next one is loaded
             return_freed()
 
-    def enter(self, tokens: TokenBatches, progress: Progress) -> HiddenStates:
-        """The hidden states that enter the first block: load what comes before it, run every batch, drop it again."""
+    def enter(self, tokens: TokenBatches, progress: Progress, processes: Processes | None = None) -> HiddenStates:
+        """The hidden states that enter the first block: load what comes before it, run every batch (of this process),
+        drop it again."""
         progress.stage("embed", 1)
         outside = self.outside
         names = self.skeleton.stem_names(outside.names)
         stem = {self.skeleton.spec.root_module_name(n): self.cast(outside.tensor(n)) for n in names}
         load_parameters(self.skeleton.model, stem)
         self.reader.close()
-        states = HiddenStates.from_tokens(self.skeleton, tokens, self.batch_size)
+        states = HiddenStates.from_tokens(self.skeleton, tokens, self.batch_size, processes)
         for name in stem:
             parent, _, leaf = name.rpartition(".")
             module = self.skeleton.model.get_submodule(parent)

@@ -80,6 +80,8 @@ class Pass(ABC):
         phases: what it promises, in order (AWQ balances, then chooses clipping ranges).
         expected_errors: what `ptq fit` may expect of it: errors as of rounding to nearest, or as with GPTQ's feedback;
             None where it was not measured.
+        looks_at_batches: it reads calibration batches themselves and not only sums over them, so that they must all be
+            in one process. (Passes with `references`, and those that make thresholds, do so too.)
     """
 
     name: ClassVar[str]
@@ -88,6 +90,7 @@ class Pass(ABC):
     default_scheme: ClassVar[str | None] = None
     phases: ClassVar[tuple[Phase, ...]]
     expected_errors: ClassVar[Literal["nearest", "feedback"] | None] = None
+    looks_at_batches: ClassVar[bool] = False
 
     @property
     def stream(self) -> Stream:
@@ -183,6 +186,11 @@ def references_of(passes: Sequence[Pass]) -> tuple[Reference, ...]:
 def watches_float(passes: Sequence[Pass]) -> bool:
     """Whether some pass reads a statistic of two streams, so that the walk carries the float model's states along."""
     return any(issubclass(kind, TwoStreams) for p in passes for kind in p.statistics)
+
+
+def undivided(passes: Sequence[Pass]) -> list[str]:
+    """Names of the passes that cannot share the calibration batches with other processes."""
+    return [p.name for p in passes if p.looks_at_batches or p.references or Phase.GATE in p.phases]
 
 
 def keeps_originals(passes: Sequence[Pass]) -> bool:

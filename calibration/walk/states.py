@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from calibration.distributed import Processes, lanes_of
 from calibration.model.skeleton import Skeleton
 from calibration.text.crops import TokenBatches
 from calibration.walk.capture import Call
@@ -24,17 +25,26 @@ class HiddenStates:
     A block is called with the arguments that the model itself passes to it (masks, rotary embeddings), recorded once
     per batch size and block: masks that differ between layers stay right. Batches are unpadded, so the arguments do
     not depend on the tokens.
+
+    Attributes:
+        batches: those of this process, in order.
+        lanes: of the whole calibration set, see `calibration.distributed`; which batches of this process each has, none
+            where another process has them.
     """
 
     def __init__(self, tuple_output: bool, device: torch.device) -> None:
         self.batches: list[torch.Tensor] = []
+        self.lanes: list[range] = []
         self._calls: dict[int, list[Call]] = {}
         self._tuple_output = tuple_output
         self._device = device
 
     @classmethod
-    def from_tokens(cls, skeleton: Skeleton, tokens: TokenBatches, batch_size: int) -> HiddenStates:
-        """Run everything before the blocks. The skeleton's stem must be loaded.
+    def from_tokens(
+        cls, skeleton: Skeleton, tokens: TokenBatches, batch_size: int, processes: Processes | None = None
+    ) -> HiddenStates:
+        """Run everything before the blocks, on the batches that this one of the ``processes`` has. The skeleton's stem
+        must be loaded.
 
         Every block's forward is replaced by a recorder that returns its input, so that the embedding, its scaling and
         position embeddings come along without being named.
@@ -53,7 +63,7 @@ class HiddenStates:
         for block in blocks:
             block.forward = recorder
         try:
-            for ids in tokens.batches(batch_size):
+            for ids in states._own(list(tokens.batches(batch_size)), processes or Processes()):
                 calls.clear()
                 skeleton.model.base_model(ids.to(skeleton.device), use_cache=False)
                 states._calls.setdefault(ids.shape[0], list(calls))
@@ -66,11 +76,27 @@ class HiddenStates:
                 del block.forward
         return states
 
+    def _own(self, batches: list[torch.Tensor], processes: Processes) -> list[torch.Tensor]:
+        """The batches of this process; fills `lanes`."""
+        own: list[torch.Tensor] = []
+        for lane, members in enumerate(lanes_of(len(batches))):
+            taken = [batches[i] for i in members] if processes.owner(lane) == processes.rank else []
+            self.lanes.append(range(len(own), len(own) + len(taken)))
+            own += taken
+        return own
+
     def run(
-        self, block: nn.Module, index: int, keep: bool, advance: Callable[[str], None], limit: int | None = None
+        self,
+        block: nn.Module,
+        index: int,
+        keep: bool,
+        advance: Callable[[str], None],
+        limit: int | None = None,
+        lane: range | None = None,
     ) -> None:
-        """Run every batch, or the first ``limit``, through ``block``; with ``keep`` its outputs replace the states."""
-        for i in range(len(self.batches[:limit])):
+        """Run every batch, or the first ``limit``, or those of a lane, through ``block``; with ``keep`` its outputs
+        replace the states."""
+        for i in range(len(self.batches[:limit])) if lane is None else lane:
             output = self.output(block, index, i)
             if keep:
                 self.batches[i] = output
@@ -99,7 +125,7 @@ class HiddenStates:
     def copy(self) -> HiddenStates:
         """A stream of its own that starts from the same states. Tensors are shared until a block replaces them."""
         other = HiddenStates(self._tuple_output, self._device)
-        other.batches, other._calls = list(self.batches), self._calls
+        other.batches, other.lanes, other._calls = list(self.batches), self.lanes, self._calls
         return other
 
     @property

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from calibration.distributed import Processes
 from calibration.memory import return_freed
 from calibration.model.skeleton import release
 from calibration.model.watching import Watch, watching
 from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
 from calibration.walk.context import Context
-from calibration.walk.finished import FinishedBlocks
+from calibration.walk.finished import Committing, FinishedBlocks
 from calibration.walk.float_blocks import FloatBlocks, Tensors
 from calibration.walk.passes import Phase, forwards_per_block, references_of, stream_of, watches_float
 from calibration.walk.segment import Segment
@@ -49,6 +50,7 @@ class Walk:
         allow_unseen: experts without calibration tokens are rounded without data instead of stopping the run.
         inputs: as ``restore``, to what a user's runtime does to the inputs of linears.
         token_weights: what tokens count in statistics.
+        processes: that share the calibration batches. All read ``folder``; the first one writes there.
     """
 
     blocks: FloatBlocks
@@ -58,6 +60,7 @@ class Walk:
     allow_unseen: bool = False
     inputs: Callable[[Tensors, Mapping[str, str]], Transforms] = no_transforms
     token_weights: TokenWeights = "norm"
+    processes: Processes = field(default_factory=Processes)
 
     @property
     def finished(self) -> FinishedBlocks:
@@ -74,14 +77,15 @@ class Walk:
         Args:
             tokens: calibration samples; None where no pass needs data.
         """
-        passes, n_blocks, done = self.blocks.passes, len(self.blocks), self.finished.count()
+        passes, n_blocks = self.blocks.passes, len(self.blocks)
+        done = self.processes.agree(self.finished.count() if self.processes.first else None)
         stream = stream_of(passes)
         self.folder.mkdir(parents=True, exist_ok=True)
         states = model_states = None
         if stream != "none" and done < n_blocks:
             assert tokens is not None, "these passes need calibration samples"
             self.blocks.transform_inputs()
-            states = self.blocks.enter(tokens, progress)
+            states = self.blocks.enter(tokens, progress, self.processes)
             model_states = states.copy() if "model" in references_of(passes) or watches_float(passes) else None
             streams = 2 if model_states else 1
             progress.stage("replay", done * streams * len(states.batches)) if done else None
@@ -93,8 +97,9 @@ class Walk:
         batches = len(states.batches) if states else 0
         forwards = (n_blocks - done) * forwards_per_block(passes) - (stream == "quantized" and done < n_blocks)
         progress.stage("blocks", batches * forwards + linears)  # nothing follows the last block: it is not run again
-        for index in range(done, n_blocks):
-            self._block(index, states, model_states, stream, progress)
+        with Committing() as committing:
+            for index in range(done, n_blocks):
+                self._block(index, states, model_states, stream, progress, committing)
 
     def _replay(self, index: int, states: HiddenStates, quantized: bool, progress: Progress) -> None:
         """Propagate through a finished block: the float one or the written one, as the first run did."""
@@ -157,6 +162,7 @@ class Walk:
         model_states: HiddenStates | None,
         stream: str,
         progress: Progress,
+        committing: Committing,
     ) -> None:
         segment = self.blocks.load_transformed(index, with_module=states is not None)
         where = f"block {index + 1}/{len(self.blocks)}"
@@ -177,6 +183,7 @@ class Walk:
             show=lambda detail: progress.advance(f"{where} {detail}", units=0),
             token_weights=self.token_weights,
             float_states=float_states,
+            processes=self.processes,
         )
         for step in self.blocks.passes:
             if step.phases != (Phase.TRANSFORM,):
@@ -184,10 +191,13 @@ class Walk:
         referred = "model" in references_of(self.blocks.passes)  # and so propagated already
         if model_states is not None and float_states is not None and not referred and not last:
             model_states.batches = context.float_outputs()
-        self.finished.write(segment, self.encode(segment), context.forwards)
+        if self.processes.first:
+            committing.begin(self.finished.commit(segment, self.encode(segment), context.forwards))
         module = segment.module
         del context, segment, float_states  # masters and statistics go before the next forward pass
         release(module)
         if states is not None and stream == "quantized" and not last:
+            committing.wait()
+            self.processes.barrier()
             self._run_written(index, states, advance)
         return_freed()

@@ -44,6 +44,7 @@ def advise(
         lambda: _spikes(inputs),
         lambda: _massive(sites),
         lambda: _weights(weights),
+        lambda: _static(inputs, refusal),
     )
     found = [_possible(advice, refusal) for advice in (rule() for rule in rules) if advice is not None]
     return (*found, _recipe(inputs, found, refusal))
@@ -92,10 +93,7 @@ def _first_tokens(inputs: Iterable[SiteRecord]) -> Advice | None:
         True,
         f"the first token of a text is up to {max(s.token_disparity for s in hit):.0f} times larger in {_where(hit)}",
         (),
-        (
-            "atoken: every token has its own scale",
-            "ranges with astatic: gives these inputs a scale per token and all others a static one",
-        ),
+        ("atoken: every token has its own scale",),
         ("atensor, and astatic for these inputs: one range for all tokens is set by the first",),
     )
 
@@ -148,16 +146,44 @@ def _weights(weights: Iterable[WeightRecord]) -> Advice | None:
     )
 
 
+STATIC = ("rotate+ranges+gptq", "smoothquant+ranges+gptq", "ranges+gptq")
+"""For static inputs, the best first."""
+
+
+def _static(inputs: Sequence[SiteRecord], refusal: Refusal) -> Advice | None:
+    """Static steps for all linears but those that read massive tokens; for engines that take steps from the file."""
+    hit = [s for s in inputs if s.token_disparity > TOKEN_DISPARITY]
+    method = next((m for m in STATIC if refusal(m, "w8a8-astatic") is None), None)
+    if not hit or method is None:
+        return None
+    few, all_ = (sum(len(s.linears) for s in some) for some in (hit, inputs))
+    return Advice(
+        "static inputs",
+        False,
+        f"{few} of {all_} linears read a token too large for a static step that is to serve the others",
+        (),
+        (f"--method {method} --scheme w8a8-astatic: a step per token for these linears, static steps for the others",),
+        (),
+    )
+
+
+EIGHT = (("rotate+gptq", "w8a8"), ("smoothquant+gptq", "w8a8"))
+FOUR = (("rrs", "w4a4"), ("rs+gptq", "w4a4"))
+"""For 8 bits on both sides and for 4, the best first. A rotation spreads channels and spikes alike, at whichever sites
+they are; scales that move into weights or follow the live input are for families whose stream cannot turn, and for
+runtimes that do not rotate."""
+
+
 def _recipe(inputs: Sequence[SiteRecord], found: Sequence[Advice], refusal: Refusal) -> Advice:
-    """What to try first comes first. A rotation spreads channels and spikes alike, whichever sites they are at; scales
-    come second, for runtimes that do not rotate and for families whose stream cannot turn."""
+    """What to try, the best first; of the recipes for 4 bits the first that the plan takes."""
     worst = max((s.output_error.get("token-8", 0.0) for s in inputs), default=0.0)
     rules = {advice.rule for advice in found if advice.alarm} - {"weights"}
     wanted: tuple[tuple[str, str], ...] = (("rtn", "w8a8"), ("awq+gptq", "w4a16"))
     if rules or worst > SAFE_8:
-        wanted = (("rotate+gptq", "w8a8"), ("smoothquant+gptq", "w8a8"))
-        wanted += (("rotate+gptq", "w4a8"),) if "channels" in rules else ()
-    recipes = tuple(recipe for recipe in wanted if refusal(*recipe) is None) or (("rtn", "w8a8"),)
+        wanted = EIGHT + ((("rotate+gptq", "w4a8"),) if "channels" in rules else ())
+    accepted = [recipe for recipe in wanted if refusal(*recipe) is None]
+    accepted += [recipe for recipe in FOUR if refusal(*recipe) is None][:1]
+    recipes = tuple(accepted) or (("rtn", "w8a8"),)
     return Advice(
         "recipe",
         False,

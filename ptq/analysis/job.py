@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calibration.errors import ToolkitError
 from calibration.model.checkpoint import save_tensors, write_atomically
+from calibration.model.contents import check_weights, small_digest
 from calibration.model.opening import fingerprint, load_tokenizer
 from calibration.progress import Progress, Silent
 from calibration.record import REPORT_FILE
+from calibration.text.crops import TokenBatches
 from calibration.versions import versions
 from ptq.analysis.accepted import refusal_of
 from ptq.analysis.advice import advise
@@ -29,6 +34,8 @@ from ptq.session import Session
 from sparsity.files import SETTINGS_FILE
 
 CHANNELS_FILE = "channels.safetensors"
+TRIALS = "try"
+"""The folder of recipes that are carried out, below DIR.partial."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,13 @@ def analyze(
     *,
     out: str | Path,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> AnalysisRecord:
     """Look at a float or quantized checkpoint and write reports into ``out``.
+
+    Recipes that are carried out are kept in ``out.partial`` when they are finished, and ``resume`` goes on from there;
+    the walk over the blocks, one forward pass, is made again.
 
     Raises:
         ToolkitError: whatever can be refused; ``out`` is then not there.
@@ -70,7 +81,9 @@ def analyze(
     source = open_source(model, o)
     reader, spec = source.reader, source.spec
     session = Session(Path(out))
-    session.check(overwrite, resume=False, source=source.folder, resumable=False)
+    if resume and not o.try_advice:
+        raise ToolkitError("--resume: only recipes that --try carries out are kept", "leave --resume out")
+    session.check(overwrite, resume, source=source.folder, resumable=o.try_advice)
     quantized = format_of(reader.config) is not None
     parts = Parts(source.folder, spec, _run_options(source), o.windows, o.probe_windows, source.device, quantized)
     source.check_text()
@@ -80,15 +93,16 @@ def analyze(
         progress.message("activation thresholds are not applied: the dense model is analyzed")
     tokens = source.windows(progress)
     text = _token_texts(source.folder, source.dataset, o.trust_remote_code)
-    session.begin({"analyze": fingerprint(reader)}, resume=False)
-    with session.unless_done():
+    session.begin(_identity(source, tokens) if o.try_advice else {"analyze": fingerprint(reader)}, resume)
+    session.keep(frozenset({TRIALS}))
+    with nullcontext() if o.try_advice else session.unless_done():
         softmax = None if o.softmax is None else parts.softmax(tokens, o.softmax, progress)
         subject = Subject(float_weights(reader, spec), source.config, spec, source.dtype, source.device)
         found = observe(subject, tokens, text, progress)
         sensitivity, edge = parts.sensitivity(fit, o.sensitivity, tokens, progress)
         refusal = {} if quantized else {"refusal": refusal_of(source.folder, _run_options(source))}
         advice = advise(found.sites, found.weights, **refusal)
-        trials = parts.trials(advice, tokens, session.partial / "try", progress) if o.try_advice else ()
+        trials = parts.trials(advice, tokens, session.partial / TRIALS, progress) if o.try_advice else ()
         record = AnalysisRecord(
             model=_model_record(source),
             calibration=tokens.source,
@@ -111,6 +125,18 @@ def analyze(
         write_report(record, session.partial)
         session.finish()
     return record
+
+
+def _identity(source: Source, tokens: TokenBatches) -> dict[str, Any]:
+    """Everything that decides what the recipes come to."""
+    options = dataclasses.asdict(source.options)
+    return {
+        "analyze": {key: value for key, value in options.items() if key != "command"},
+        "weights": check_weights(source.reader),
+        "files": small_digest(source.folder),
+        "versions": versions(),
+        "text": tokens.source["fingerprint"],
+    }
 
 
 def _run_options(source: Source) -> Options:

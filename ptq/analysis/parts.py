@@ -68,12 +68,12 @@ class Parts:
         return found, frontier(found)
 
     def trials(
-        self, advice: Sequence[Advice], tokens: TokenBatches, scratch: Path, progress: Progress
+        self, advice: Sequence[Advice], tokens: TokenBatches, place: Path, progress: Progress
     ) -> tuple[Trial, ...]:
         """Holds the float model."""
         dtype = evaluation_dtype(self.options.dtype, self.device)
         options = replace(self.options, samples=len(tokens) - self.windows)
-        return try_recipes(self.folder, advice, tokens, self.windows, options, dtype, self.device, scratch, progress)
+        return try_recipes(self.folder, advice, tokens, self.windows, options, dtype, self.device, place, progress)
 
 
 def check_parts(

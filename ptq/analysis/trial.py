@@ -3,15 +3,19 @@ rounding with the same scheme. Holds the float model for the comparison."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from calibration.errors import ToolkitError
+from calibration.errors import ToolkitError, foreign
 from calibration.memory import return_freed
-from calibration.progress import Progress, Silent
+from calibration.model.checkpoint import write_atomically
+from calibration.model.reading import built, read_json
+from calibration.progress import Part, Progress
 from calibration.scoring.perplexity import score
 from calibration.scoring.windows import Scoring
 from calibration.text.crops import TokenBatches
@@ -24,6 +28,7 @@ from ptq.run.pipeline import run as run_job
 from ptq.runtime.load import load_model
 
 PLAIN = "rtn"
+TRIALS_FILE = "trials.json"
 SAME = 0.05
 """KL within this share of plain rounding's is neither better nor worse."""
 
@@ -46,7 +51,7 @@ def try_recipes(
     options: Options,
     dtype: torch.dtype,
     device: torch.device,
-    scratch: Path,
+    place: Path,
     progress: Progress,
 ) -> tuple[Trial, ...]:
     """Quantize with every recipe on the text behind the first ``windows`` windows, and score it on those.
@@ -54,36 +59,62 @@ def try_recipes(
     Args:
         options: of the runs; the text is taken from ``tokens``.
         dtype: of scoring.
-        scratch: a folder for the runs, gone afterwards.
+        place: a folder for the runs and for what is finished, `TRIALS_FILE`, from which another call goes on.
     """
-    recipes = recipes_to_try(advice)
-    progress.stage("try recipes", len(recipes))
-    trust = options.trust_remote_code
+    trust, finished = options.trust_remote_code, place / TRIALS_FILE
+    found = _finished(finished)
     reference = logits_of(load_model(folder, dtype=dtype, device=device, trust_remote_code=trust), device)
     text = EncodedText.of_windows(tokens.input_ids[:windows], "the text of the analysis")
     batch = max(1, EVAL_TOKENS // tokens.seq_len)
     scoring = Scoring(window=tokens.seq_len, batch_size=batch, dtype=str(dtype).removeprefix("torch."))
     calibration = TokenBatches(tokens.input_ids[windows:], tokens.source)
-    found = []
-    for method, scheme, advised in recipes:
-        progress.advance(f"{method} {scheme}")
+    recipes = recipes_to_try(advice)
+    for number, (method, scheme, advised) in enumerate(recipes, 1):
+        if any((trial.method, trial.scheme) == (method, scheme) for trial in found):
+            continue
+        part = Part(progress, f"recipe {number} of {len(recipes)}, {method} {scheme}")
         try:
             job = prepare(folder, method=method, scheme=scheme, format="native", options=options)
         except ToolkitError as refusal:
             found.append(Trial(method, scheme, advised, None, None, None, str(refusal)))
             continue
-        record = run_job(job, scratch, overwrite=True, tokens=calibration, progress=Silent())
-        loaded = load_model(scratch, dtype=dtype, device=device, trust_remote_code=trust)
-        result = score(logits_of(loaded, device), text, scoring, reference_fn=reference)
+        record = run_job(job, place / "run", overwrite=True, tokens=calibration, progress=part)
+        loaded = load_model(place / "run", dtype=dtype, device=device, trust_remote_code=trust)
+        part.stage("score", windows)
+        result = score(
+            logits_of(loaded, device), text, scoring, reference_fn=reference, progress=_scored(part, windows)
+        )
         assert result.divergence is not None
         bits = float(record.result["bits_per_weight"])
         found.append(
             Trial(method, scheme, advised, bits, short(result.perplexity), short(result.divergence.kl_mean), None)
         )
+        write_atomically(finished, json.dumps({"trials": [dataclasses.asdict(t) for t in found]}).encode())
         del loaded
         return_freed()
-    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(place, ignore_errors=True)
     return tuple(found)
+
+
+def _finished(path: Path) -> list[Trial]:
+    """What an interrupted analysis has tried."""
+    fix = "pass --overwrite without --resume to start again"
+    if not path.exists():
+        return []
+    with foreign(f"{path}: damaged", fix):
+        return [built(Trial, entry) for entry in read_json(path, fix)["trials"]]
+
+
+def _scored(progress: Progress, windows: int) -> Callable[[int, int], None]:
+    """Windows scored so far -> units of the stage."""
+    seen = 0
+
+    def advance(done: int, total: int) -> None:
+        nonlocal seen
+        progress.advance(f"window {done} of {total}", done - seen)
+        seen = done
+
+    return advance
 
 
 def verdicts(trials: Sequence[Trial]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from calibration.launcher import launched
 from calibration.walk.token_weights import TokenWeights
 from ptq.api.inputs import Display, Model, Text, checkpoint, display, text_file
 from ptq.fitting.budget import parse_budget
@@ -13,6 +14,7 @@ from ptq.fitting.result import Fitted, fit_model
 from ptq.planning.job import Job, Options
 from ptq.planning.job import prepare as prepare_job
 from ptq.run.pipeline import run
+from ptq.run.sharing import connect, run_share
 from ptq.session import Session
 from ptq.sparse.methods import Target, sparsifier
 from ptq.sparsification import SparsifyOptions, run_sparsify
@@ -132,14 +134,18 @@ def quantize(
         planned: called with the plan before any work.
         command: what the record says was typed.
 
+    Where ``torchrun`` or ``accelerate launch`` has started several processes, they share the calibration windows; the
+    first one writes, and calls ``progress`` and ``planned``.
+
     Returns:
-        The run's record, which is ``out/report.json``.
+        The run's record, which is ``out/report.json``; the same in every process.
 
     Raises:
         ToolkitError, PlanError: whatever can be refused; ``out`` is then not there.
     """
     source = Path(model) if isinstance(model, str | Path) and Path(model).is_dir() else None
-    Session(Path(out)).check(overwrite, resume, source)
+    if launched()[0] == 0:
+        Session(Path(out)).check(overwrite, resume, source)
     with checkpoint(model, tokenizer) as folder, text_file(dataset) as text, text_file(evaluate) as scored:
         options = Options(
             dataset=text,
@@ -161,9 +167,12 @@ def quantize(
         job = prepare_job(
             folder, method=method, scheme=scheme, recipe=recipe, format=format, target=target, options=options
         )
+        processes = connect(job)
+        if not processes.first:
+            return run_share(job, out, processes)
         if planned is not None:
             planned(job)
-        return run(job, out, overwrite=overwrite, resume=resume, progress=display(progress))
+        return run(job, out, overwrite=overwrite, resume=resume, progress=display(progress), processes=processes)
 
 
 def fit(

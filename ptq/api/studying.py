@@ -47,6 +47,7 @@ def analyze(
     device: str = "auto",
     dtype: str = "auto",
     overwrite: bool = False,
+    resume: bool = False,
     trust_remote_code: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Display | None = None,
@@ -63,6 +64,7 @@ def analyze(
         sensitivity: weight schemes: also what rounding each linear alone costs, on ``probe_windows`` windows.
         try_advice: also carry out the advised recipes and score them; holds the model in memory.
         windows: that softmaxes and recipes are scored on; the others set ranges and calibrate.
+        resume: go on with an interrupted analysis whose recipes are carried out: finished ones are kept.
 
     Raises:
         ToolkitError, PlanError: whatever can be refused; ``out`` is then not there.
@@ -86,7 +88,9 @@ def analyze(
             probe_windows=probe_windows,
             command=command,
         )
-        return analysis.analyze(folder, options, out=out, overwrite=overwrite, progress=display(progress))
+        return analysis.analyze(
+            folder, options, out=out, overwrite=overwrite, resume=resume, progress=display(progress)
+        )
 
 
 def study_calibration(

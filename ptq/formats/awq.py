@@ -23,7 +23,7 @@ from ptq.formats.vllm import vllm_answer
 from ptq.linears import ModelLayout
 from ptq.numerics.bitstream import pack, unpack
 from ptq.quantized import QuantizedTensor
-from ptq.scheme import Grouping, QuantScheme, TensorQuant
+from ptq.scheme import Grouping, QuantScheme, TensorQuant, integer_quantizer
 
 BITS = 4
 # Readers of these families wrap an activation in one with scales of its own, which they expect in the file.
@@ -146,7 +146,7 @@ class Awq:
         size = int(data.get("group_size") or data.get("q_group_size") or -1)
         grouping = Grouping("group", size) if size > 0 else Grouping("channel")
         symmetric = not data.get("zero_point", not data.get("sym", False))  # AutoRound says sym
-        scheme = QuantScheme(TensorQuant(BITS, grouping, "sym_gptq" if symmetric else "asym_zero_in"))
+        scheme = QuantScheme(TensorQuant(BITS, grouping, integer_quantizer(BITS, "sym" if symmetric else "asym")))
         found = {}
         for key in infos:
             name, _, suffix = key.rpartition(".")

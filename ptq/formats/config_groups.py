@@ -10,7 +10,7 @@ from calibration.errors import ToolkitError
 from ptq.activations import ActivationQuant
 from ptq.formats import packed_floats, plain_codes
 from ptq.linears import ModelLayout, PlannedLinear
-from ptq.scheme import BITS, Grouping, QuantScheme, TensorQuant
+from ptq.scheme import BITS, Grouping, QuantScheme, TensorQuant, integer_quantizer
 
 PACKED = "pack-quantized"
 MIXED = "mixed-precision"  # each group names its own
@@ -115,8 +115,9 @@ def scheme_of(data: Mapping[str, Any], name: str, plain: bool) -> QuantScheme:
             f"only '{PACKED}' integer weights of {', '.join(map(str, BITS))} bits per group or channel, plain "
             f"codes of 8 bits per tensor or channel, and {' and '.join(map(repr, packed_floats.FORMATS.values()))}",
         )
+    bits = int(w["num_bits"])
     grouping = Grouping("group", int(size)) if strategy == "group" else Grouping("channel")
     return QuantScheme(
-        TensorQuant(int(w["num_bits"]), grouping, "sym_gptq" if w.get("symmetric", True) else "asym_zero_in"),
+        TensorQuant(bits, grouping, integer_quantizer(bits, "sym" if w.get("symmetric", True) else "asym")),
         inputs,
     )

@@ -24,7 +24,7 @@ from ptq.formats.vllm import vllm_answer
 from ptq.linears import ModelLayout, PlannedLinear
 from ptq.numerics.bitstream import pack, unpack
 from ptq.quantized import QuantizedTensor
-from ptq.scheme import Grouping, QuantScheme, TensorQuant
+from ptq.scheme import Grouping, QuantScheme, TensorQuant, integer_quantizer
 
 BITS = (2, 3, 4, 8)
 
@@ -187,7 +187,7 @@ class Gptq:
             width = columns // groups
             per_row = groups == 1 and size != width
             grouping = Grouping("channel") if per_row else Grouping("group", width)
-            quantizer: Literal["sym_gptq", "asym_zero_in"] = "sym_gptq" if data.get("sym", True) else "asym_zero_in"
+            quantizer = integer_quantizer(bits, "sym" if data.get("sym", True) else "asym")
             found[name] = (QuantScheme(TensorQuant(bits, grouping, quantizer)), (out, columns))
         return found
 

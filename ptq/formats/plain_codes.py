@@ -21,7 +21,7 @@ from ptq.float_formats import E4M3FN
 from ptq.formats import checks
 from ptq.linears import ModelLayout
 from ptq.quantized import INPUT_GRID, QuantizedTensor
-from ptq.scheme import Grouping, QuantScheme, TensorQuant
+from ptq.scheme import Grouping, QuantScheme, TensorQuant, integer_quantizer
 
 INT, FLOAT = "int-quantized", "float-quantized"
 STORED = {torch.int8: INT, torch.float8_e4m3fn: FLOAT}
@@ -161,7 +161,9 @@ def read_weights(weights: Mapping[str, Any]) -> TensorQuant:
     """The weights of a group with one code per byte."""
     if weights.get("type") == "float":
         return TensorQuant.of_floats(E4M3FN, Grouping("channel"))
-    return TensorQuant(8, Grouping("channel"), "sym_gptq" if weights.get("symmetric", True) else "asym_zero_in")
+    return TensorQuant(
+        8, Grouping("channel"), integer_quantizer(8, "sym" if weights.get("symmetric", True) else "asym")
+    )
 
 
 def read_inputs(arguments: Mapping[str, Any] | None, where: str) -> ActivationQuant | None:

@@ -70,7 +70,7 @@ class Format(Protocol):
         """Scheme and shape ``(out, in)`` of every quantized linear, from config.json and safetensors headers.
 
         ``read`` returns one small tensor by name, where a header does not tell the shape. Files of other tools name
-        no quantizer: symmetric ones come back as ``sym_gptq``, others as ``asym_zero_in``.
+        no quantizer: they come back as what ``-sym`` and ``-asym`` stand for.
 
         Raises:
             ToolkitError: the file uses a part of the format that is not read here.

@@ -69,6 +69,7 @@ class AdaDim(Pass):
 
     name: ClassVar[str] = "adadim"
     summary: ClassVar[str] = "lays groups along the inputs or the outputs of a linear, by the error of its output"
+    looks_at_batches: ClassVar[bool] = True
     phases: ClassVar[tuple[Phase, ...]] = (Phase.CHOOSE,)
     stream: ClassVar[Stream] = "either"
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Gram,)

@@ -69,6 +69,7 @@ class RepQuant(Pass):
         "calibrates a grid per channel, and moves what differs from one static grid into the weights"
     )
     default_scheme: ClassVar[str | None] = "w8a8"
+    looks_at_batches: ClassVar[bool] = True
     phases: ClassVar[tuple[Phase, ...]] = (Phase.BALANCE, Phase.CHOOSE)
     stream: ClassVar[Stream] = "quantized"
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Extremes,)

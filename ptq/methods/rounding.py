@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from calibration.walk.segment import Segment
-from ptq.numerics.grids import global_scale_of
+from ptq.numerics.grids import global_scale_of, two_levels
 from ptq.numerics.objective import output_error, row_chunks
 from ptq.quantized import QuantizedTensor
 
@@ -20,9 +20,10 @@ def global_scales(segment: Segment) -> dict[str, torch.Tensor]:
     """
     found: dict[str, torch.Tensor] = {}
     for shared in segment.spec.inputs:
-        linears = [name for name in shared.linears if name in segment.schemes]
-        for scheme in dict.fromkeys(segment.schemes[name] for name in linears):
-            members = [name for name in linears if segment.schemes[name] == scheme]
+        schemes = segment.schemes
+        linears = [name for name in shared.linears if name in schemes and two_levels(schemes[name].weights)]
+        for scheme in dict.fromkeys(schemes[name] for name in linears):
+            members = [name for name in linears if schemes[name] == scheme]
             largest = torch.stack([segment.weight(name).abs().amax() for name in members]).amax()
             scale = global_scale_of(largest, scheme.weights)
             if scale is not None:

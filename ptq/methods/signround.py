@@ -8,14 +8,16 @@ It refines what a rounding pass left: ``signround`` alone starts from rounding t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from calibration.errors import Problem
+from calibration.model.watching import Watch, watching
 from calibration.walk.context import Context
 from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
@@ -24,8 +26,9 @@ from calibration.walk.statistics import Gram
 from ptq.formats.checks import matching, refuse
 from ptq.linears import ModelLayout
 from ptq.methods.rounding import record_errors
+from ptq.numerics.activations import fake_quantize_inputs
 from ptq.numerics.signround import Learned, relative_loss
-from ptq.quantized import LORA, QuantizedTensor
+from ptq.quantized import INPUT_GRID, LORA, QuantizedTensor
 from ptq.scheme import QuantScheme
 
 
@@ -87,7 +90,8 @@ class SignRound(Pass):
             name: Learned.start(segment.original(name), q.codes, q.scale, q.zero, q.scheme.weights)
             for name, q in rounded.items()
         }
-        best, losses = self._train(segment, context, learned)
+        with watching(segment.module, input_watches(segment)):
+            best, losses = self._train(segment, context, learned)
         for name, state in best.items():
             step, zero = state.grid()
             zero = None if zero is None else zero.to(torch.uint8)
@@ -142,6 +146,37 @@ class SignRound(Pass):
                         state.descend(gradient, self.rate * rate, self.range_rate * rate)
             context.advance("train")
         return total / context.windows
+
+
+def input_watches(segment: Segment) -> list[Watch]:
+    """What the runtime does to inputs that are quantized, with gradients that pass straight through the rounding.
+
+    Linears that read one tensor on one grid share the result.
+    """
+    watches = []
+    for shared in segment.spec.inputs:
+        found: dict[Any, Callable[[torch.Tensor], torch.Tensor]] = {}
+        for linear in shared.linears:
+            quant = segment.schemes[linear].inputs if linear in segment.schemes else None
+            if quant is not None:
+                scale, zero = (segment.parts.get(linear, {}).get(part) for part in INPUT_GRID)
+                rounding = partial(fake_quantize_inputs, quant=quant, scale=scale, zero=zero)
+                shown = found.setdefault(quant if quant.dynamic else linear, _straight_through(rounding))
+                watches.append(Watch.transforming(segment.architecture.module_name(linear), shown))
+    return watches
+
+
+def _straight_through(rounding: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``rounding`` with the gradient of the identity; for calls in a row on one tensor it is computed once."""
+    seen: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def through(x: torch.Tensor) -> torch.Tensor:
+        nonlocal seen
+        if seen is None or seen[0] is not x:
+            seen = x, x + (rounding(x.detach()) - x.detach())
+        return seen[1]
+
+    return through
 
 
 def _learnable(scheme: QuantScheme | None) -> bool:

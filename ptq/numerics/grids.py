@@ -42,9 +42,14 @@ def stacked(grids: list[Grid], quant: TensorQuant) -> Grid:
     return Grid(torch.cat([g.scale for g in grids], across), torch.cat(zeros, across) if zeros else None)
 
 
+def two_levels(quant: TensorQuant) -> bool:
+    """Whether the stored scales are divided by a scale of the whole tensor."""
+    return quant.scale_format == "e4m3"
+
+
 def global_scale_of(largest_weight: torch.Tensor, quant: TensorQuant) -> torch.Tensor | None:
     """float32 ``[1]`` for a tensor (or tensors that share it) of this largest magnitude; None for one-level formats."""
-    if quant.scale_format != "e4m3":
+    if not two_levels(quant):
         return None
     assert quant.float_format is not None
     return floats.tensor_scale(largest_weight, quant.float_format)
@@ -52,7 +57,9 @@ def global_scale_of(largest_weight: torch.Tensor, quant: TensorQuant) -> torch.T
 
 def own_global_scale(w: torch.Tensor, quant: TensorQuant, shared: torch.Tensor | None = None) -> torch.Tensor | None:
     """``shared``, or the global scale of W alone where a two-level format was given none."""
-    return global_scale_of(w.abs().amax(), quant) if shared is None else shared
+    if shared is not None or not two_levels(quant):
+        return shared  # without a pass over W
+    return global_scale_of(w.abs().amax(), quant)
 
 
 def grid_parameters(

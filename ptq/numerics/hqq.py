@@ -63,7 +63,7 @@ def refit(
         target: W - E, ``[lines, G, width]``; codes alike; scale and zero ``[lines, G]``.
 
     Returns:
-        Scale and zero ``[lines, G]``, neither rounded. A step without a positive solution stays.
+        Scale and zero ``[lines, G]``, neither rounded. A step whose solution has the other sign stays.
     """
     shift = torch.full_like(scale, 2 ** (quant.bits - 1))
     if zero is not None:
@@ -71,7 +71,7 @@ def refit(
     if steps or zero is None:
         level = codes - shift.unsqueeze(-1)
         fitted = (level * target).sum(dim=-1) / level.square().sum(dim=-1)
-        scale = torch.where(torch.isfinite(fitted) & (fitted > 0), fitted, scale)
+        scale = torch.where(torch.isfinite(fitted) & (fitted * scale > 0), fitted, scale)
     return scale, zero
 
 

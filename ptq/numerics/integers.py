@@ -1,4 +1,4 @@
-"""Integer grids: scales, zero points and codes of the five quantizers in common use.
+"""Integer grids: scales, zero points and codes of the quantizers in common use.
 
 The vocabulary follows GPTQ (Frantar et al. 2022, arXiv 2210.17323), AWQ (Lin et al. 2023, arXiv 2306.00978) and
 SmoothQuant (Xiao et al. 2022, arXiv 2211.10438). A *unit* is a run of weights that shares one scale; here it is the
@@ -12,11 +12,14 @@ name                scale                                               zero
 ``sym_full``        max(a, 1e-5) / (2^(bits-1) - 1)                     2^(bits-1)
 ``sym_restricted``  as ``sym_full``; the lowest code is never used      2^(bits-1)
 ``sym_gptq``        2 a / N                                             2^(bits-1)
+``sym_signed``      -m / 2^(bits-1), of either sign                      2^(bits-1)
 ``asym_float``      as ``asym_zero_in``                                 -mn / s, a float16 number
 ==================  ==================================================  =========================================
 
-mx, mn, a: largest, smallest, largest absolute value of the unit. In ``sym_gptq`` the published code leaves mn at 0
-for units without negative values, which cuts the range in half; here mn is always -a.
+mx, mn, a, m: largest, smallest, largest absolute value of the unit, and the value that has it. In ``sym_gptq`` the
+published code leaves mn at 0 for units without negative values, which cuts the range in half; here mn is always -a.
+``sym_signed`` (llama.cpp's Q4_0, AutoRound) turns the grid so that its lowest level, which has no counterpart, is the
+weight of largest magnitude, where ``sym_gptq`` has its lowest level beyond all weights: of four levels it uses three.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ def round_scale(scale: torch.Tensor) -> torch.Tensor:
     rounded before codes are made, so that no file format rounds them again.
     """
     shared = scale.to(torch.bfloat16).to(torch.float16).to(scale.dtype)
-    return shared.clamp(SMALLEST_SCALE, LARGEST_SCALE)
+    return torch.copysign(shared.abs().clamp_(SMALLEST_SCALE, LARGEST_SCALE), scale)
 
 
 def stored_zero(zero: torch.Tensor, quant: TensorQuant) -> torch.Tensor:
@@ -83,6 +86,9 @@ def grid_parameters(
         a = torch.maximum(mn.abs(), mx.abs())
         if quant.quantizer == "sym_gptq":
             scale = 2 * torch.where(a == 0, 1.0, a) / n
+        elif quant.quantizer == "sym_signed":
+            scale = torch.where(a == 0, 1.0, a) / half
+            scale = torch.where(mx > -mn, -scale, scale)
         else:
             scale = a.clamp(min=MINIMUM_RANGE) / (half - 1)
     if not exact_scale:

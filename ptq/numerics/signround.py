@@ -129,7 +129,7 @@ class Learned:
         pull = position.mul_(inside).sum(dim=-1)
         if self.zero is None:  # where clamped the weight is a fixed number of steps
             slope = (g * clamped).sum(dim=-1) - 2 ** (self.quant.bits - 1) * g.sum(dim=-1) - pull
-            self.high -= range_rate * slope.sign()
+            self.high -= range_rate * (slope * step).sign()
         else:
             slope = clamped.sub_(shift).mul_(inside).sum(dim=-1) - pull
             above = (g * (code > n)).sum(dim=-1)
@@ -137,6 +137,8 @@ class Learned:
             low, high = self._ends(self.zero)
             self.high -= range_rate * ((slope / n + above) * high).sign()
             self.low -= range_rate * ((below - slope / n) * low).sign()
+        if self.zero is None:
+            inside.mul_(step.unsqueeze(-1))  # of either sign
         self.offset.sub_(inside.sign_(), alpha=rate).clamp_(-0.5, 0.5)
 
 

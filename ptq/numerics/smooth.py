@@ -15,12 +15,12 @@ SMALLEST_MAXIMUM = 1e-5  # of a channel that is zero everywhere, as published
 
 
 def channel_maxima(x: torch.Tensor, block: int | None) -> torch.Tensor:
-    """``max_t |x|`` of ``x [..., tokens, in]``: ``[..., 1, in]`` over the whole sequence, or ``[..., tokens, in]``
-    where the maxima of each block of tokens serve the tokens of that block."""
+    """``max_t |x|`` of ``x [..., tokens, in]`` for every block of tokens, ``[..., blocks, in]``: one over the whole
+    sequence where ``block`` is None; the last block may be short."""
     magnitude = x.abs()
     if block is None:
         return magnitude.amax(dim=-2, keepdim=True).clamp(min=SMALLEST_MAXIMUM)
-    maxima = [part.amax(dim=-2, keepdim=True).expand_as(part) for part in magnitude.split(block, dim=-2)]
+    maxima = [part.amax(dim=-2, keepdim=True) for part in magnitude.split(block, dim=-2)]
     return torch.cat(maxima, dim=-2).clamp(min=SMALLEST_MAXIMUM)
 
 
@@ -44,9 +44,9 @@ def channel_groups(maxima: torch.Tensor, smooth: RuntimeSmooth) -> tuple[torch.T
 
 def smoothing_scales(x: torch.Tensor, smooth: RuntimeSmooth) -> torch.Tensor:
     """The divisor of every channel in its own place, broadcastable against ``x [..., tokens, in]``."""
-    maxima = channel_maxima(x, smooth.block)
-    if smooth.group == 1:
-        return maxima
-    order, scales = channel_groups(maxima, smooth)
-    by_order = scales.repeat_interleave(smooth.group, dim=-1)[..., : x.shape[-1]]
-    return torch.empty_like(maxima).scatter_(-1, order, by_order)
+    scales = channel_maxima(x, smooth.block)
+    if smooth.group > 1:
+        order, groups = channel_groups(scales, smooth)
+        by_order = groups.repeat_interleave(smooth.group, dim=-1)[..., : x.shape[-1]]
+        scales = torch.empty_like(scales).scatter_(-1, order, by_order)
+    return scales if smooth.block is None else scales.repeat_interleave(smooth.block, dim=-2)[..., : x.shape[-2], :]

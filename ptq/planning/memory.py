@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from calibration.memory import available_bytes
 from calibration.progress import Progress
-from ptq.devices import available_bytes, evaluation_dtype
+from ptq.devices import evaluation_dtype
 from ptq.planning.plan import Plan
 from ptq.planning.source import Source
 

@@ -33,7 +33,7 @@ from calibration.errors import ToolkitError, nearest, unknown_value
 from calibration.model.reading import read_toml
 from calibration.walk.passes import Pass, Phase
 from ptq.methods import COMBINATIONS
-from ptq.scheme import Quantizer, QuantScheme, parse_scheme
+from ptq.scheme import Kind, QuantScheme, parse_scheme
 from ptq.scheme_names import names_group
 from ptq.sparse.methods import METHODS, all_methods, check_target
 
@@ -110,9 +110,9 @@ def with_rounding(passes: Sequence[Pass]) -> tuple[Pass, ...]:
     return (*passes[:before], METHODS["rtn"](), *passes[before:])
 
 
-def default_quantizer(format_name: str | None) -> Quantizer:
+def default_kind(format_name: str | None) -> Kind:
     """Symmetric, but for AWQ files, whose readers expect zero points."""
-    return "asym_zero_in" if format_name == "awq" else "sym_gptq"
+    return "asym" if format_name == "awq" else "sym"
 
 
 def method_recipe(
@@ -120,12 +120,12 @@ def method_recipe(
 ) -> Recipe:
     """The recipe that ``--method``, ``--scheme`` and ``--target`` stand for."""
     passes = parse_method(method, target)
-    return Recipe(passes, (_usual_rule(scheme, passes, default_quantizer(format_name)),), format_name)
+    return Recipe(passes, (_usual_rule(scheme, passes, default_kind(format_name)),), format_name)
 
 
-def _usual_rule(scheme: str | None, passes: Sequence[Pass], quantizer: Quantizer) -> Rule:
+def _usual_rule(scheme: str | None, passes: Sequence[Pass], kind: Kind) -> Rule:
     """The last rule: the scheme that was named, or the default of the passes."""
-    parsed = parse_scheme(scheme or _default_scheme(passes), quantizer)
+    parsed = parse_scheme(scheme or _default_scheme(passes), kind)
     return Rule("*", parsed, scheme is None or not names_group(scheme))
 
 
@@ -152,9 +152,9 @@ def read_recipe(path: Path, scheme: str | None = None, format_name: str | None =
         with_rounding([_read_pass(path, t) for t in data["pass"]]) if "pass" in data else parse_method(data["method"])
     )
     format_name = format_name or data.get("format")
-    quantizer = default_quantizer(format_name)
-    rules = [_read_rule(path, table, quantizer) for table in data.get("rule", [])]
-    rules.append(_usual_rule(scheme or data.get("scheme"), passes, quantizer))
+    kind = default_kind(format_name)
+    rules = [_read_rule(path, table, kind) for table in data.get("rule", [])]
+    rules.append(_usual_rule(scheme or data.get("scheme"), passes, kind))
     return Recipe(passes, tuple(rules), format_name)
 
 
@@ -166,7 +166,7 @@ def _only_keys(path: Path, where: str, table: Mapping[str, Any], known: Sequence
             )
 
 
-def _read_rule(path: Path, table: Mapping[str, Any], quantizer: Quantizer) -> Rule:
+def _read_rule(path: Path, table: Mapping[str, Any], kind: Kind) -> Rule:
     _only_keys(path, "rule.", table, ("match", "scheme"))
     if not isinstance(table.get("match"), str) or not isinstance(table.get("scheme"), str):
         raise ToolkitError(
@@ -174,7 +174,7 @@ def _read_rule(path: Path, table: Mapping[str, Any], quantizer: Quantizer) -> Ru
         )
     if table["scheme"] == FLOAT:
         return Rule(table["match"], None)
-    return Rule(table["match"], parse_scheme(table["scheme"], quantizer), not names_group(table["scheme"]))
+    return Rule(table["match"], parse_scheme(table["scheme"], kind), not names_group(table["scheme"]))
 
 
 def _read_pass(path: Path, table: Mapping[str, Any]) -> Pass:

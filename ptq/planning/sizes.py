@@ -81,7 +81,9 @@ def estimate(
             factors = FACTOR + (CROSS_FACTOR if CrossGram in grams else 0)
             rows = max(sum(shapes.get(spec.prefix(0) + n, (0, 0))[0] for n in s.linears) for s in spec.block(0).inputs)
             working = max(working, factors * widest + STACKED * rows * max(inputs))
-        statistics = len(grams) * sum(4 * n * n for n in inputs) + working
+        sums = len(grams) * sum(4 * n * n for n in inputs)
+        gathering = sums + len(grams) * widest  # the sums of a lane beside the total
+        statistics = sums + max(working, gathering)
     references, pairs = len(references_of(recipe.passes)), watches_float(recipe.passes)
     streams = 1 + references + 2 * pairs  # the float model's states before and after the block
     states = streams * tokens * hidden * itemsize if forwards else 0

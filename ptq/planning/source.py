@@ -147,6 +147,13 @@ class Source:
         seed = o.seed if seed is None else seed
         if dataset == GENERATED:
             return self._written(seed, progress)
+        progress.stage("tokenize", 1)
+        tokens = self._of_text(dataset, seed, progress)
+        progress.advance("text")
+        return tokens
+
+    def _of_text(self, dataset: str, seed: int, progress: Progress) -> TokenBatches:
+        o = self.options
         try:
             return self._tokens(dataset, seed)
         except Unreachable as error:

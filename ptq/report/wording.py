@@ -23,7 +23,8 @@ _GRIDS = {
     "asym_float": "asymmetric grid with float zero points",
     "sym_full": "symmetric grid with all levels in use",
     "sym_restricted": "symmetric grid without the lowest level",
-    "sym_gptq": "symmetric grid",
+    "sym_gptq": "symmetric grid with positive steps",
+    "sym_signed": "symmetric grid",
     "binary": "two values per row elsewhere, times a factor per column",
 }
 _PROTOCOLS = {

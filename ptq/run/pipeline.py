@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from calibration.distributed import Processes
 from calibration.errors import ToolkitError
 from calibration.model.classes import text_config
 from calibration.model.contents import check_weights
@@ -15,11 +16,10 @@ from calibration.model.skeleton import Skeleton
 from calibration.progress import Progress, Silent
 from calibration.record import RunRecord
 from calibration.text.crops import TokenBatches
-from calibration.walk.float_blocks import FloatBlocks
 from calibration.walk.passes import Phase
 from calibration.walk.proof import needs_proof, prove
 from calibration.walk.walk import Walk
-from ptq.committed import CommittedBlocks, Restore, encode_segment, input_quantizers
+from ptq.committed import CommittedBlocks
 from ptq.evaluation import check_text
 from ptq.formats.gguf import check_target
 from ptq.formats.loadable import check_keys
@@ -31,6 +31,7 @@ from ptq.planning.plan import Plan
 from ptq.quantized import QuantizedTensor
 from ptq.run.identity import run_identity
 from ptq.run.reporting import Outcome, Stopwatch, write_reports
+from ptq.run.sharing import agree, walk_of
 from ptq.scheme import parse_scheme
 from ptq.session import BLOCKS, Session
 from sparsity.job import write as write_thresholds
@@ -44,45 +45,41 @@ def run(
     resume: bool = False,
     progress: Progress | None = None,
     tokens: TokenBatches | None = None,
+    processes: Processes | None = None,
 ) -> RunRecord:
     """Carry out a prepared job and return its record.
 
     Args:
         tokens: calibration windows, where they have been made already; see `Source.windows`.
+        processes: that share the run; this is the first of them.
 
     Raises:
         ToolkitError: see the message; DIR is then not there, and DIR.partial can be resumed where it is.
     """
-    progress = progress or Silent()
+    progress, processes = progress or Silent(), processes or Processes()
     watch = Stopwatch()
     session = Session(Path(out))
     tokens = _check(job, session, overwrite, resume, tokens, progress)
+    agree(job, tokens, processes, progress)
+    progress.stage("check weights", len(job.reader.infos))  # the class of the model is made first, which takes seconds
     skeleton = Skeleton(job.plan.model_config(job.config), job.spec, job.dtype, job.device)
     skeleton.check_complete(job.reader.infos, job.plan.new_biases)
     with watch("check weights"):
-        progress.stage("check weights", len(job.reader.infos))
         weights = check_weights(job.reader, progress.advance)
     session.begin(run_identity(job, tokens, weights), resume)
     session.keep(frozenset({BLOCKS}))
-    floats = FloatBlocks(job.reader, skeleton, job.plan.recipe.passes, job.plan.schemes, job.batch_size)
+    walk = walk_of(job, skeleton, session.blocks, processes)
     if needs_proof(job.plan.recipe.passes) and not resume:
         with watch("prove"):
-            prove(floats, progress)
-    walk = Walk(
-        floats,
-        encode=encode_segment,
-        restore=Restore(job.plan.layout),
-        inputs=input_quantizers,
-        folder=session.blocks,
-        allow_unseen=job.options.unseen_experts == "rtn",
-        token_weights=job.options.token_weights,
-    )
+            prove(walk.blocks, progress)
+    processes.barrier()
     resumed = walk.finished.count()
     with watch("quantize"):
         walk.run(tokens, progress)
     outcome = _export(job, walk, tokens, session, watch, progress)
     record = write_reports(outcome, session.partial, watch, resumed, progress)
     session.finish()
+    processes.agree(record)
     return record
 
 

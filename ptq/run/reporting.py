@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from calibration.distributed import Processes
+from calibration.memory import peak_rss_bytes
 from calibration.model.checkpoint import write_atomically
 from calibration.model.opening import fingerprint
 from calibration.progress import Progress
@@ -20,7 +22,6 @@ from calibration.text.crops import TokenBatches
 from calibration.versions import versions
 from calibration.walk.walk import Walk
 from ptq.committed import SATURATED
-from ptq.devices import peak_rss_bytes
 from ptq.evaluation import evaluate
 from ptq.formats.registry import Format
 from ptq.planning.job import Job
@@ -43,7 +44,7 @@ class Stopwatch:
         yield
         self.stages[name] = round(self.stages.get(name, 0.0) + time.perf_counter() - before, 3)
 
-    def timings(self, device: str, resumed_from: int) -> Timings:
+    def timings(self, device: str, resumed_from: int, processes: Processes) -> Timings:
         return Timings(
             seconds=round(time.perf_counter() - self.started, 3),
             stages=self.stages,
@@ -52,6 +53,8 @@ class Stopwatch:
             device=device,
             threads=torch.get_num_threads(),
             resumed_from=resumed_from,
+            processes=processes.size,
+            wire_bytes=processes.moved,
         )
 
 
@@ -166,7 +169,7 @@ def write_reports(outcome: Outcome, folder: Path, watch: Stopwatch, resumed: int
         "README.md": card.model_card(
             record, job.name if job.origin == "hub" else f"./{job.name}", files, card.facts_of(job.folder)
         ),
-        TIMINGS_FILE: watch.timings(str(job.device), resumed).to_json(),
+        TIMINGS_FILE: watch.timings(str(job.device), resumed, outcome.walk.processes).to_json(),
     }
     for name, text in texts.items():
         write_atomically(folder / name, text.encode("utf-8"))

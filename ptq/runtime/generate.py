@@ -17,10 +17,10 @@ import torch
 
 from calibration.bounds import check_counts
 from calibration.errors import ToolkitError
+from calibration.memory import peak_rss_bytes
 from calibration.model.classes import rope_switch
 from calibration.shown import Shown
 from calibration.text.encoding import prompt_ids
-from ptq.devices import peak_rss_bytes
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer shows for bytes of an unfinished character
 

@@ -22,7 +22,7 @@ from calibration.model.checkpoint import write_atomically
 from calibration.model.contents import check_weights, small_digest
 from calibration.model.opening import load_tokenizer
 from calibration.model.reading import built, read_json
-from calibration.progress import Progress, Silent
+from calibration.progress import Part, Progress, Silent
 from calibration.record import Evaluation, Protocol
 from calibration.scoring.perplexity import score
 from calibration.scoring.windows import Scoring
@@ -225,19 +225,18 @@ def _measure(
             runs = [built(CalibrationRun, entry) for entry in read_json(finished, fix)["runs"]]
     done = {(run.dataset, run.samples, run.seq_len, run.fingerprint): run for run in runs}
     runs = []
-    progress.stage("study", len(jobs))
-    for job, tokens in zip(jobs, windows, strict=True):
+    for number, (job, tokens) in enumerate(zip(jobs, windows, strict=True), 1):
         o, source = job.options, tokens.source
         key = (job.dataset, o.samples, job.seq_len, str(source["fingerprint"]))
         if key not in done:
-            run_job(job, session.blocks / "run", overwrite=True, tokens=tokens)
+            part = Part(progress, f"run {number} of {len(jobs)}")
+            run_job(job, session.blocks / "run", overwrite=True, tokens=tokens, progress=part)
             found = scorer.evaluation(session.blocks / "run", o.trust_remote_code)
             assert found.divergence is not None
             kl, delta = found.divergence.kl_mean, found.divergence.delta_nll
             done[key] = CalibrationRun(*key[:3], o.seed, int(source["tokens"]), key[3], found.perplexity, kl, delta)
         runs.append(dataclasses.replace(done[key], seed=o.seed))
         write_atomically(finished, json.dumps({"runs": [dataclasses.asdict(r) for r in done.values()]}).encode())
-        progress.advance(f"{job.dataset}, {o.samples} x {job.seq_len}, seed {o.seed}")
     return runs
 
 
