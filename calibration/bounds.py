@@ -4,13 +4,17 @@ run would ever end with, and what is no number at all."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from calibration.errors import Problem, ToolkitError
-from calibration.walk.passes import Pass
+
+if TYPE_CHECKING:
+    from calibration.walk.passes import Pass
 
 MOST = 1_000_000  # samples, tokens, steps, epochs, points of a grid
 LARGEST_SEED = 2**63 - 1  # of torch's generators
+LARGEST_AMOUNT = 1e18  # parameters and tokens of a model are counted in numbers like 15e12
 FINEST, COARSEST = 1e-12, 1e6  # of float settings other than 0
 FINEST_STEP = 1e-4  # of a search: 10 000 of them are enough
 
@@ -36,15 +40,40 @@ def _range(name: str, integer: bool) -> tuple[float, float]:
 
 
 def check_counts(**options: int | None) -> None:
-    """Options of the command line by their names, ``seed`` among them.
+    """Whole numbers of the command line, from 0 on, by their names; ``seed`` among them, which is any of 64 bits.
 
     Raises:
-        ToolkitError: one is out of all proportion.
+        ToolkitError: one is negative or out of all proportion.
     """
     for name, value in options.items():
-        largest = LARGEST_SEED if name == "seed" else MOST
-        if value is not None and not -largest <= value <= largest:
-            raise ToolkitError(
-                f"--{name.replace('_', '-')} {str(value)[:40]}: not within {-largest}..{largest}",
-                "use a smaller number",
-            )
+        low, high = (-LARGEST_SEED, LARGEST_SEED) if name == "seed" else (0, MOST)
+        if value is not None and not low <= value <= high:
+            raise ToolkitError(f"{_option(name)} {str(value)[:40]}: not within {low}..{high}", "use another number")
+
+
+def check_amounts(most: float = COARSEST, **options: float | None) -> None:
+    """Real numbers of the command line, from 0 on, by their names.
+
+    Raises:
+        ToolkitError: one is negative, not finite, or greater than ``most``.
+    """
+    for name, value in options.items():
+        if value is not None and not 0 <= value <= most:  # nor is NaN
+            raise ToolkitError(f"{_option(name)} {value}: not within 0..{most:g}", "use another number")
+
+
+def check_numbers(options: Mapping[str, object]) -> None:
+    """Every number among the options of a command, as far as it holds for all commands.
+
+    Raises:
+        ToolkitError: see `check_counts` and `check_amounts`.
+    """
+    for name, value in options.items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            check_counts(**{name: value})
+        elif isinstance(value, float):
+            check_amounts(LARGEST_AMOUNT, **{name: value})
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,16 @@ class PlanError(ToolkitError):
         self.fix = "; ".join(p.fix for p in self.problems)
 
 
+def short_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that there is no memory left: libraries have types and words of their own for it."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return any(words in str(error) for words in _NO_MEMORY)
+
+
+_NO_MEMORY = ("an't allocate memory", "annot allocate memory", "out of memory", "bad_alloc", "can't start new thread")
+
+
 @contextmanager
 def foreign(what: str, fix: str) -> Iterator[None]:
     """The border to a library that reads what users bring: whatever it raises becomes a `ToolkitError` that begins with
@@ -52,9 +63,9 @@ def foreign(what: str, fix: str) -> Iterator[None]:
         yield
     except ToolkitError:
         raise
-    except (MemoryError, KeyboardInterrupt):
-        raise
     except Exception as error:
+        if short_of_memory(error):
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, KeyError | AttributeError | IndexError | RecursionError):
             reason = f"{type(error).__name__}: {reason}"

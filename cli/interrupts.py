@@ -51,9 +51,15 @@ def passed_on() -> Iterator[None]:
 
 def what_is_kept(words: Sequence[str]) -> str:
     """The message for an interrupted command line, and the command that goes on with it, where one can."""
+    return f"interrupted: {how_to_go_on(words) or 'nothing is left of it; run the same command again'}"
+
+
+def how_to_go_on(words: Sequence[str]) -> str:
+    """Where the finished part of the command line that ends is kept, and the command that goes on; empty where nothing
+    is kept."""
     module = sys.modules.get("ptq.session")
     kept = module.interrupted() if module else None
     if kept is None:
-        return "interrupted: nothing is left of it; run the same command again"
+        return ""
     again = [word for word in words if word not in ("--overwrite", "--resume")]
-    return f"interrupted: {kept} keeps what is finished; continue with\n  {shlex.join(['ptq', *again, '--resume'])}"
+    return f"{kept} keeps what is finished; continue with\n  {shlex.join(['ptq', *again, '--resume'])}"

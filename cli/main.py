@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
-from calibration.errors import ToolkitError
+from calibration.errors import ToolkitError, short_of_memory
 from cli import (
     analyze,
     bench,
@@ -28,7 +28,7 @@ from cli import (
     study,
     upload,
 )
-from cli.interrupts import Interrupted, terminable, what_is_kept
+from cli.interrupts import Interrupted, how_to_go_on, terminable, what_is_kept
 from cli.scheme_hint import Command
 from cli.shared import prefix, refuse_others
 from cli.verbosity import Quiet, Verbose, verbosity, with_verbosity
@@ -95,6 +95,23 @@ def main() -> None:
     except Interrupted as interrupt:
         print(f"{prefix()}{what_is_kept(sys.argv[1:])}", file=sys.stderr)
         sys.exit(128 + interrupt.number)
+    except Exception as error:
+        if not short_of_memory(error):
+            raise
+        _tell_short_memory(error)
+        sys.exit(2)
+
+
+def _tell_short_memory(error: Exception) -> None:
+    """One message for all that libraries raise where memory is used up."""
+    if verbosity.verbose:
+        traceback.print_exception(error)
+    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    print(f"error: no memory is left ({reason})", file=sys.stderr)
+    print("    fix: fewer --samples, a shorter --seq-len or no --eval take less; --dry-run plans it", file=sys.stderr)
+    kept = how_to_go_on(sys.argv[1:])
+    if kept:
+        print(kept, file=sys.stderr)
 
 
 if __name__ == "__main__":

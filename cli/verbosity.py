@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from calibration.bounds import check_numbers
 from cli.interrupts import passed_on
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result alone: no plan, no progress.")]
@@ -52,11 +53,13 @@ def detail(text: str) -> None:
 
 
 def with_verbosity(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command with ``--quiet`` and ``--verbose``, which may also stand in front of its name."""
+    """The command with ``--quiet`` and ``--verbose``, which may also stand in front of its name, and with bounds on all
+    numbers that it takes."""
 
     @functools.wraps(command)
     def run(*, quiet: bool, verbose: bool, **values: Any) -> Any:
         verbosity.add(quiet, verbose)
+        check_numbers(values)
         with passed_on():
             return command(**values)
 

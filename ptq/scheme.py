@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from calibration.errors import ToolkitError, nearest
+from calibration.model.reading import built
 from ptq.activations import PRESETS, ActivationQuant, CacheQuant, take_activations, with_activations
 from ptq.float_formats import E2M1, E4M3FN, FloatFormat, float_formats
 from ptq.scheme_names import GGUF_BLOCKS, plain_name
@@ -179,14 +180,25 @@ class QuantScheme:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> QuantScheme:
+        """The inverse of `to_json`.
+
+        Raises:
+            ToolkitError, TypeError, KeyError: the data describes no scheme.
+        """
         if "scheme" in data:  # quantized activations, or one step for a tensor, which the other keys do not tell
-            return parse_scheme(data["scheme"])
-        size, axis = data["group_size"], data.get("axis", "in")
-        grouping = Grouping("channel", None, axis) if size is None else Grouping("group", int(size), axis)
+            return parse_scheme(str(data["scheme"]))
+        size = data["group_size"]
+        kind = "channel" if size is None else "group"
+        grouping = built(Grouping, {"kind": kind, "size": size, "axis": data.get("axis", "in")})
+        if not (size is None or size > 0) or not (type(data["bits"]) is int and 1 <= data["bits"] <= 8):
+            raise TypeError(f"{data['bits']} bits in groups of {size}")
         if data["quantizer"] == "float":
-            number = FloatFormat(**data["float_format"])
-            return QuantScheme(TensorQuant.of_floats(number, grouping, data["scale_format"]))
-        return QuantScheme(TensorQuant(int(data["bits"]), grouping, data["quantizer"]))
+            number = built(FloatFormat, data["float_format"])
+            scheme = QuantScheme(TensorQuant.of_floats(number, grouping, data["scale_format"]))
+        else:
+            scheme = QuantScheme(TensorQuant(data["bits"], grouping, data["quantizer"]))
+        built(TensorQuant, dict(vars(scheme.weights)))
+        return scheme
 
 
 FLOAT_PRESETS: dict[str, TensorQuant] = {

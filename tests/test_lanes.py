@@ -169,7 +169,7 @@ def test_a_port_that_is_taken_is_named(command, tmp_path):
 
 
 def test_more_processes_than_windows_is_said(command, tmp_path):
-    words = [*command, "--method", "gptq", "--samples", "6", "--scheme", "w4a16-g32"]
+    words = [*command, "--method", "gptq", "--samples", "4", "--scheme", "w4a16-g32"]
     results = together(3, words, tmp_path)
     assert [code for code, _ in results] == [0] * 3, results
     assert "3 processes, and work for 2" in results[0][1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import random
@@ -11,11 +12,16 @@ import numpy as np
 import pytest
 import torch
 from byte_tokenizer import BOS, byte_tokenizer
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 
+import calibration.text.encoding
 from calibration.errors import ToolkitError
+from calibration.model.opening import DEMO_FOLDER, load_tokenizer
+from calibration.model.pretokenizers import pre_tokenizer
 from calibration.text.corpora import Corpus
 from calibration.text.crops import TokenBatches, calibration_tokens, check_tokenizer
-from calibration.text.encoding import encode_text, wanted_bos
+from calibration.text.encoding import encode_text, token_ids, wanted_bos
+from calibration.text.pieces import pieces
 
 
 def corpus(text: str, special_tokens: bool = False) -> Corpus:
@@ -153,3 +159,51 @@ def test_every_word_and_byte_belongs_to_one_token(text: str) -> None:
 def test_words_of_a_prefix() -> None:
     encoded = encode_text(corpus("ab cd ef"), byte_tokenizer())
     assert np.cumsum(encoded.words.numpy()).tolist() == [1, 1, 1, 2, 2, 2, 3, 3]
+
+
+ODD_TEXT = (
+    "It's 3.14,  isn't it?\n\n = Title = \n a  b\tc d\u00e9j\u00e0 vu \u6f22\u5b57 \U0001f642 x \r\n y . "
+    "Z ok <s> no e\u0301 fin 12 345 ab "
+)
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken"])
+def test_long_texts_have_the_same_tokens_in_pieces(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Ids, words and bytes of every token, with cuts wherever they are possible, for all patterns known here."""
+    tokenizer = load_tokenizer(DEMO_FOLDER, False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer(name)
+    if name == "qwen2":
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    text = (DEMO_FOLDER / "test.txt").read_text()[:20_000] + ODD_TEXT * 40
+    whole = encode_text(corpus(text, special_tokens=True), tokenizer)
+    plain = tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
+    cut = functools.partial(pieces, length=20)
+    parts = list(cut(tokenizer, text))
+    assert len(parts) > 400 and "".join(parts) == text
+    monkeypatch.setattr(calibration.text.encoding, "pieces", cut)
+    found = encode_text(corpus(text, special_tokens=True), tokenizer)
+    assert found.ids.tolist() == plain == token_ids(tokenizer, text, True).tolist()
+    assert all(torch.equal(getattr(found, part), getattr(whole, part)) for part in ("ids", "words", "bytes"))
+
+
+def test_special_tokens_go_around_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration.text.encoding, "pieces", functools.partial(pieces, length=4))
+    ids = token_ids(byte_tokenizer(bos=True), "one two three four", special_tokens=True)
+    assert ids.tolist().count(BOS) == 1 and ids[0] == BOS and len(ids) == 19
+
+
+def test_other_tokenizers_get_their_text_whole() -> None:
+    text = "one two three four " * 4
+    for change in (
+        {"pre_tokenizer": pre_tokenizers.Metaspace()},
+        {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)},
+        {"normalizer": normalizers.Prepend("_")},
+    ):
+        tokenizer = byte_tokenizer()
+        for part, value in change.items():
+            setattr(tokenizer.backend_tokenizer, part, value)
+        assert list(pieces(tokenizer, text, length=4)) == [text], change
+    tokenizer = byte_tokenizer()
+    assert len(list(pieces(tokenizer, text, length=4))) > 4
+    tokenizer.add_tokens([AddedToken("two", lstrip=True)])
+    assert list(pieces(tokenizer, text, length=4)) == [text]

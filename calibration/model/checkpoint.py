@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from calibration.errors import ToolkitError
+from calibration.errors import ToolkitError, short_of_memory
 from calibration.model import mxfp4
 from calibration.model.float8 import dequantized
 from calibration.model.headers import TensorInfo, read_header, shards_of
@@ -203,6 +203,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        if short_of_memory(error):
+            raise
         code = getattr(error, "errno", None)
         if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             fix = "free some space, then run again (`ptq quantize` goes on with --resume)"

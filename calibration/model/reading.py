@@ -9,7 +9,7 @@ import stat
 import tomllib
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from calibration.errors import ToolkitError
 
@@ -99,7 +99,9 @@ def _fits(value: Any, hint: Any) -> bool:
     """Whether a value from JSON is of a field's type; what lists and objects hold is not looked at."""
     if hint is Any:
         return True
-    if get_origin(hint) is UnionType:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint) and not isinstance(value, bool)
+    if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, one) for one in get_args(hint))
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)

@@ -182,7 +182,7 @@ def read_tokens(path: Path, samples: int, seq_len: int, vocab_size: int) -> Toke
 def _text_crops(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, rng: random.Random
 ) -> Tensor:
-    ids = torch.tensor(token_ids(tokenizer, corpus.text, corpus.special_tokens), dtype=torch.int64)
+    ids = token_ids(tokenizer, corpus.text, corpus.special_tokens)
     if len(ids) <= seq_len:  # randint(0, -1) would have no value
         raise too_short(corpus.label, len(ids), seq_len + 1)
     starts = [rng.randint(0, len(ids) - seq_len - 1) for _ in range(samples)]
@@ -203,7 +203,7 @@ def _document_crops(
         ids = token_ids(tokenizer, corpus.rows[index], corpus.special_tokens)
         if len(ids) > seq_len:
             start = rng.randint(0, len(ids) - seq_len - 1)
-            crops.append(torch.tensor(ids[start : start + seq_len], dtype=torch.int64))
+            crops.append(ids[start : start + seq_len].clone())
             continue
         lengths[index] = len(ids)
         if not crops and len(lengths) >= min(len(corpus.rows), LONGEST_SEARCH):
@@ -219,9 +219,9 @@ def _blocks(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, documents: int, 
     taken = 0
     for index in order:
         document = token_ids(tokenizer, corpus.rows[int(index)].strip(), corpus.special_tokens)
-        if not document or len(document) > AWQ_LONGEST_DOCUMENT:
+        if not len(document) or len(document) > AWQ_LONGEST_DOCUMENT:
             continue
-        ids.extend(document)
+        ids.extend(document.tolist())
         taken += 1
         if taken == documents:
             break

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from calibration.errors import ToolkitError, foreign
 from calibration.text.chats import as_text
 from calibration.text.corpora import Corpus
+from calibration.text.pieces import pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,19 +68,39 @@ class EncodedText:
 NOT_TEXT = "give text without lone surrogates (half of a character such as \\ud800), and the model's own tokenizer"
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool) -> list[int]:
-    """One text in one call, without the warning that it is longer than the model's context (it is never fed whole).
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool) -> Tensor:
+    """The tokens of one text, int64 ``[n]``, without the warning that it is longer than the model's context (it is
+    never fed whole). Long texts are tokenized in pieces, with the same result, see `calibration.text.pieces`.
 
     Fast tokenizers are asked for ids alone: without offsets a large text takes half the time and less memory.
     """
     with foreign("the tokenizer refuses the text", NOT_TEXT):
-        if tokenizer.is_fast:
-            backend = tokenizer.backend_tokenizer
-            backend.no_truncation()
-            backend.no_padding()
-            return list(backend.encode_batch_fast([text], add_special_tokens=special_tokens)[0].ids)
-        encoded = tokenizer(text, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)
-        return list(encoded["input_ids"])
+        if not tokenizer.is_fast:
+            encoded = tokenizer(text, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)
+            return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+        backend = _unbounded(tokenizer)
+        before, after = _around(backend) if special_tokens else ([], [])
+        found = [np.array(before, dtype=np.int64)]
+        for piece in pieces(tokenizer, text):
+            ids = backend.encode_batch_fast([piece], add_special_tokens=False)[0].ids
+            found.append(np.array(ids, dtype=np.int64))
+        return torch.from_numpy(np.concatenate([*found, np.array(after, dtype=np.int64)]))
+
+
+def _unbounded(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The fast tokenizer below, which cuts and pads nothing."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _around(backend: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that a fast tokenizer puts in front of a text, and behind it."""
+    encoded = backend.encode("a", add_special_tokens=True)
+    special = encoded.special_tokens_mask
+    begin = special.index(0) if 0 in special else len(special)  # a tokenizer without a token for "a": all in front
+    return list(encoded.ids[:begin]), list(encoded.ids[begin + special.count(0) :])
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
@@ -99,7 +120,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
 def wanted_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The BOS id if the tokenizer puts one at the start of a text by default, else None."""
     ids = token_ids(tokenizer, "", special_tokens=True)
-    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
+    return int(ids[0]) if len(ids) and ids[0] == tokenizer.bos_token_id else None
 
 
 def too_short(what: str, found: int, needed: int) -> ToolkitError:
@@ -123,7 +144,7 @@ def begin_with_bos(windows: Tensor, bos_id: int | None) -> Tensor:
 
 
 def encode_text(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> EncodedText:
-    """The whole text in one tokenizer call.
+    """A whole text as tokens.
 
     Where the tokenizer puts BOS in front of a text by default the result begins with it, and ``bos_id`` says that every
     window does: of published sets and of plain files alike. Other special tokens are added to published sets only.
@@ -135,24 +156,14 @@ def encode_text(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> EncodedTe
     text, bos = corpus.text, wanted_bos(tokenizer)
     special = corpus.special_tokens and bos is None
     if tokenizer.is_fast:
-        # verbose=False: the warning that the text is longer than the model's context is about feeding it whole.
         with foreign(f"{corpus.label}: the tokenizer refuses the text", NOT_TEXT):
-            encoded = tokenizer(
-                text,
-                add_special_tokens=special,
-                return_offsets_mapping=True,
-                return_attention_mask=False,
-                verbose=False,
-            )
-        ids = encoded["input_ids"]
-        ends = np.array([end for _, end in encoded["offset_mapping"]], dtype=np.int64)
-        words, counts = _attribute(text, ends)
+            ids, words, counts = _attributed(tokenizer, text, special)
     else:
-        ids = token_ids(tokenizer, text, special)
+        ids = token_ids(tokenizer, text, special).numpy()
         words = np.diff(np.linspace(0, len(text.split()), len(ids) + 1).round().astype(np.int64))
         counts = np.diff(np.linspace(0, len(text.encode("utf-8")), len(ids) + 1).round().astype(np.int64))
     return EncodedText(
-        ids=torch.tensor(ids, dtype=torch.int64),
+        ids=torch.from_numpy(ids),
         words=torch.from_numpy(words),
         bytes=torch.from_numpy(counts),
         dataset=corpus.label,
@@ -161,6 +172,23 @@ def encode_text(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> EncodedTe
         special_tokens=special,
         max_windows=corpus.max_windows,
     ).with_bos(bos)
+
+
+def _attributed(
+    tokenizer: PreTrainedTokenizerBase, text: str, special: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids, words and bytes of the tokens of a text, int64 ``[n]`` each, by a fast tokenizer."""
+    backend = _unbounded(tokenizer)
+    before, after = _around(backend) if special else ([], [])
+    columns = []
+    for piece in pieces(tokenizer, text):
+        encoded = backend.encode_batch([piece], add_special_tokens=False)[0]
+        ends = np.fromiter((end for _, end in encoded.offsets), dtype=np.int64, count=len(encoded.offsets))
+        columns.append((np.array(encoded.ids, dtype=np.int64), *_attribute(piece, ends)))
+    ids, words, counts = (np.concatenate(column) for column in zip(*columns, strict=True))
+    around = (len(before), len(after))
+    ids = np.concatenate([np.array(before, dtype=np.int64), ids, np.array(after, dtype=np.int64)])
+    return ids, np.pad(words, around), np.pad(counts, around)
 
 
 def _attribute(text: str, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -80,6 +80,8 @@ class Pass(ABC):
         phases: what it promises, in order (AWQ balances, then chooses clipping ranges).
         expected_errors: what `ptq fit` may expect of it: errors as of rounding to nearest, or as with GPTQ's feedback;
             None where it was not measured.
+        learned_bytes: per weight of a block, what it holds beside the block while it trains: parameters, gradients.
+        by_window: it trains on single windows, not on whole batches.
         looks_at_batches: it reads calibration batches themselves and not only sums over them, so that they must all be
             in one process. (Passes with `references`, and those that make thresholds, do so too.)
     """
@@ -90,6 +92,8 @@ class Pass(ABC):
     default_scheme: ClassVar[str | None] = None
     phases: ClassVar[tuple[Phase, ...]]
     expected_errors: ClassVar[Literal["nearest", "feedback"] | None] = None
+    learned_bytes: ClassVar[int] = 0
+    by_window: ClassVar[bool] = False
     looks_at_batches: ClassVar[bool] = False
 
     @property

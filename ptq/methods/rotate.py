@@ -24,6 +24,7 @@ from calibration.walk.passes import Pass, Phase, PlanView, Read, Transform
 from calibration.walk.segment import Segment
 from ptq.linears import ModelLayout
 from ptq.numerics.hadamard import block_size, hadamard_transform, odd_order
+from ptq.numerics.objective import row_chunks
 from ptq.numerics.rotation import Kind, Rotation, make_rotation
 
 ONLINE = ("hadamard", "key_hadamard")
@@ -115,8 +116,13 @@ class Rotate(Pass):
         def turned(name: str) -> Callable[[Read], Any]:
             return lambda read: turn(read(name))
 
+        def turned_head(read: Read) -> torch.Tensor:
+            matrix, fused = read(source), gain(read)
+            rotation = self._stream_rotation(architecture, matrix.shape[-1])
+            return _by_rows(lambda rows: rotation(rows.double() * fused), matrix)
+
         made = {f"{name}.weight": turned(f"{name}.weight") for name in around.embeddings}
-        made[head] = lambda read: turn(read(source).double() * gain(read)).to(read(source).dtype)
+        made[head] = turned_head
         made[f"{norm}.weight"] = lambda read: torch.full_like(read(f"{norm}.weight"), 1.0 - offset)
         if bias is not None:
             made[bias] = lambda read: turn(unscaled_bias(read(bias).double(), gain(read), norm)).to(read(bias).dtype)
@@ -189,6 +195,15 @@ class Rotate(Pass):
 def _online(x: torch.Tensor) -> torch.Tensor:
     """What `ptq.runtime.linear.QuantLinear` does with its input, for the forward passes of a run."""
     return hadamard_transform(x, block_size(x.shape[-1]))
+
+
+def _by_rows(change: Callable[[torch.Tensor], torch.Tensor], matrix: torch.Tensor) -> torch.Tensor:
+    """What ``change`` makes of the rows of a large matrix, in its dtype. (Float64 copies of all of it would be four
+    times as large as a head in 16 bits, each.)"""
+    made = torch.empty_like(matrix)
+    for rows in row_chunks(*matrix.shape):
+        made[rows] = change(matrix[rows]).to(matrix.dtype)
+    return made
 
 
 def _value_groups(spec: BlockSpec) -> list[Balance]:

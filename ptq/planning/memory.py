@@ -7,29 +7,42 @@ from pathlib import Path
 import torch
 
 from calibration.memory import available_bytes
+from calibration.model.classes import text_config
 from calibration.progress import Progress
+from calibration.scoring.perplexity import CHUNK_ELEMENTS
+from calibration.text.pieces import PIECE, folder_cuts_freely
 from ptq.devices import evaluation_dtype
+from ptq.evaluation import EVAL_TOKENS
 from ptq.planning.plan import Plan
 from ptq.planning.source import Source
 
 TOKENIZING = 95  # bytes per byte of text, measured with a byte-level BPE of 49 thousand words on wikitext
+HOLDING = 12  # bytes per byte of text that is tokenized in pieces: file, rows, one string, tokens
 PUBLISHED = {"wikitext2": 10_900_000}  # bytes of the text that calibration tokenizes
+SCORING = 6  # pieces of float32 logits of both models, their log-probabilities and products
 
 
 def tokenizing_bytes(source: Source, evaluate: str | None, plan: Plan) -> int:
-    """What it takes to tokenize the calibration text and that of ``--eval``, where their sizes are known: whole texts
-    at once, one after the other."""
+    """What it takes to tokenize the calibration text and that of ``--eval``, where their sizes are known, one after the
+    other: in pieces where the tokenizer allows it."""
     named = ([source.dataset] if plan.needs_data else []) + ([evaluate] if evaluate else [])
-    sizes = [Path(n).stat().st_size if Path(n).is_file() else PUBLISHED.get(n, 0) for n in named]
-    return TOKENIZING * max(sizes, default=0)
+    texts = [n for n in named if Path(n).suffix != ".safetensors"]
+    largest = max((Path(n).stat().st_size if Path(n).is_file() else PUBLISHED.get(n, 0) for n in texts), default=0)
+    if largest > PIECE and folder_cuts_freely(source.folder):
+        return TOKENIZING * PIECE + HOLDING * largest
+    return TOKENIZING * largest
 
 
 def evaluating_bytes(source: Source, evaluate: str | None) -> int:
-    """What ``--eval`` loads: the float model and the quantized one, both in the dtype of the evaluation."""
+    """What ``--eval`` holds: the float model and the quantized one, both in the dtype of the evaluation, and the logits
+    of both for a batch of windows."""
     if evaluate is None:
         return 0
     itemsize = evaluation_dtype("auto", source.device).itemsize
-    return 2 * itemsize * sum(info.numel for info in source.reader.infos.values())
+    models = 2 * itemsize * sum(info.numel for info in source.reader.infos.values())
+    tokens = max(1, EVAL_TOKENS // source.seq_len) * source.seq_len
+    logits = 2 * tokens * int(text_config(source.config).vocab_size)
+    return models + itemsize * logits + 4 * min(SCORING * CHUNK_ELEMENTS, logits)
 
 
 def tell_short_memory(plan: Plan, device: torch.device, progress: Progress) -> None:

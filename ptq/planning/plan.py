@@ -138,7 +138,7 @@ def make_plan(
     if problems:
         raise PlanError(dict.fromkeys(problems))
     forwards = forwards_per_block(recipe.passes)
-    tokens = samples * seq_len, batch_size * seq_len
+    tokens = samples * seq_len, batch_size * seq_len, seq_len
     sizes = estimate(reader, config, spec, layout, recipe, forwards, tokens, forward_itemsize)
     remarks = list(group_remarks(linears, layout.linears))
     remarks += architecture_remarks(reader, spec)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from calibration.bounds import check_counts
+from calibration.bounds import check_amounts, check_counts
 from calibration.errors import ToolkitError
 from calibration.memory import peak_rss_bytes
 from calibration.model.classes import rope_switch
@@ -212,6 +212,7 @@ def generate(
     """
     input_ids = prompt_ids(tokenizer, prompt).to(model.device)
     check_counts(max_new_tokens=max_new_tokens, seed=seed)
+    check_amounts(temperature=temperature)
     if max_new_tokens < 1:
         raise ToolkitError(f"max new tokens: {max_new_tokens}", "ask for at least 1")
     shown = None if stream is None else _Stream(tokenizer, stream)

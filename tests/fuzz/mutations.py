@@ -1,11 +1,15 @@
-"""Seeded damage to the files that users bring: JSON values, safetensors headers and bytes, texts."""
+"""Seeded damage to the files that users bring: JSON values and texts. (Safetensors files: `fuzz.tensor_files`.)
+
+Coarse damage is refused at the first look; fine damage (a number a little different, an entry moved) gets past it and
+tries what lies behind. Both kinds are drawn.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import random
-import struct
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,22 @@ ODD_VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 3, 7, 2**31, 2**63, 10**30, 0.0, -0.5, 1e300, float("nan"), float("inf"),
     "", "nope", "../../x", "/etc/passwd", "\ud800", "a" * 300, [], {}, [1, "x"], {"a": [1]}, [[]] * 3,
 )  # fmt: skip
+REFUSED, DONE = 2, 0
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What was done to the files of a case.
+
+    Attributes:
+        what: for the report.
+        known: the exit code where the answer is certain, else None: `DONE` and `REFUSED` are both possible.
+        same: the damage changes nothing: where the command succeeds, it must leave what it leaves without.
+    """
+
+    what: str
+    known: int | None = None
+    same: bool = False
 
 
 def json_paths(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -24,38 +44,73 @@ def json_paths(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path]
 
 
-def mutate_json(path: Path, rng: random.Random, within: tuple[str, ...] = ()) -> str:
-    """Delete, rename, exchange or add one value of a JSON file; what was done."""
+def nudged(value: Any, rng: random.Random) -> Any:
+    """A value of the same type that differs a little."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return rng.choice((value + 1, value - 1, value * 2, value // 2, -value))
+    if isinstance(value, float):
+        return rng.choice((value * 2, value / 2, value * 1.001, -value, 0.0))
+    if isinstance(value, str):
+        return rng.choice((value.upper(), value.lower(), f"{value} ", value[:-1], f"{value}x", value[::-1]))
+    if isinstance(value, list):
+        return rng.choice((value[:-1], value[1:], value + value[-1:], value[::-1]))
+    if isinstance(value, dict) and value:
+        return {key: value[key] for key in list(value)[1:]}
+    return rng.choice((0, "x", [], {}))
+
+
+def mutate_json(path: Path, rng: random.Random, within: tuple[str, ...] = ()) -> Damage:
+    """Delete, rename, exchange, nudge or add one value of a JSON file, or only lay it out anew."""
     text = path.read_text(encoding="utf-8")
-    if rng.random() < 0.08:
+    chance = rng.random()
+    if chance < 0.06:
         return damage_text(path, rng)
     data = json.loads(text)
+    if chance < 0.12:
+        order = sorted(data, key=lambda key: rng.random())
+        path.write_text(json.dumps({key: data[key] for key in order}, indent=rng.choice((None, 1, 4))))
+        return Damage(f"{path.name}: laid out anew", DONE, same=True)
     places = [p for p in json_paths(data) if p and p[: len(within)] == within and len(p) > len(within)]
     if not places:
         return damage_text(path, rng)
     place = rng.choice(places)
-    parent = data
-    for key in place[:-1]:
-        parent = parent[key]
-    kind = rng.choice(("delete", "value", "value", "value", "duplicate", "deep"))
+    kind = rng.choice(("delete", "value", "value", "duplicate", "deep", *["nudge"] * 5, "move", "move"))
+    _change(data, place, kind, rng, places)
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return Damage(f"{path.name}: {kind} {'.'.join(map(str, place))}")
+
+
+def _change(data: Any, place: tuple[Any, ...], kind: str, rng: random.Random, places: list[tuple[Any, ...]]) -> None:
+    parent = _at(data, place[:-1])
+    key = place[-1]
     if kind == "delete":
-        del parent[place[-1]]
+        del parent[key]
     elif kind == "value":
-        parent[place[-1]] = rng.choice(ODD_VALUES)
+        parent[key] = rng.choice(ODD_VALUES)
+    elif kind == "nudge":
+        parent[key] = nudged(parent[key], rng)
+    elif kind == "move":  # the value of another place
+        parent[key] = json.loads(json.dumps(_at(data, rng.choice(places))))
     elif kind == "deep":
         nested: Any = 1
         for _ in range(200):
             nested = [nested]
-        parent[place[-1]] = nested
+        parent[key] = nested
     elif isinstance(parent, dict):
-        parent[f"{place[-1]}_x"] = parent[place[-1]]
+        parent[f"{key}_x"] = parent[key]
     else:
-        parent.append(parent[place[-1]])
-    path.write_text(json.dumps(data), encoding="utf-8")
-    return f"{path.name}: {kind} {'.'.join(map(str, place))}"
+        parent.append(parent[key])
 
 
-def damage_text(path: Path, rng: random.Random) -> str:
+def _at(data: Any, place: tuple[Any, ...]) -> Any:
+    for key in place:
+        data = data[key]
+    return data
+
+
+def damage_text(path: Path, rng: random.Random) -> Damage:
     """Cut a file, empty it, exchange bytes, or put something in front."""
     data = bytearray(path.read_bytes())
     kind = rng.choice(("cut", "empty", "bytes", "front", "utf16"))
@@ -72,12 +127,16 @@ def damage_text(path: Path, rng: random.Random) -> str:
     else:
         data = bytearray(bytes(data).decode("utf-8", "replace").encode("utf-16"))
     path.write_bytes(bytes(data))
-    return f"{path.name}: {kind}"
+    return Damage(f"{path.name}: {kind}")
 
 
-def replace_by_other_kind(path: Path, rng: random.Random) -> str:
-    """A folder, a link to nowhere or to itself, or no file at all in its place."""
-    kind = rng.choice(("folder", "dangling", "loop", "gone", "pipe"))
+def replace_by_other_kind(path: Path, rng: random.Random) -> Damage:
+    """A folder, a link to nowhere or to itself, a pipe, or no file at all in its place; or a link to the same file."""
+    kind = rng.choice(("folder", "dangling", "loop", "gone", "pipe", "linked"))
+    if kind == "linked":  # in the folder itself: what lies outside it is not read
+        path.rename(path.with_name(f"{path.name}.real"))
+        path.symlink_to(f"{path.name}.real")
+        return Damage(f"{path.name}: {kind}", DONE)
     path.unlink()
     if kind == "folder":
         path.mkdir()
@@ -86,68 +145,5 @@ def replace_by_other_kind(path: Path, rng: random.Random) -> str:
     elif kind == "loop":
         path.symlink_to(path)
     elif kind == "pipe":
-        import os
-
         os.mkfifo(path)
-    return f"{path.name}: {kind}"
-
-
-def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
-    """The header of a safetensors file, and the bytes behind it."""
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
-def write_raw(path: Path, header: Any, body: bytes) -> None:
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
-
-
-def mutate_header(path: Path, rng: random.Random) -> str:
-    """One entry of a safetensors header, or the file around it."""
-    header, body = header_of(path)
-    name = rng.choice([key for key in header if key != "__metadata__"])
-    entry = header[name]
-    kind = rng.choice(("dtype", "shape", "offset", "drop", "rename", "overlap", "metadata", "value", "cut", "bytes"))
-    if kind == "dtype":
-        entry["dtype"] = rng.choice(("F32", "F16", "BF16", "F64", "I32", "U32", "BOOL", "U8", "F8_E4M3", "C64", "X", 3))
-    elif kind == "shape":
-        entry["shape"] = rng.choice(([], [0], [-1], [1.5], [True], entry["shape"][::-1], [*entry["shape"], 1], "x"))
-    elif kind == "offset":
-        shift = rng.choice((-4, 4, 1, 10**12))
-        entry["data_offsets"] = [x + shift for x in entry["data_offsets"]]
-    elif kind == "drop":
-        del header[name]
-    elif kind == "rename":
-        header[f"{name}_x"] = header.pop(name)
-    elif kind == "overlap":
-        entry["data_offsets"] = [0, entry["data_offsets"][1] - entry["data_offsets"][0]]
-    elif kind == "metadata":
-        header["__metadata__"] = rng.choice((5, [], {"a": 5}, "x", None))
-    elif kind == "value":
-        header[name] = rng.choice(ODD_VALUES)
-    elif kind == "cut":
-        body = body[: rng.randrange(len(body))]
-    else:
-        return damage_text(path, rng)
-    write_raw(path, header, body)
-    return f"{path.name}: {kind} {name}"
-
-
-def mutate_values(path: Path, rng: random.Random) -> str:
-    """Stored values of one tensor: NaN, Inf, all bits set, or one flipped bit."""
-    header, body = header_of(path)
-    name = rng.choice([key for key in header if key != "__metadata__"])
-    first, last = header[name]["data_offsets"]
-    data = bytearray(body)
-    kind = rng.choice(("ones", "zeros", "flip"))
-    if kind == "flip" and last > first:
-        data[rng.randrange(first, last)] ^= 1 << rng.randrange(8)
-    else:
-        data[first:last] = (b"\xff" if kind == "ones" else b"\x00") * (last - first)
-    write_raw(path, header, bytes(data))
-    return f"{path.name}: {kind} in {name}"
-
-
-Mutation = Callable[[Path, random.Random], str]
+    return Damage(f"{path.name}: {kind}", REFUSED)

@@ -1,26 +1,35 @@
 """Run seeded cases of damaged input, a forked process each: ``python -m fuzz.run --cases 10000 --seed 0`` (from
-``tests/``). Every case must end with exit code 0 or 2 within the time limit, without a traceback, and with nothing
-under the final name unless it succeeded. Failures are printed with the seed that repeats them."""
+``tests/``). Every case must end with exit code 0 or 2 within ten seconds of processor time, without a traceback, with
+nothing under the final name unless it succeeded, and as is known where it is known. Failures are printed with the seed
+that repeats them (``--cases 1 --seed THAT``)."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import os
-import random
+import resource
 import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
-from command import done, products
+import torch
+from command import products, run_ptq
 from forked import kill, start, wait
 
-from fuzz.cases import KINDS, Case, copy_bases, make_bases
+from fuzz.cases import GPTQ, KINDS, Words, copy_bases, make_bases
+from fuzz.mutations import DONE, REFUSED, Damage
 
-SECONDS = 10.0
+SECONDS = 10  # of processor time
+BLOCKED = 60.0  # seconds on the clock, for what waits and computes nothing
+ROOM = 8 << 30  # bytes of addresses: more than any case needs
+MEMORY = Path("/dev/shm")  # files of cases, where the system has it
 
 
 @dataclass(frozen=True)
@@ -34,107 +43,140 @@ class Ended:
     wrong: str
 
 
-def run_forked(words: list[str], place: Path, seconds: float = SECONDS) -> tuple[int, str]:
-    """Exit code (-1: killed after ``seconds``) and everything printed, of ``ptq WORDS...`` in a forked process."""
+Left = dict[str, bytes]
+
+
+def limits() -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
+    resource.setrlimit(resource.RLIMIT_AS, (ROOM, ROOM))
+
+
+def run_forked(words: Words, place: Path) -> tuple[int, str]:
+    """Exit code (negative: killed, for its processor time or because it waited) and everything printed, of
+    ``ptq WORDS...`` in a forked process."""
     log = place / "log"
-    child = start(words, place, log)
-    code = wait(child, seconds)
+    child = start(list(words), place, log, before=limits)
+    code = wait(child, BLOCKED)
     if code is None:
         kill(child)
         code = -1
     return code, log.read_text(errors="replace") if log.exists() else ""
 
 
-def judge(case: Case, code: int, printed: str, place: Path, expected: dict[str, bytes] | None) -> str:
+def left(place: Path, printed: str) -> Left:
+    """What a case is compared by: the tensors under the final name, or the perplexity."""
+    out = place / "out"
+    if out.is_dir():
+        return {name: data for name, data in products(out).items() if name.endswith(".safetensors")}
+    return {"": next((line for line in printed.splitlines() if line.startswith("perplexity ")), "").encode()}
+
+
+def judge(damage: Damage, code: int, printed: str, place: Path, expected: Left) -> str:
     """What is wrong with an ending, or an empty string."""
-    if code == -1:
-        return "hang"
-    if code not in (0, 2):
+    if code < 0:
+        return f"hang (signal {-code}): {printed[-300:]}"
+    if code not in (DONE, REFUSED):
         return f"exit code {code}: {printed[-1500:]}"
     if "Traceback" in printed:
         return f"traceback: {printed[-1500:]}"
-    if code == 2 and "fix:" not in printed and "Usage:" not in printed:
+    if code == REFUSED and "fix:" not in printed and "Usage:" not in printed:
         return f"refused without a way out: {printed[-500:]}"
-    if code == 2 and (place / "out").exists():
+    if code == REFUSED and (place / "out").exists():
         return "refused, with something under the final name"
-    if case.known is not None and code != case.known:
-        return f"exit code {code}, must be {case.known}"
-    if code == 0 and expected is not None and products(place / "out") != expected:
-        return "exit code 0 with other bytes than an undisturbed run"
+    stray = [p.name for p in place.iterdir() if p.name.endswith((".tmp", ".ptq-lock", ".ptq-replaced"))]
+    if stray:
+        return f"left behind: {', '.join(stray)}"
+    if damage.known is not None and code != damage.known:
+        return f"exit code {code}, must be {damage.known}: {printed[-600:]}"
+    if code == DONE and damage.same and left(place, printed) != expected:
+        return f"exit code 0 with another result than undamaged files give: {printed[-300:]}"
     return ""
+
+
+@contextlib.contextmanager
+def in_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as scratch:
+        yield Path(scratch) / "place"
+
+
+def undamaged(bases: Path) -> dict[Words, Left]:
+    """Run the commands of all kinds on good files, here and not in a fork: all must succeed (else nothing would be
+    shown by what they refuse), and what they import is there for all forks."""
+    found: dict[Words, Left] = {}
+    for kind, words in {(name == "committed", words): None for name, k in KINDS.items() for words in k.commands}:
+        with in_folder() as place:
+            copy_bases(bases, place, words, kind)
+            with contextlib.chdir(place):
+                result = run_ptq(*words)
+            assert result.code == 0, (words, result.err)
+            found[words] = left(place, result.out)
+    gc.collect()
+    gc.freeze()
+    return found
 
 
 def fuzz(bases: Path, cases: int, seed: int, report: Callable[[Ended], None]) -> list[Ended]:
     """Run so many cases over copies of ``bases`` and hand each one's ending to ``report``."""
-    expected = interrupted(bases)
+    interrupted(bases)
+    expected = undamaged(bases)
     ended = []
     for number in range(seed, seed + cases):
-        rng = random.Random(number)
         kind = list(KINDS)[number % len(KINDS)]
-        with tempfile.TemporaryDirectory() as scratch:
-            place = Path(scratch) / "place"
-            copy_bases(bases, place, with_interrupted=kind == "committed")
-            case = KINDS[kind](place, rng)
-            code, printed = run_forked(case.words, place)
-            wrong = judge(case, code, printed, place, expected if kind == "committed" else None)
-        ended.append(Ended(kind, number, case.what, code, wrong))
+        with in_folder() as place:
+            chosen = Random(number).choice(KINDS[kind].commands)  # as the case will choose: its files are copied
+            copy_bases(bases, place, chosen, with_interrupted=kind == "committed")
+            damage, words, _ = KINDS[kind].case(place, Random(number))
+            code, printed = run_forked(words, place)
+            wrong = judge(damage, code, printed, place, expected[chosen])
+        ended.append(Ended(kind, number, f"{damage.what} ({' '.join(words)})", code, wrong))
         report(ended[-1])
     return ended
 
 
-def interrupted(bases: Path) -> dict[str, bytes]:
-    """Leave an interrupted run in ``bases``; the files that it would have written."""
+def interrupted(bases: Path) -> None:
+    """Leave an interrupted run in ``bases``: one of its two blocks is committed."""
     import calibration.walk.finished
 
-    place = str(bases)
-    before = os.getcwd()
-    os.chdir(place)
-    shutil.rmtree("out.partial", ignore_errors=True)  # of an earlier round on the same files
+    shutil.rmtree(bases / "out.partial", ignore_errors=True)  # of an earlier round on the same files
+    original, remaining = calibration.walk.finished.save_tensors, [1]
+
+    def once(*args: object, **named: object) -> None:
+        if not remaining[0]:
+            raise SystemExit(3)
+        remaining[0] -= 1
+        original(*args, **named)  # type: ignore[arg-type]
+
+    calibration.walk.finished.save_tensors = once  # type: ignore[assignment]
     try:
-        words = ["quantize", "model", "--method", "gptq", "--scheme", "w4a16-g32", "--samples", "2", "--seq-len", "16"]
-        words += ["--dataset", "text.txt", "--out", "out"]
-        done(*words)
-        expected = products(bases / "out")
-        shutil.rmtree(bases / "out")
-        original, left = calibration.walk.finished.save_tensors, [1]
-
-        def once(*args: object, **named: object) -> None:
-            if not left[0]:
-                raise SystemExit(3)
-            left[0] -= 1
-            original(*args, **named)  # type: ignore[arg-type]
-
-        calibration.walk.finished.save_tensors = once  # type: ignore[assignment]
-        from command import run_ptq
-
-        run_ptq(*words)
-        calibration.walk.finished.save_tensors = original
+        with contextlib.chdir(bases):
+            assert run_ptq(*GPTQ).code == 3
     finally:
-        os.chdir(before)
-    return expected
+        calibration.walk.finished.save_tensors = original
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--cases", type=int, default=1000)
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--every", action="store_true", help="print how every case ended")
     chosen = options.parse_args()
-    import torch
-
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # a forked process has no others
     with tempfile.TemporaryDirectory() as scratch:
         bases = Path(scratch) / "bases"
         bases.mkdir()
         make_bases(bases)
 
         def report(end: Ended) -> None:
-            if end.wrong:
-                print(f"seed {end.seed} [{end.kind}] {end.what}: {end.wrong}\n", flush=True)
+            if end.wrong or chosen.every:
+                print(f"seed {end.seed} [{end.kind}] {end.code} {end.what}: {end.wrong}", flush=True)
 
         ended = fuzz(bases, chosen.cases, chosen.seed, report)
     counts = Counter((e.kind, "wrong" if e.wrong else "ok" if e.code == 0 else "refused") for e in ended)
     for (kind, how), count in sorted(counts.items()):
-        print(f"{kind:12} {how:8} {count}")
+        print(f"{kind:16} {how:8} {count}")
+    spent = os.times()
+    print(f"{len(ended)} cases from seed {chosen.seed}, {sum(bool(e.wrong) for e in ended)} wrong, "
+          f"{spent.children_user + spent.children_system:.0f} s of processor time")  # fmt: skip
     sys.exit(any(e.wrong for e in ended))
 
 

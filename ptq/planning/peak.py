@@ -1,0 +1,130 @@
+"""The memory that a run takes at its fullest, by stage, from headers alone.
+
+Every stage is counted by what it holds at once; the constants were measured on SmolLM2-135M and on blocks of a Llama of
+hidden width 2048 (the process's own VmHWM, stage by stage), and hold within 15 % there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+from calibration.architectures import ArchitectureSpec
+from calibration.model.checkpoint import CheckpointReader
+from calibration.model.headers import TensorInfo
+from calibration.model.shards import SHARD_BYTES
+from calibration.walk.passes import Phase, keeps_originals, references_of, watches_float
+from calibration.walk.statistics import CrossGram, Gram
+from ptq.linears import ModelLayout
+from ptq.numerics.rotation import CHUNK
+from ptq.planning.recipe import Recipe
+
+FACTOR, CROSS_FACTOR = 3, 3  # matrices [in, in] beside the statistics while GPTQ and GPTAQ round a linear
+STACKED = 14  # bytes per weight of the linears that are rounded together: them, two copies, codes in both orders
+BLOCK = 8.0  # bytes per weight of a block while it is rounded: masters, codes, what is packed and written
+LOADED = 6.0  # bytes per weight of a block while it is run: masters, and the stored tensors that they are made of
+DECODED = 2.5  # bytes per weight of a block while it is exported: codes as stored, unpacked, laid out anew
+LIBRARIES = 10_000_000  # code that a run loads
+WITH_TEXT = 25_000_000  # what the allocator keeps of batches, besides
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Tokens of the calibration set, of one batch and of one window, bytes per value of the forward dtype, and passes
+    over the set per block."""
+
+    tokens: int
+    batch_tokens: int
+    window: int
+    itemsize: int
+    forwards: int
+
+
+def peak_by_stage(
+    reader: CheckpointReader,
+    spec: ArchitectureSpec,
+    layout: ModelLayout,
+    recipe: Recipe,
+    calibration: Calibration,
+    hidden: int,
+    output_bytes: int,
+) -> dict[str, int]:
+    """Bytes above interpreter and libraries, by stage of a run.
+
+    Args:
+        hidden: width of the hidden states.
+        output_bytes: of all tensors that are written.
+    """
+    ordered = sorted(reader.infos.items(), key=lambda item: (item[1].shard, item[0]))
+    stored = [info.nbytes for _, info in ordered]
+    block = sum(info.numel for n, info in ordered if n.startswith(spec.prefix(0)))
+    rest = LIBRARIES + (WITH_TEXT if calibration.forwards else 0)
+    outside = [n for n, _ in ordered if spec.block_of(n) is None]
+    rewritten = {name for p in recipe.passes for name in p.outside(spec, outside)}
+    rewriting = max((_rewriting(reader.infos[n]) for n in rewritten if n in reader.infos), default=0)
+    stages = {
+        "check weights": max((a + b for a, b in pairwise([0, *stored])), default=0),  # one is hashed, the next one read
+        "blocks": round(_blocks(spec, layout, recipe, calibration, hidden, block)),
+        "export": max(min(output_bytes, 2 * SHARD_BYTES) + round(DECODED * block), rewriting),
+    }
+    if calibration.forwards:
+        front = [reader.infos[n] for n in outside if not n.startswith(("lm_head.", f"{spec.blocks}."))]
+        stages["embed"] = max(_embed(front, calibration, hidden), rewriting)
+    return {name: size + rest for name, size in stages.items()}
+
+
+def _rewriting(info: TensorInfo) -> int:
+    """A matrix outside the blocks that a pass rewrites: what it was, what it becomes and a copy, and float64 rows."""
+    return 3 * info.nbytes + 16 * min(info.numel, CHUNK)
+
+
+def _embed(infos: list[TensorInfo], calibration: Calibration, hidden: int) -> int:
+    """What lies in front of the blocks, in the dtype of the forward pass, and one tensor as it is stored, or the hidden
+    states that come of it."""
+    copied = max((i.nbytes for i in infos if i.dtype.itemsize != calibration.itemsize), default=0)
+    states = calibration.tokens * hidden * calibration.itemsize
+    return sum(i.numel * calibration.itemsize for i in infos) + max(copied, states)
+
+
+def _states(recipe: Recipe, calibration: Calibration, hidden: int) -> int:
+    """Hidden states: of the stream, of the float model beside it before and after the block, of references."""
+    streams = 1 + len(references_of(recipe.passes)) + 2 * watches_float(recipe.passes)
+    return streams * calibration.tokens * hidden * calibration.itemsize
+
+
+def _blocks(
+    spec: ArchitectureSpec, layout: ModelLayout, recipe: Recipe, calibration: Calibration, hidden: int, block: int
+) -> float:
+    """One block at work: its weights, hidden states, statistics, and the larger of a forward pass and of rounding."""
+    c = calibration
+    if not c.forwards:
+        return BLOCK * block
+    shapes = {n.name[len(spec.prefix(0)) :]: n.shape for n in layout.linears if n.block == 0}
+    weights = LOADED * block + (c.itemsize * block if c.itemsize != 4 else 0)
+    weights += 4 * block if keeps_originals(recipe.passes) else 0  # weights before rounding
+    kept, rounding = _statistics(spec, recipe, shapes)
+    widths = sum(sum(shape) for shape in shapes.values())
+    widest = max((max(shape) for shape in shapes.values()), default=0)
+    per_token = c.itemsize * (3 * widest + 4 * hidden)  # gate, up and their product; what attention holds
+    trained = [p for p in recipe.passes if p.references]
+    graph = max((2 * (c.window if p.by_window else c.batch_tokens) * widths * c.itemsize for p in trained), default=0)
+    graph += max((p.learned_bytes for p in trained), default=0) * block
+    watched = c.batch_tokens * widths * c.itemsize if watches_float(recipe.passes) else 0  # inputs of the float block
+    alone = bool(trained) and all(p.by_window for p in trained)
+    training = graph + (c.window if alone else c.batch_tokens) * per_token
+    gathering = c.batch_tokens * per_token + kept  # the sums of a few batches beside those of all
+    working = max(gathering, training if trained else 0, rounding, (BLOCK - LOADED) * block)
+    return weights + _states(recipe, c, hidden) + kept + watched + working
+
+
+def _statistics(spec: ArchitectureSpec, recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    """Bytes of a block's Gram matrices, and of what rounding needs beside them for the largest linears of one input."""
+    grams = {kind for p in recipe.passes for kind in p.statistics} & {Gram, CrossGram}
+    groups = [(shapes[s.linears[0]][1], sum(shapes[n][0] for n in s.linears if n in shapes))
+              for s in spec.block(0).inputs if s.linears[0] in shapes]  # fmt: skip
+    kept = len(grams) * sum(4 * columns**2 for columns, _ in groups)
+    if not any(Phase.ROUND in p.phases and Gram in p.statistics for p in recipe.passes):
+        return kept, 0
+    factors = FACTOR + (CROSS_FACTOR if CrossGram in grams else 0)
+    return kept, max((factors * 4 * n**2 + STACKED * rows * n for n, rows in groups), default=0)

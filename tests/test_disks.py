@@ -1,0 +1,152 @@
+"""Full disks, folders of other users and too little memory: one message, nothing under the final name, and the same
+bytes once there is room. Disks are small file systems in memory where this process may mount some."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from command import done, products, text_file, tiny
+from forked import start, wait
+
+DATA = ["--dataset", "text.txt", "--seq-len", "16"]
+SMALL = [*DATA, "--samples", "2"]
+COMMANDS: dict[str, list[str]] = {
+    "quantize": ["quantize", "model", "--method", "gptq", "--scheme", "w4a16-g32", *SMALL],
+    "export": ["export", "quantized", "--format", "native"],
+    "sparsify": ["sparsify", "model", "--method", "teal", "--target", "0.5", *DATA, "--samples", "64"],
+    "analyze": ["analyze", "model", *SMALL],
+    "prepare": ["prepare", "quantized", "--rank", "8", "--steps", "2", *DATA],
+    "fit": ["fit", "model", "--bpw", "4.25", "--schemes", "w3a16-g32,w4a16-g32", *SMALL],
+    "study": ["study", "sensitivity", "model", "--schemes", "w4a16-g32", "--windows", "1", *SMALL],
+}
+SECONDS = 120.0
+NOBODY = 65534
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("disks")
+    text_file(folder / "text.txt")
+    model = tiny(folder / "model")
+    words = ["--method", "rtn", "--scheme", "w4a16-g32", "--format", "compressed-tensors"]
+    done("quantize", model, *words, "--out", folder / "quantized")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a forked process has no others
+    yield folder
+    torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[None]:
+    """A file system of ``size`` bytes at ``folder``; the test is skipped where none can be mounted."""
+    folder.mkdir(exist_ok=True)
+    words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(words, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+        folder.rmdir()
+
+
+def enlarge(folder: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+
+
+def endless_disk() -> None:
+    """The check before the work sees a large disk: what is looked at is a disk that fills up while the run writes."""
+    shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 50, 0, 1 << 50)  # type: ignore[attr-defined]
+
+
+def run(place: Path, words: list[str], before: Callable[[], None] | None = None) -> tuple[int | None, str]:
+    log = place / "log"
+    code = wait(start(words, place, log, before), SECONDS)
+    return code, log.read_text(errors="replace")
+
+
+def left(out: Path) -> dict[str, bytes]:
+    return {"": out.read_bytes()} if out.is_file() else products(out)
+
+
+def refusal(code: int | None, printed: str, *parts: str) -> None:
+    assert code == 2 and printed.count("error:") == 1 and "fix:" in printed and "Traceback" not in printed, printed
+    assert any(part in printed for part in parts), printed
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_disk_that_fills_up(place, name):
+    """With room for a part of the files only; then with room for all, by --resume where it is offered."""
+    disk = place / "disk"
+    out = "disk/out.toml" if name == "fit" else "disk/out"
+    words = [*COMMANDS[name], "--out", out]
+    with small_disk(disk, 64 << 20):
+        code, printed = run(place, words)
+        assert code == 0, printed
+        expected = left(place / out)
+        whole = sum(len(data) + 4096 for data in expected.values())
+    for share in (0.0, 0.3, 0.7):
+        with small_disk(disk, max(4096, int(share * whole) // 4096 * 4096)):
+            code, printed = run(place, words, endless_disk)
+            refusal(code, printed, "the disk is full")
+            assert not (place / out).exists()
+            kept = sorted(p.name for p in disk.iterdir())
+            assert kept == [] or (name == "quantize" and kept == ["out.partial"]), kept
+            enlarge(disk)
+            resumed = ["--resume"] if (disk / "out.partial" / "plan.json").exists() else []
+            code, printed = run(place, [*words, *resumed])
+            assert code == 0, printed
+            assert left(place / out) == expected
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_folder_of_another_user(place, name):
+    """As a user who may read everything and write nowhere."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    for folder in (place, *place.parents):
+        if folder.stat().st_uid == 0 and folder != Path("/") and folder.stat().st_mode & 0o005 != 0o005:
+            folder.chmod(folder.stat().st_mode | 0o055)
+    log = place / "log"
+    log.touch()
+    log.chmod(0o666)
+
+    def leave() -> None:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+
+    code, printed = run(place, [*COMMANDS[name], "--out", "kept/out"], leave)
+    refusal(code, printed, "not writable", "Permission denied")
+    assert not (place / "kept").exists()
+
+
+@pytest.mark.parametrize("name", ["quantize", "export", "sparsify", "analyze"])
+def test_too_little_memory(place, name):
+    """Less and less room for more: success or one message, and nothing half made."""
+    words = [*COMMANDS[name], "--out", "out"]
+    ended = []
+    for room in (1 << 17, 1 << 20, 1 << 22, 1 << 24):
+
+        def limit(room: int = room) -> None:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + room, used + room))
+
+        code, printed = run(place, words, limit)
+        ended.append(code)
+        if code == 2:
+            refusal(code, printed, "no memory is left")
+            assert not (place / "out").exists()
+        else:
+            assert code == 0 or (code is not None and code < 0), printed
+        shutil.rmtree(place / "out", ignore_errors=True)
+        shutil.rmtree(place / "out.partial", ignore_errors=True)
+    assert 2 in ended, ended
