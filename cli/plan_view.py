@@ -103,4 +103,9 @@ def print_result(record: RunRecord, out: Path) -> None:
             f"{timings.seconds:.1f} s, peak memory {size(timings.peak_rss_bytes)} ({size(above)} above the start)",
             highlight=False,
         )
-    print(f"written to {out} (report.html, report.md, report.json)")
+    reports = (
+        ("report.html", "report.md", "report.json")
+        if out.is_dir()
+        else (f"{out.stem}.report.html", f"{out.stem}.report.json")
+    )
+    print(f"written to {out} ({', '.join(reports)})")

@@ -11,7 +11,7 @@ import torch
 from ptq.formats import gguf_blocks, gguf_file
 from ptq.methods.rtn import round_to_nearest
 from ptq.numerics.gptq import gptq_round
-from ptq.numerics.superblock_fit import refit, sweep
+from ptq.numerics.superblock_fit import integers, refit, sweep
 from ptq.numerics.superblocks import choose_grid, dequantize, fake_quantize, nearest_codes
 from ptq.quantized import QuantizedTensor
 from ptq.scheme import K_QUANTS, parse_scheme
@@ -89,6 +89,8 @@ def test_gptq_rounds_on_the_grid_of_k_quants(name):
         codes = nearest_codes(w.unflatten(1, (grid.scale.shape[1], -1)), step, zero, scheme.weights).flatten(1)
         values = [dequantize(codes, g, scheme.weights) for g in (grid, refit(w, gram, codes, grid, scheme.weights))]
         before, after = (float((((v - w) @ gram) * (v - w)).sum()) for v in values)
+        moved = dequantize(codes, integers(w, gram, codes, grid, scheme.weights), scheme.weights) - w
+        assert float(((moved @ gram) * moved).sum()) < (0.97 if scheme.weights.bits < 4 else 1.0) * before
         better = sweep(w, gram, codes, grid, scheme.weights)
         d = dequantize(better, grid, scheme.weights) - w
         assert float(((d @ gram) * d).sum()) < 0.95 * before

@@ -12,14 +12,14 @@ from dataclasses import replace
 
 import torch
 
-from ptq.numerics.superblocks import SuperGrid, dequantize, nearest_codes, to_half
+from ptq.numerics.superblocks import LOWS, TOPS, SuperGrid, dequantize, nearest_codes, to_half
 from ptq.scheme import SUPER_WIDTH, TensorQuant
 
 RIDGE = 1e-4  # of the mean of the diagonal
 ROWS = 512  # at a time
 COLUMNS = 128  # swept before the others are brought up to date; does not change the result
-ROUNDS = 2
-"""Of new scales for the codes and new codes for the scales."""
+ROUNDS = 3
+"""Of new scales and integers for the codes, and new codes for those."""
 
 
 def settle(
@@ -27,9 +27,9 @@ def settle(
 ) -> tuple[torch.Tensor, SuperGrid]:
     """Codes and grid with a smaller loss; arguments as in `refit`."""
     for _ in range(ROUNDS):
-        grid = refit(w, h, codes, grid, quant)
+        grid = integers(w, h, codes, refit(w, h, codes, grid, quant), quant)
         codes = sweep(w, h, codes, grid, quant)
-    return codes, refit(w, h, codes, grid, quant)
+    return codes, refit(w, h, codes, integers(w, h, codes, grid, quant), quant)
 
 
 def refit(w: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, grid: SuperGrid, quant: TensorQuant) -> SuperGrid:
@@ -77,6 +77,49 @@ def _change(w: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, grid: SuperGr
     a = a + torch.diag_embed(RIDGE * diagonal + 1e-30 + 1e-6 * diagonal.mean(dim=1, keepdim=True))
     solution: torch.Tensor = torch.linalg.solve(a, r)
     return solution
+
+
+def integers(w: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, grid: SuperGrid, quant: TensorQuant) -> SuperGrid:
+    """The grid with other integers; codes and super-scales stay. One round of coordinate descent: the scale of each
+    group in turn, and then its minimum, becomes the integer that is best given all others. The loss never grows.
+
+    Args:
+        w, h, codes: as in `refit`.
+    """
+    width = quant.grouping.width(w.shape[1])
+    shift = 2 ** (quant.bits - 1) if grid.minimum is None else 0
+    low, top = (LOWS[quant.scale_format], -LOWS[quant.scale_format] - 1) if shift else (1, TOPS[quant.scale_format])
+    scale, minimum = grid.scale.clone(), None if grid.minimum is None else grid.minimum.clone()
+    over = grid.super_scale.repeat_interleave(SUPER_WIDTH // width, dim=1)
+    under = None if grid.super_min is None else grid.super_min.repeat_interleave(SUPER_WIDTH // width, dim=1)
+    wanted = (w - dequantize(codes, grid, quant).to(w.dtype)) @ h  # [out, in]: minus the gradient, halved
+    for group in range(scale.shape[1]):
+        columns = slice(group * width, (group + 1) * width)
+        basis = (codes[:, columns].to(w.dtype) - shift) * over[:, group, None]
+        scale[:, group] = _moved(basis, scale[:, group], (low, top), h, wanted, columns)
+        if minimum is not None and under is not None:
+            basis = -under[:, group, None].expand(-1, width)
+            minimum[:, group] = _moved(basis, minimum[:, group], (0, TOPS[quant.scale_format]), h, wanted, columns)
+    return replace(grid, scale=scale, minimum=minimum)
+
+
+def _moved(
+    basis: torch.Tensor,
+    integer: torch.Tensor,
+    ends: tuple[int, int],
+    h: torch.Tensor,
+    wanted: torch.Tensor,
+    columns: slice,
+) -> torch.Tensor:
+    """The best integers ``[out]`` of one group whose values are ``basis [out, width]`` times them, never 0 where the
+    lower end is negative; ``wanted`` is brought up to date."""
+    seen = basis @ h[columns]  # [out, in]
+    curvature = (seen[:, columns] * basis).sum(dim=1)
+    change = torch.where(curvature > 0, (wanted[:, columns] * basis).sum(dim=1) / curvature, 0.0)
+    found = (integer + change).round().clamp(*ends)
+    found = torch.where((found == 0) & (ends[0] != 0), integer, found)
+    wanted.addcmul_(seen, (found - integer).unsqueeze(1), value=-1)
+    return found
 
 
 def sweep(w: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, grid: SuperGrid, quant: TensorQuant) -> torch.Tensor:
