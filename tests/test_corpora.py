@@ -13,6 +13,7 @@ from byte_tokenizer import BOS, byte_tokenizer
 
 from calibration.errors import ToolkitError
 from calibration.model.opening import DEMO_FOLDER
+from calibration.progress import Silent
 from calibration.text.corpora import load_corpus
 from calibration.text.crops import calibration_tokens
 from calibration.text.encoding import encode_text
@@ -220,10 +221,13 @@ def test_an_unreachable_hub_is_asked_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(asked) == 1 and not datasets.config.HF_HUB_OFFLINE and not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
-def test_without_a_hub_the_default_text_is_the_built_in_one(tmp_path: Path, hub_cache: None) -> None:
+def test_without_a_hub_the_default_text_is_the_built_in_one(
+    tmp_path: Path, hub_cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only where no text was named; it is said."""
     told: list[str] = []
-    display = SimpleNamespace(message=told.append)
+    display = Silent()
+    monkeypatch.setattr(display, "message", told.append)
     copy = shutil.copytree(DEMO_FOLDER, tmp_path / "own")  # not the demo, whose own text it is
     found = open_source(copy, TextOptions(samples=2, seq_len=16)).windows(display)
     built_in = open_source("demo", TextOptions(samples=2, seq_len=16)).windows(display)

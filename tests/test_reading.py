@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import refused, run_ptq, text_file, tiny
-from fuzz.mutations import header_of, write_raw
+from fuzz.tensor_files import header_of, write_raw
 from safetensors.torch import save_file
 
 from calibration.bounds import check_counts, setting_problems

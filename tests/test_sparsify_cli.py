@@ -157,7 +157,7 @@ def test_bytes_that_a_method_cannot_skip_are_refused(llama, text, tmp_path):
     words = ("--method", "cats", "--out", tmp_path / "out", "--dataset", text)
     message = refused("sparsify", llama, *words, "--skip-bytes", "0.8", *FEW)
     assert "prunes what" in message and "--method teal" in message
-    assert "outside [0, 1)" in refused("sparsify", llama, *words, "--skip-bytes", "-1", *FEW)
+    assert "outside [0, 1)" in refused("sparsify", llama, *words, "--skip-bytes", "1", *FEW)
     assert "exclude each other" in refused("sparsify", llama, *words, "--skip-bytes", "0.2", "--target", "0.5", *FEW)
 
 

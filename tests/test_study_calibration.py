@@ -199,7 +199,7 @@ def test_fixed_windows_run_once(place, tmp_path, monkeypatch):
         (("--samples", "0"), "not positive whole numbers"),
         (("--seq-len", "x"), "not positive whole numbers"),
         (("--seeds", "0"), "--seeds 0: less than 1"),
-        (("--windows", "-1"), "--windows -1: less than 1"),
+        (("--windows", "-1"), "--windows -1: not within"),
         (("--eval", "nothing.txt"), "no such file"),
         (("--window", "64000", "--eval", "short.txt"), "one window needs"),
         (("--out", "occupied"), "not empty"),
