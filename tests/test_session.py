@@ -13,6 +13,8 @@ from command import done, products, refused, run_ptq, text_file, tiny
 import calibration.walk.finished
 import ptq.run.pipeline
 from calibration.errors import ToolkitError
+from calibration.model.contents import small_files
+from calibration.model.reading import inside
 from ptq.session import PLAN_FILE, Session, interrupted
 
 OURS = '{"program": "ptq"}'
@@ -205,3 +207,8 @@ def test_a_folder_where_a_block_was(place, tmp_path, monkeypatch):
         (tmp_path / "out.partial" / "blocks" / name).mkdir()
     done(*words(place, tmp_path / "out"), "--resume")
     assert products(tmp_path / "out") == products(tmp_path / "whole")
+
+
+def test_a_link_to_itself_is_no_file_of_a_checkpoint(tmp_path):
+    (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
+    assert not inside(tmp_path / "loop.json", tmp_path) and small_files(tmp_path) == []

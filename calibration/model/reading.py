@@ -137,7 +137,7 @@ def inside(path: Path, folder: Path) -> bool:
     try:
         real, home = path.resolve(strict=True), folder.resolve()
         regular = stat.S_ISREG(os.stat(real).st_mode)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a link to itself
         return False
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
     return regular and (real.is_relative_to(home) or (blobs is not None and real.parent == blobs))
