@@ -30,6 +30,7 @@ from cli import (
 )
 from cli.interrupts import Interrupted, how_to_go_on, terminable, what_is_kept
 from cli.scheme_hint import Command
+from cli.shared import prefix, refuse_others
 from cli.verbosity import Quiet, Verbose, verbosity, with_verbosity
 
 app = typer.Typer(
@@ -84,14 +85,15 @@ def main() -> None:
     verbosity.reset()
     try:
         with terminable():
+            refuse_others(sys.argv[1:])
             app(prog_name="ptq")
     except ToolkitError as error:
         if verbosity.verbose:
             traceback.print_exception(error)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{prefix()}error: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as interrupt:
-        print(what_is_kept(sys.argv[1:]), file=sys.stderr)
+        print(f"{prefix()}{what_is_kept(sys.argv[1:])}", file=sys.stderr)
         sys.exit(128 + interrupt.number)
     except Exception as error:
         if not short_of_memory(error):
