@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from calibration.bounds import check_numbers
+from calibration.errors import ToolkitError
 from cli.interrupts import passed_on
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result alone: no plan, no progress.")]
@@ -54,12 +55,15 @@ def detail(text: str) -> None:
 
 def with_verbosity(command: Callable[..., Any]) -> Callable[..., Any]:
     """The command with ``--quiet`` and ``--verbose``, which may also stand in front of its name, and with bounds on all
-    numbers that it takes."""
+    numbers that it takes. Empty texts are refused (an unset variable of a script), but for a prompt."""
 
     @functools.wraps(command)
     def run(*, quiet: bool, verbose: bool, **values: Any) -> Any:
         verbosity.add(quiet, verbose)
         check_numbers(values)
+        for name, value in values.items():
+            if value == "" and name != "prompt":
+                raise ToolkitError(f"{name.replace('_', '-')}: empty", "give it a value, or leave it out")
         with passed_on():
             return command(**values)
 

@@ -62,7 +62,8 @@ def quantized_outside(
     default = GGUF_DEFAULT if format_name == "gguf" else FLOAT
     if tied and embeddings is None:
         embeddings = head
-    texts = {table: embeddings or default} | ({} if tied else {output: head or default})
+    texts = {table: default if embeddings is None else embeddings}
+    texts |= {} if tied else {output: default if head is None else head}
     problems, planned = [], []
     if tied and head is not None and head != embeddings:
         reason = f"is tied to the embedding, which gets {embeddings}"

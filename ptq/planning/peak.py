@@ -1,7 +1,8 @@
 """The memory that a run takes at its fullest, by stage, from headers alone.
 
-Every stage is counted by what it holds at once; the constants were measured on SmolLM2-135M and on blocks of a Llama of
-hidden width 2048 (the process's own VmHWM, stage by stage), and hold within 15 % there.
+Every stage is counted by what it holds at once; the constants were measured on the first blocks of SmolLM2-135M and on
+blocks of a Llama of hidden width 2048 (the process's own VmHWM, stage by stage). Whole runs of SmolLM2 on 16 x 512
+tokens agree within 8 % for ``rtn``, ``gptq`` and ``awq+gptq``; ``rotate+gptq`` takes 0.33 GB where 0.27 are counted.
 """
 
 from __future__ import annotations
