@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from calibration.errors import ToolkitError
 from calibration.model.checkpoint import write_atomically
 from calibration.model.contents import small_files
 from calibration.model.headers import INDEX_FILE, read_header, shards_of
-from calibration.model.reading import read_json, read_toml
+from calibration.model.reading import built, read_json, read_toml
 from calibration.record import Protocol, read_record
 from ptq.methods import METHODS
 from ptq.report.compare import read_evaluations
@@ -104,6 +105,18 @@ def test_damaged_records(tmp_path, change):
     (tmp_path / "report.json").write_text(json.dumps(whole | change))
     with pytest.raises(ToolkitError, match=r"report\.json: damaged"):
         read_record(tmp_path)
+
+
+@dataclass(frozen=True)
+class Shaped:
+    shape: tuple[int, int]
+
+
+def test_tuples_have_their_length_and_types():
+    assert built(Shaped, {"shape": (1, 2)}).shape == (1, 2)
+    for wrong in ((1,), (1, 2, 3), (1, "x"), (1, True), [1, 2]):
+        with pytest.raises(TypeError, match="shape"):
+            built(Shaped, {"shape": wrong})
 
 
 def test_damaged_evaluations(tmp_path):

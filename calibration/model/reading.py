@@ -96,9 +96,12 @@ def built(kind: type[_T], data: Any) -> _T:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON is of a field's type; what lists and objects hold is not looked at."""
+    """Whether a value from JSON is of a field's type; what lists and objects of any length hold is not looked at."""
     if hint is Any:
         return True
+    if get_origin(hint) is tuple and get_args(hint)[-1] is not Ellipsis:
+        types = get_args(hint)
+        return isinstance(value, tuple) and len(value) == len(types) and all(map(_fits, value, types))
     if get_origin(hint) is Literal:
         return value in get_args(hint) and not isinstance(value, bool)
     if get_origin(hint) in (Union, UnionType):
