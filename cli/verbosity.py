@@ -57,17 +57,19 @@ def with_verbosity(command: Callable[..., Any]) -> Callable[..., Any]:
     """The command with ``--quiet`` and ``--verbose``, which may also stand in front of its name, and with bounds on all
     numbers that it takes. Empty texts are refused (an unset variable of a script), but for a prompt."""
 
+    signature = inspect.signature(command, eval_str=True)
+    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+
     @functools.wraps(command)
     def run(*, quiet: bool, verbose: bool, **values: Any) -> Any:
         verbosity.add(quiet, verbose)
         check_numbers(values)
         for name, value in values.items():
-            if value == "" and name != "prompt":
+            if value == "" and name != "prompt" and defaults[name] != "":
                 raise ToolkitError(f"{name.replace('_', '-')}: empty", "give it a value, or leave it out")
         with passed_on():
             return command(**values)
 
-    signature = inspect.signature(command, eval_str=True)
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values()]
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
