@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from calibration.errors import ToolkitError
 from calibration.model.contents import check_weights
+from calibration.model.float8 import is_float8
 from calibration.model.opening import open_model
 from ptq.runtime.load import load_model
 
@@ -230,6 +231,22 @@ def test_configs_that_are_wrong(tmp_path):
         open_model(with_changes(model_type="llamo"))
     record = quantize(with_changes(quantization_config=None), tmp_path / "out", method="rtn")
     assert record.result["quantized_linears"] == 14
+
+
+@pytest.mark.parametrize("settings", [[1], "fp8", 3, True])
+def test_a_quantization_config_that_is_no_object(tmp_path, settings):
+    edit_config(tiny_checkpoint("llama", tmp_path / "m"), quantization_config=settings)
+    with pytest.raises(ToolkitError, match=r"quantization_config is .*, not an object"):
+        open_model(tmp_path / "m")
+
+
+def test_which_quantization_configs_are_float8():
+    block = {"weights": {"strategy": "block", "type": "float"}}
+    ours = {"quant_method": "compressed-tensors", "config_groups": {"a": block}}
+    assert is_float8(ours) and is_float8({"quant_method": "fp8"}) and not is_float8({})
+    assert not is_float8(ours | {"kv_cache_scheme": {"num_bits": 8}})
+    for group in (3, {}, {"weights": [1]}, {"weights": {"strategy": "channel", "type": "float"}}):
+        assert not is_float8(ours | {"config_groups": {"a": block, "b": group}})
 
 
 def test_scalars_need_not_be_finite(tmp_path):

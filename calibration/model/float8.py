@@ -30,9 +30,9 @@ def is_float8(settings: Mapping[str, Any]) -> bool:
     groups = settings.get("config_groups")
     if settings.get("quant_method") != "compressed-tensors" or not isinstance(groups, dict) or not groups:
         return settings.get("quant_method") in METHODS
-    weights = [group.get("weights") or {} for group in groups.values()]
-    cache = settings.get("kv_cache_scheme")
-    return not cache and all(w.get("strategy") == "block" and w.get("type") == "float" for w in weights)
+    weights = [group.get("weights") if isinstance(group, dict) else None for group in groups.values()]
+    blocks = [isinstance(w, dict) and w.get("strategy") == "block" and w.get("type") == "float" for w in weights]
+    return not settings.get("kv_cache_scheme") and all(blocks)
 
 
 def with_scales(infos: Mapping[str, TensorInfo], dtype: torch.dtype) -> dict[str, TensorInfo]:

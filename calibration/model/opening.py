@@ -80,6 +80,9 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[Checkpoin
         )
     reader = open_reader(folder)
     quantized = data.get("quantization_config")
+    if not isinstance(quantized, dict | None):
+        said = f"quantization_config is {str(quantized)[:80]!r}, not an object"
+        raise ToolkitError(f"{folder}/config.json: {said}", "fetch config.json again, or remove that key")
     if quantized is None or is_float8(quantized) or quantized.get("quant_method") == mxfp4.METHOD:
         reader.infos = with_scales(mxfp4.with_blocks(reader.infos, _named_dtype(data)), _named_dtype(data))
         reader.config = {key: value for key, value in data.items() if key != "quantization_config"}
