@@ -48,7 +48,7 @@ def check_counts(**options: int | None) -> None:
     for name, value in options.items():
         low, high = (-LARGEST_SEED, LARGEST_SEED) if name == "seed" else (0, MOST)
         if value is not None and not low <= value <= high:
-            raise ToolkitError(f"{_option(name)} {str(value)[:40]}: not within {low}..{high}", "use another number")
+            raise _outside(name, value, f"{low}..{high}")
 
 
 def check_amounts(most: float = COARSEST, **options: float | None) -> None:
@@ -59,7 +59,7 @@ def check_amounts(most: float = COARSEST, **options: float | None) -> None:
     """
     for name, value in options.items():
         if value is not None and not 0 <= value <= most:  # nor is NaN
-            raise ToolkitError(f"{_option(name)} {value}: not within 0..{most:g}", "use another number")
+            raise _outside(name, value, f"0..{most:g}")
 
 
 def check_numbers(options: Mapping[str, object]) -> None:
@@ -75,5 +75,8 @@ def check_numbers(options: Mapping[str, object]) -> None:
             check_amounts(LARGEST_AMOUNT, **{name: value})
 
 
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def _outside(name: str, value: float, bounds: str) -> ToolkitError:
+    return ToolkitError(
+        f"--{name.replace('_', '-')} {str(value)[:40]}: not within {bounds}",
+        "use a number within these bounds, or leave the option out for its default",
+    )

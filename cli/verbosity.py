@@ -66,7 +66,8 @@ def with_verbosity(command: Callable[..., Any]) -> Callable[..., Any]:
         check_numbers(values)
         for name, value in values.items():
             if value == "" and name != "prompt" and defaults[name] != "":
-                raise ToolkitError(f"{name.replace('_', '-')}: empty", "give it a value, or leave it out")
+                dashes = "" if defaults[name] is inspect.Parameter.empty else "--"  # arguments have no default
+                raise ToolkitError(f"{dashes}{name.replace('_', '-')}: empty", "give it a value, or leave it out")
         with passed_on():
             return command(**values)
 

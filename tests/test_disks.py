@@ -84,7 +84,7 @@ def refusal(code: int | None, printed: str, *parts: str) -> None:
     assert any(part in printed for part in parts), printed
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "sparsify" else n for n in COMMANDS])
 def test_a_disk_that_fills_up(place, name):
     """With room for a part of the files only; then with room for all, by --resume where it is offered."""
     disk = place / "disk"

@@ -17,7 +17,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("cases", [55, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [33, pytest.param(500, marks=pytest.mark.slow)])
 def test_damaged_input(bases, cases):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked process has no others
