@@ -17,6 +17,15 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with MODEL.")]
 Dense = Annotated[bool, typer.Option("--dense", help="Ignore activation thresholds that lie in MODEL.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the plan with its memory and time, read no weights, write nothing.")
+]
+PlanJson = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", help="Write the plan's numbers to this file; - for standard output, and all text to stderr."
+    ),
+]
 Metadata = Annotated[
     Path | None, typer.Option(help="GGUF file of the same model whose tokenizer a GGUF output takes over.")
 ]

@@ -25,7 +25,7 @@ from calibration.walk.segment import Segment
 from ptq.linears import ModelLayout
 from ptq.numerics.hadamard import block_size, hadamard_transform, odd_order
 from ptq.numerics.objective import row_chunks
-from ptq.numerics.rotation import Kind, Rotation, make_rotation
+from ptq.numerics.rotation import CHUNK, Kind, Rotation, make_rotation
 
 ONLINE = ("hadamard", "key_hadamard")
 
@@ -201,7 +201,7 @@ def _by_rows(change: Callable[[torch.Tensor], torch.Tensor], matrix: torch.Tenso
     """What ``change`` makes of the rows of a large matrix, in its dtype. (Float64 copies of all of it would be four
     times as large as a head in 16 bits, each.)"""
     made = torch.empty_like(matrix)
-    for rows in row_chunks(*matrix.shape):
+    for rows in row_chunks(*matrix.shape, size=4 * CHUNK):
         made[rows] = change(matrix[rows]).to(matrix.dtype)
     return made
 
