@@ -23,7 +23,7 @@ DryRun = Annotated[
 PlanJson = Annotated[
     Path | None,
     typer.Option(
-        "--json", help="Write the plan's numbers to this file; - for standard output, and all text to stderr."
+        "--json", help="Write the numbers of the plan to this file; - for standard output, and all text to stderr."
     ),
 ]
 Metadata = Annotated[
@@ -35,15 +35,41 @@ Embeddings = Annotated[
 Head = Annotated[str | None, typer.Option(help="Scheme of the head; a tied one has that of the embedding.")]
 Out = Annotated[Path, typer.Option(help="Output folder, or FILE.gguf; appears whole or not at all.")]
 
+PlannedOut = Annotated[
+    Path | None, typer.Option("--out", help="Output folder; appears whole or not at all. --dry-run needs none.")
+]
+
+
+def needed(out: Path | None, dry_run: bool) -> Path:
+    """The output folder of a command that has ``--dry-run``.
+
+    Raises:
+        ToolkitError: it is missing, and something is to be written.
+    """
+    from calibration.errors import ToolkitError
+
+    if out is None and not dry_run:
+        raise ToolkitError("--out is missing", "pass --out DIR, or --dry-run to see the plan only")
+    return out or Path()
+
 
 def command_line() -> str:
-    """The command as typed, for the record, but for what must not change the files: where they go, and whether it is a
-    second try. A resumed run is byte-identical to an uninterrupted one."""
+    """The command as typed, for the record, but for what must not change the files: where they and the plan's numbers
+    go, and whether it is a second try. A resumed run is byte-identical to an uninterrupted one."""
     words: list[str] = []
+    skipped = ""
     for word in sys.argv[1:]:
-        if words and words[-1] == "--out":
+        if skipped == "--json":
+            skipped = ""
+        elif skipped == "--out":
             words.append("DIR")
-        elif word not in ("--resume", "--overwrite"):
+            skipped = ""
+        elif word == "--json":
+            skipped = word
+        elif word == "--out":
+            words.append(word)
+            skipped = word
+        elif word not in ("--resume", "--overwrite") and not word.startswith("--json="):
             words.append("--out=DIR" if word.startswith("--out=") else word)
     return shlex.join(["ptq", *words])
 

@@ -17,6 +17,7 @@ from cli.verbosity import verbosity
 if TYPE_CHECKING:
     from ptq.planning.duration import Duration
     from ptq.planning.job import Job
+    from ptq.planning.outlook import Outlook
 
 
 def size(n_bytes: int) -> str:
@@ -56,6 +57,20 @@ def print_duration(duration: Duration) -> None:
     console.print(f"  {said}", highlight=False, markup=False)
     for name in duration.unknown:
         console.print(f"  {name}: not counted, its length is not known yet", highlight=False, markup=False)
+
+
+def print_outlook(found: Outlook) -> None:
+    """What a command other than ``quantize`` would take."""
+    console = wide_console()
+    console.print(f"{found.command}: {found.model}", highlight=False, markup=False)
+    console.print(f"calibration {found.text}", highlight=False, markup=False)
+    console.print(
+        f"memory about {size(found.peak_bytes)} above interpreter and libraries; disk {size(found.disk_bytes)}",
+        highlight=False,
+    )
+    print_duration(found.duration)
+    for remark in found.remarks:
+        console.print(f"  {remark}", highlight=False, markup=False)
 
 
 def print_plan(job: Job, duration: Duration) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,8 +99,7 @@ def quantize(
       ptq quantize meta-llama/Llama-3.1-8B --method awq+gptq --scheme w3a16-g128 --out llama-w3 --dry-run
     """
     from calibration.errors import ToolkitError
-    from cli.plan_view import print_plan, print_result
-    from cli.progress import TerminalProgress, load_libraries
+    from cli.progress import load_libraries
 
     if method is not None and recipe is not None:
         raise ToolkitError("--method and --recipe exclude each other", "leave one out")
@@ -136,7 +136,28 @@ def quantize(
         "head": head,
         "trust_remote_code": trust_remote_code,
     }
-    with json_output(json if shared.first() else None) as write, TerminalProgress() as progress:
+    with json_output(json if shared.first() else None) as write:
+        _quantize(model, out, options, dry_run, measure, {"overwrite": overwrite, "resume": resume}, write)
+    if push is not None and out is not None and not dry_run:
+        sent = ptq.upload(out, push)
+        print(f"{len(sent.files)} files, {sum(sent.files.values()) / 1e9:.2f} GB, sent to {sent.url}")
+
+
+def _quantize(
+    model: str,
+    out: Path | None,
+    options: dict[str, Any],
+    dry_run: bool,
+    measure: bool,
+    place: dict[str, bool],
+    write: Callable[[Any], None],
+) -> None:
+    """The plan, and the run behind it; of several processes the first one writes, reports and shows progress."""
+    import ptq
+    from cli.plan_view import print_plan, print_result
+    from cli.progress import TerminalProgress
+
+    with TerminalProgress() as progress:
 
         def planned(job: Job) -> None:
             duration = ptq.plan_time(job, measure=measure, progress=progress)
@@ -145,15 +166,12 @@ def quantize(
                 write({**job.to_json(), **duration.to_json()})
 
         if dry_run or out is None:
-            planned(ptq.plan(model, **options, out=out, overwrite=overwrite, resume=resume))
+            planned(ptq.plan(model, **options, out=out, **place))
             return
-        more: Any = {"overwrite": overwrite, "resume": resume, "command": command_line()}
-        if shared.first():  # it writes, reports and shows progress
-            more |= {"progress": progress, "planned": planned}
-        record = ptq.quantize(model, out=out, **options, **more)
-    if not shared.first():
-        return
+        if not shared.first():
+            ptq.quantize(model, out=out, **options, **place, command=command_line())
+            return
+        record = ptq.quantize(
+            model, out=out, **options, **place, progress=progress, planned=planned, command=command_line()
+        )
     print_result(record, out)
-    if push is not None:
-        sent = ptq.upload(out, push)
-        print(f"{len(sent.files)} files, {sum(sent.files.values()) / 1e9:.2f} GB, sent to {sent.url}")

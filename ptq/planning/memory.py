@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from calibration.memory import available_bytes
@@ -22,9 +24,13 @@ SCORING = 6  # pieces of float32 logits of both models, their log-probabilities 
 
 def tokenizing_bytes(source: Source, evaluate: str | None, plan: Plan) -> int:
     """What it takes to tokenize the calibration text and that of ``--eval``, where their sizes are known, one after the
-    other: in pieces where the tokenizer allows it."""
-    named = ([source.dataset] if plan.needs_data else []) + ([evaluate] if evaluate else [])
-    largest = max((text_bytes(name, CALIBRATED) for name in named), default=0)
+    other."""
+    return text_bytes_held(source, ([source.dataset] if plan.needs_data else []) + ([evaluate] if evaluate else []))
+
+
+def text_bytes_held(source: Source, names: Sequence[str]) -> int:
+    """What it takes to tokenize the largest of some texts: in pieces where the tokenizer allows it."""
+    largest = max((text_bytes(name, CALIBRATED) for name in names), default=0)
     if largest > PIECE and folder_cuts_freely(source.folder):
         return TOKENIZING * PIECE + HOLDING * largest
     return TOKENIZING * largest
