@@ -27,7 +27,7 @@ STACKED = 14  # bytes per weight of the linears that are rounded together: them,
 BLOCK = 8.0  # bytes per weight of a block while it is rounded: masters, codes, what is packed and written
 LOADED = 6.0  # bytes per weight of a block while it is run: masters, and the stored tensors that they are made of
 DECODED = 2.5  # bytes per weight of a block while it is exported: codes as stored, unpacked, laid out anew
-MASKED = 5  # float32 tensors as large as the widest activation of a batch, while values are counted and pruned
+MASKED = 9  # float32 tensors as large as the widest activation of a batch, while values are counted and pruned
 LIBRARIES = 10_000_000  # code that a run loads
 WITH_TEXT = 25_000_000  # what the allocator keeps of batches, besides
 
