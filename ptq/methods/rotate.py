@@ -20,6 +20,7 @@ import torch
 from calibration.architectures import ArchitectureSpec, Balance, BlockSpec, Residual
 from calibration.errors import Problem, ToolkitError
 from calibration.walk.context import Context
+from calibration.walk.cost import BlockShape, Work
 from calibration.walk.passes import Pass, Phase, PlanView, Read, Transform
 from calibration.walk.segment import Segment
 from ptq.linears import ModelLayout
@@ -130,6 +131,13 @@ class Rotate(Pass):
 
     def _stream_rotation(self, architecture: ArchitectureSpec, size: int) -> Rotation:
         return make_rotation(size, self.kind, self.seed, keep_mean=architecture.norm == "layer")
+
+    def cost(self, block: BlockShape) -> list[Work]:
+        """Every weight turned in float64, and the transform that two forward passes make of the input of down."""
+        weights = float(sum(rows * n for rows, n in block.linears))
+        widest = max(block.inputs, key=lambda shared: shared.width)
+        values = 2.0 * widest.tokens * widest.width if self.online else 0.0
+        return [Work(fresh=60.0 * weights + 8.0 * values, exact=300.0 * values)]
 
     def apply(self, segment: Segment, context: Context) -> None:
         assert context.forwards == 0, "statistics were gathered before the basis changed"

@@ -16,7 +16,7 @@ from ptq.planning.source import Source
 
 OUTPUTS = 2.5  # fresh values per output of a linear in a forward pass: it, norms, nonlinearities, products
 OPERATIONS = 60  # tensor operations of a block beside its linears
-LOADING = 6  # fresh values per weight of a block: masters, what is encoded and packed
+LOADING = 3  # fresh values per weight of a block: masters, what is encoded and packed
 RESTORING = 3  # the same where later blocks see what was written
 
 

@@ -84,7 +84,7 @@ def expected(job: Job, processes: int | None = None) -> Duration:
         seconds["embed"] = (1 + needs_proof(passes)) * rates.seconds(front(job, job.reader.infos))
     seconds["blocks"] = sum(block_seconds(job, processes))
     seconds["export"] = rates.seconds(writing(job))
-    read_back = Work(read=2.0 * job.plan.sizes.output_bytes, fresh=1.5 * job.plan.sizes.quantized_weights)
+    read_back = Work(read=2.0 * job.plan.sizes.output_bytes, fresh=0.7 * job.plan.sizes.quantized_weights)
     seconds["verify"] = START / 4 + rates.seconds(read_back)
     if dataset is not None:
         tokens = scored_tokens(job, dataset, job.options.eval_windows)
@@ -115,7 +115,7 @@ def writing(job: Job) -> Work:
     outside = sum(info.numel for name, info in infos.items() if job.spec.block_of(name) is None)
     rewritten = {name for p in job.plan.recipe.passes for name in p.outside(job.spec, list(infos))}
     turned = sum(infos[name].numel for name in rewritten if name in infos)
-    return Work(read=out, written=out, fresh=float(job.plan.sizes.quantized_weights + outside + TURNED * turned))
+    return Work(read=out, written=out, fresh=float(job.plan.sizes.quantized_weights + outside / 2 + TURNED * turned))
 
 
 def block_seconds(job: Job, processes: int) -> list[float]:
