@@ -55,7 +55,7 @@ class SignRound(Pass):
     title: ClassVar[str | None] = "SignRound"
     summary: ClassVar[str] = "learns rounding and ranges of a whole block by the signs of gradients"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.REPAIR,)
-    learned_bytes: ClassVar[int] = 20  # offsets and the best of them, weights and their gradients, codes and originals
+    learned_bytes: ClassVar[int] = 24  # offsets and the best of them, weights and their gradients, codes and originals
     by_window: ClassVar[bool] = True
     stream: ClassVar[Stream] = "quantized"
 
