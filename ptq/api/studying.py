@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibration.errors import ToolkitError
+from calibration.joining import joined
+from calibration.progress import Silent
 from ptq.analysis import job as analysis
 from ptq.analysis.job import AnalysisOptions
 from ptq.analysis.softmax_sweep import GATES, SETTINGS, SweepOptions
@@ -72,7 +74,11 @@ def analyze(
     if (gated or softmax) and not clipped_softmax:
         raise ToolkitError("--gated and --softmax are parts of --clipped-softmax", "add --clipped-softmax")
     settings = tuple(dict.fromkeys([*SETTINGS, *(GATES if gated else ()), *softmax]))
-    with checkpoint(model, tokenizer) as folder, text_file(dataset) as text:
+    with (
+        joined(device) as processes,
+        checkpoint(model, tokenizer) as folder,
+        text_file(dataset) as text,
+    ):
         options = AnalysisOptions(
             dataset=text,
             samples=samples,
@@ -89,7 +95,13 @@ def analyze(
             command=command,
         )
         return analysis.analyze(
-            folder, options, out=out, overwrite=overwrite, resume=resume, progress=display(progress)
+            folder,
+            options,
+            out=out,
+            overwrite=overwrite,
+            resume=resume,
+            progress=display(progress) if processes.first else Silent(),
+            processes=processes,
         )
 
 
