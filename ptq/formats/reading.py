@@ -139,6 +139,7 @@ def table(fmt: str, scheme: QuantScheme, shape: tuple[int, int]) -> dict[str, St
         "weight_g_idx": index,
         "weight_global_scale": one,
         "input_scale": one,
+        "input_global_scale": one,
         "input_zero_point": Stored((torch.int8, torch.int32, torch.float8_e4m3fn), ((), (1,), (1, 1))),
     }
 
