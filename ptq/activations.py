@@ -90,15 +90,24 @@ class ActivationQuant:
 
 @dataclass(frozen=True)
 class CacheQuant:
-    """A grid for keys and values, one per token and head: integers with zero points, or E4M3 (symmetric)."""
+    """A grid for keys and values, one per token and head: integers with zero points, or E4M3 (symmetric). A static one
+    is symmetric and has one calibrated step for all keys of a layer and one for all its values."""
 
     bits: int
     kind: Kind = "int"
+    static: bool = False
 
     @property
     def grid(self) -> ActivationQuant:
         """The same grid for ``[..., tokens, head width]``."""
+        if self.static:
+            return ActivationQuant(self.bits, self.kind, "tensor", dynamic=False)
         return ActivationQuant(self.bits, self.kind, symmetric=self.kind != "int")
+
+    @property
+    def suffix(self) -> str:
+        """``kvstatic``, or nothing."""
+        return STATIC_CACHE if self.static else ""
 
     def __str__(self) -> str:
         return "kvfp8" if self.kind == "fp8-e4m3" else f"kv{self.bits}"
@@ -112,6 +121,7 @@ SHARED: dict[str, tuple[Granularity, bool]] = {
 }
 """What shares a step, and whether its range is dynamic, by suffix."""
 
+STATIC_CACHE = "kvstatic"
 WEIGHT_SYNONYMS = {"wtensor": "gtensor", "wchannel": "gchannel"}
 PRESETS = ("w8a8", "w6a6", "w4a8", "w4a4", "w4a4kv4", "fp8")
 _INPUTS = r"a(\d+|fp8|fp4|nvfp4|mxfp4)"
@@ -127,9 +137,10 @@ def with_activations(weights: str, inputs: ActivationQuant | None, cache: CacheQ
     """The text of a scheme, from that of its weights (``w8a16-gchannel-sym``)."""
     head, _, rest = weights.partition("-")
     number, kv, suffix = (inputs.number, str(cache or ""), inputs.suffix) if inputs else ("", str(cache or ""), "")
+    static = cache.suffix if cache else ""
     if _HEAD.fullmatch(head):
-        return "-".join(filter(None, [(head.replace("a16", number) if number else head) + kv, rest, suffix]))
-    return "-".join(filter(None, [weights, number, kv, suffix]))
+        return "-".join(filter(None, [(head.replace("a16", number) if number else head) + kv, rest, suffix, static]))
+    return "-".join(filter(None, [weights, number, kv, suffix, static]))
 
 
 def take_activations(text: str) -> tuple[str, ActivationQuant | None, CacheQuant | None]:
@@ -148,7 +159,8 @@ def take_activations(text: str) -> tuple[str, ActivationQuant | None, CacheQuant
         words += [] if any(word.startswith("g") for word in words) else ["gchannel"]
     head = _HEAD.fullmatch(words[0])
     widths = (head[2], head[3]) if head else _width_suffixes(words)
-    cache = _cache(text, widths[1])
+    cache = _cache(text, widths[1], STATIC_CACHE in words)
+    words = [word for word in words if word != STATIC_CACHE]
     mine = [w for w in words[1:] if w in SHARED or w == "azp" or _GROUP.fullmatch(w) or _SMOOTH.fullmatch(w)]
     others = [w for w in words[1:] if w not in mine and (head or not _WIDTH.fullmatch(w))]
     if widths[0] == str(FLOAT_INPUTS):
@@ -222,12 +234,15 @@ def _smooth(found: re.Match[str]) -> RuntimeSmooth:
     return RuntimeSmooth(int(found[1]), not found[2], int(found[3]) if found[3] else None)
 
 
-def _cache(text: str, number: str | None) -> CacheQuant | None:
+def _cache(text: str, number: str | None, static: bool) -> CacheQuant | None:
     if number is None or number == str(FLOAT_INPUTS):
+        if static:
+            fix = "write kvfp8 or kv8 behind the inputs, or leave it out"
+            raise ToolkitError(f"scheme: '{text}': '{STATIC_CACHE}' says how a KV cache is quantized, and none is", fix)
         return None
     if number == "fp8":
-        return CacheQuant(8, "fp8-e4m3")
+        return CacheQuant(8, "fp8-e4m3", static)
     if int(number) not in CACHE_BITS:
         choices = ", ".join(map(str, CACHE_BITS))
         raise ToolkitError(f"scheme: '{text}' asks for a {number}-bit KV cache", f"use kv with {choices} or fp8")
-    return CacheQuant(int(number))
+    return CacheQuant(int(number), static=static)

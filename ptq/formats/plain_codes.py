@@ -146,6 +146,8 @@ def cache_arguments(cache: CacheQuant | None, head_width: int) -> dict[str, Any]
     call, so a token and head is said as the one group of ``head_width`` channels that it is."""
     if cache is None:
         return None
+    if cache.static:
+        return input_arguments(cache.grid)
     return input_arguments(replace(cache.grid, granularity="group", group_size=head_width))
 
 
@@ -188,16 +190,18 @@ def read_cache(arguments: Mapping[str, Any] | None, width: int) -> CacheQuant | 
     """The inverse of `cache_arguments`, for keys of ``width`` channels.
 
     Raises:
-        ToolkitError: a cache with calibrated scales, or another grid.
+        ToolkitError: another grid.
     """
     if not arguments:
         return None
-    cache = CacheQuant(arguments["num_bits"], "fp8-e4m3" if arguments.get("type") == "float" else "int")
+    static = arguments.get("dynamic") is False
+    cache = CacheQuant(arguments["num_bits"], "fp8-e4m3" if arguments.get("type") == "float" else "int", static)
     expected = cache_arguments(cache, width)
     assert expected is not None
     if any(arguments.get(key) != value for key, value in expected.items()):
         raise ToolkitError(
             f"config.json: kv_cache_scheme {dict(arguments)} is not read here",
-            "read are dynamic ones with a group per head, asymmetric integers or symmetric floats",
+            "read are dynamic ones with a group per head, asymmetric integers or symmetric floats, and static "
+            "symmetric ones with a step per tensor",
         )
     return cache

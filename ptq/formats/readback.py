@@ -170,5 +170,6 @@ def compare(name: str, q: QuantizedTensor, format_name: str, tensors: Mapping[st
     for part, tensor in q.parts.items():
         if part == "input_scale" and "input_global_scale" in tensors:  # NVFP4 stores what steps are divided by
             part, tensor = "input_global_scale", 1 / tensor.float()
-        kept = tensors.get(part, torch.zeros(0, dtype=tensor.dtype))
+        place = {"key_scale": "k_scale", "value_scale": "v_scale"}.get(part, part)
+        kept = tensors[part] if part in tensors else tensors.get(place, torch.zeros(0, dtype=tensor.dtype))
         _first_difference(part, name, kept.float().numpy(), tensor.float().cpu().numpy())
