@@ -15,8 +15,13 @@ from calibration.model.contents import checkpoint_files
 from calibration.model.opening import fingerprint
 from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
+from calibration.walk.cost import Work
+from calibration.walk.passes import Pass
 from ptq.devices import evaluation_dtype
 from ptq.evaluation import logits_of
+from ptq.linears import float_linears
+from ptq.planning.outlook import Outlook, outlook, scoring, walk_outlook, whole_model_bytes
+from ptq.planning.rates import rates_of
 from ptq.planning.source import BATCH_TOKENS, Source, TextOptions, open_source
 from ptq.runtime.dequantized import float_weights
 from ptq.runtime.load import load_model
@@ -72,15 +77,11 @@ def run_sparsify(
         ToolkitError, PlanError: whatever can be refused; ``out`` is then not there.
     """
     source = open_source(model, options)
-    folder, reader, spec = source.folder, source.reader, source.spec
     session = Session(out)
-    session.check(overwrite, resume=False, source=folder, resumable=False)
-    if options.skip_bytes is not None:
-        step = with_bytes_skipped(step, options.skip_bytes, reader.infos, spec)
-    walked = step if options.max_increase is None else Profile(step)
-    check_plan(walked, spec, source.config, options.samples * source.seq_len)
-    source.check_text()
+    session.check(overwrite, resume=False, source=source.folder, resumable=False)
+    step, walked = _checked(source, step)
     source.tell(progress)
+    reader, spec = source.reader, source.spec
     tokens = source.windows(progress)
     if options.max_increase is not None:
         held_out = source.windows(progress, seed=options.seed + 1, dataset=options.search_text)
@@ -111,6 +112,48 @@ def run_sparsify(
         sparsity = write(session.partial, [step], gates, tokens.source, source.provenance, choice)
         session.finish()
     return sparsity
+
+
+def _checked(source: Source, step: GatePass) -> tuple[GatePass, Pass]:
+    """The step with the target that its options ask for, and the pass that is calibrated.
+
+    Raises:
+        ToolkitError, PlanError: whatever headers and the text rule out.
+    """
+    options, spec = source.options, source.spec
+    assert isinstance(options, SparsifyOptions)
+    if options.skip_bytes is not None:
+        step = with_bytes_skipped(step, options.skip_bytes, source.reader.infos, spec)
+    walked = step if options.max_increase is None else Profile(step)
+    check_plan(walked, spec, source.config, options.samples * source.seq_len)
+    source.check_text()
+    return step, walked
+
+
+def plan_sparsify(
+    model: str | Path, step: GatePass, out: Path | None, options: SparsifyOptions, overwrite: bool
+) -> Outlook:
+    """What `run_sparsify` would take; nothing is written.
+
+    Raises:
+        ToolkitError, PlanError: whatever it would be refused for.
+    """
+    source = open_source(model, options)
+    if out is not None:
+        Session(out).look(overwrite, resume=False, source=source.folder, resumable=False)
+    step, walked = _checked(source, step)
+    source.check_length()
+    infos = float_weights(source.reader, source.spec).infos
+    linears = list(float_linears(source.spec, infos))
+    rates = rates_of(source.device, source.dtype)
+    blocks, peak = walk_outlook(source, (walked,), linears, infos)
+    seconds, size = {"blocks": blocks}, sum(path.stat().st_size for path in checkpoint_files(source.folder))
+    if options.max_increase is not None:
+        once = scoring(source, linears, options.samples * source.seq_len, infos)
+        seconds["search"] = rates.seconds(once * (ROUNDS + 1.0))
+        peak = max(peak, whole_model_bytes(source, infos))
+    seconds["copy"] = rates.seconds(Work(read=2.0 * size, written=float(size), hashed=float(size)))
+    return outlook(f"sparsify {step.name}", source, seconds, peak, size, infos=infos)
 
 
 class Increase:

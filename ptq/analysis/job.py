@@ -20,13 +20,16 @@ from calibration.versions import versions
 from ptq.analysis.accepted import refusal_of
 from ptq.analysis.advice import advise
 from ptq.analysis.observe import Subject, observe
+from ptq.analysis.outlook import outlook_of
 from ptq.analysis.parts import Parts, check_parts
 from ptq.analysis.record import AnalysisRecord
 from ptq.analysis.softmax_sweep import SweepOptions
 from ptq.analysis.summary import summarize
 from ptq.analysis.trial import verdicts
+from ptq.fitting.job import Fit
 from ptq.formats.registry import format_of
 from ptq.planning.job import Options
+from ptq.planning.outlook import Outlook
 from ptq.planning.source import Source, TextOptions, open_source
 from ptq.report import analysis_html, analysis_markdown
 from ptq.runtime.dequantized import float_weights
@@ -81,13 +84,9 @@ def analyze(
     source = open_source(model, o)
     reader, spec = source.reader, source.spec
     session = Session(Path(out))
-    if resume and not o.try_advice:
-        raise ToolkitError("--resume: only recipes that --try carries out are kept", "leave --resume out")
+    _check_resume(o, resume)
     session.check(overwrite, resume, source=source.folder, resumable=o.try_advice)
-    quantized = format_of(reader.config) is not None
-    parts = Parts(source.folder, spec, _run_options(source), o.windows, o.probe_windows, source.device, quantized)
-    source.check_text()
-    fit = check_parts(parts, source.config, o.softmax, o.sensitivity, o.try_advice)
+    parts, fit = _checked(source)
     source.tell(progress)
     if (source.folder / SETTINGS_FILE).exists():
         progress.message("activation thresholds are not applied: the dense model is analyzed")
@@ -100,7 +99,7 @@ def analyze(
         subject = Subject(float_weights(reader, spec), source.config, spec, source.dtype, source.device)
         found = observe(subject, tokens, text, progress)
         sensitivity, edge = parts.sensitivity(fit, o.sensitivity, tokens, progress)
-        refusal = {} if quantized else {"refusal": refusal_of(source.folder, _run_options(source))}
+        refusal = {} if parts.quantized else {"refusal": refusal_of(source.folder, _run_options(source))}
         advice = advise(found.sites, found.weights, **refusal)
         trials = parts.trials(advice, tokens, session.partial / TRIALS, progress) if o.try_advice else ()
         record = AnalysisRecord(
@@ -125,6 +124,51 @@ def analyze(
         write_report(record, session.partial)
         session.finish()
     return record
+
+
+def _check_resume(options: AnalysisOptions, resume: bool) -> None:
+    if resume and not options.try_advice:
+        raise ToolkitError("--resume: only recipes that --try carries out are kept", "leave --resume out")
+
+
+def _checked(source: Source) -> tuple[Parts, Fit | None]:
+    """What the parts of an analysis need, and the plan of sensitivities where they are wanted.
+
+    Raises:
+        ToolkitError, PlanError: whatever headers and the text rule out.
+    """
+    o = source.options
+    assert isinstance(o, AnalysisOptions)
+    quantized = format_of(source.reader.config) is not None
+    parts = Parts(
+        source.folder, source.spec, _run_options(source), o.windows, o.probe_windows, source.device, quantized
+    )
+    source.check_text()
+    return parts, check_parts(parts, source.config, o.softmax, o.sensitivity, o.try_advice)
+
+
+def plan_analyze(
+    model: str | Path, options: AnalysisOptions, *, out: Path | None, overwrite: bool, resume: bool
+) -> Outlook:
+    """What `analyze` would take; nothing is written. Parts that depend on what is found are named, not counted.
+
+    Raises:
+        ToolkitError, PlanError: whatever it would be refused for.
+    """
+    source = open_source(model, options)
+    _check_resume(options, resume)
+    if out is not None:
+        Session(out).look(overwrite, resume, source=source.folder, resumable=options.try_advice)
+    _checked(source)
+    source.check_length()
+    return outlook_of(
+        source,
+        {
+            "--clipped-softmax": options.softmax is not None,
+            "--sensitivity": bool(options.sensitivity),
+            "--try": options.try_advice,
+        },
+    )
 
 
 def _identity(source: Source, tokens: TokenBatches) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from calibration.errors import ToolkitError
 from ptq.analysis import job as analysis
 from ptq.analysis.job import AnalysisOptions
-from ptq.analysis.softmax_sweep import GATES, SETTINGS, SweepOptions
+from ptq.analysis.softmax_sweep import sweep_options
 from ptq.api.inputs import Display, Model, Text, checkpoint, display, text_file
 from ptq.planning.job import Options
 from ptq.report import calibration_markdown, sensitivity_markdown
@@ -69,9 +69,7 @@ def analyze(
     Raises:
         ToolkitError, PlanError: whatever can be refused; ``out`` is then not there.
     """
-    if (gated or softmax) and not clipped_softmax:
-        raise ToolkitError("--gated and --softmax are parts of --clipped-softmax", "add --clipped-softmax")
-    settings = tuple(dict.fromkeys([*SETTINGS, *(GATES if gated else ()), *softmax]))
+    sweep = sweep_options(clipped_softmax, gated, softmax, head_windows)
     with checkpoint(model, tokenizer) as folder, text_file(dataset) as text:
         options = AnalysisOptions(
             dataset=text,
@@ -81,7 +79,7 @@ def analyze(
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            softmax=SweepOptions(settings, head_windows, gated) if clipped_softmax else None,
+            softmax=sweep,
             sensitivity=tuple(sensitivity),
             try_advice=try_advice,
             windows=windows,

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from calibration.errors import ToolkitError
 from calibration.model.checkpoint import write_atomically
 from calibration.progress import Progress
 from calibration.shown import Shown
 from ptq.fitting.budget import Budget
 from ptq.fitting.job import Choice, Fit, prepare_fit
+from ptq.fitting.outlook import check_recipe_file
 from ptq.fitting.sensitivity import Sensitivities
 from ptq.planning.job import Options
 
@@ -83,10 +83,7 @@ def fit_model(
     Raises:
         ToolkitError, PlanError: see `prepare_fit`, `Fit.check` and `Fit.solve`; ``out`` exists, or has no folder.
     """
-    if out is not None and out.exists() and not overwrite:
-        raise ToolkitError(f"--out {out}: exists", "choose another name, or pass --overwrite")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise ToolkitError(f"--out {out}: no such folder", f"make {out.parent} first")
+    check_recipe_file(out, overwrite)
     fit = prepare_fit(model, method=method, format=format, schemes=schemes, options=options)
     fit.check(budget)
     sensitivities = fit.measure(progress)
