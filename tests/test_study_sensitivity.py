@@ -106,7 +106,8 @@ def test_summary(found):
     for a, b in zip(two["linears"], four["linears"], strict=True):
         assert a["name"] == b["name"] and a["objective"] > b["objective"] and a["divergence"] > b["divergence"]
         assert (a["bits_per_weight"], b["bits_per_weight"]) == (2.5, 4.5)
-    assert (found["gradient_tokens"], found["probe_tokens"]) == (6 * 31, 3 * 31) and found["calibration"]["samples"] == 6
+    assert (found["gradient_tokens"], found["probe_tokens"]) == (6 * 31, 3 * 31)
+    assert found["calibration"]["samples"] == 6
 
 
 def test_linears_that_cannot_take_a_scheme_are_left_out(place, tmp_path):
