@@ -131,6 +131,13 @@ def test_probes_are_divergences_of_models_rounded_by_hand(tmp_path, place, famil
         assert fit.choice(all_rounded, found).divergence == pytest.approx(expected, rel=1e-3)
 
 
+def test_what_a_pass_refuses_is_not_on_offer(place):
+    """Learned rounding knows integers only."""
+    offered = [{str(o) for o in unit.options} for unit in prepared(place, method="awq+signround").units]
+    assert all("w4a16-g32-sym" in options and not {"mxfp4", "nvfp4"} & options for options in offered)
+    assert all({"mxfp4", "nvfp4"} <= {str(o) for o in unit.options} for unit in prepared(place, method="gptq").units)
+
+
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_at_every_budget_at_least_as_good_as_the_best_uniform_scheme(place, method):
     fit = prepared(place, method=method)

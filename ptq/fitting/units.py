@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from calibration.errors import PlanError, Problem, ToolkitError
+from calibration.walk.passes import PlanView
 from ptq.formats.registry import PREFERRED, Format
 from ptq.linears import ModelLayout, PlannedLinear
 from ptq.planning.groups import with_any_group
@@ -45,16 +46,20 @@ def units_of(
         fitted = dict.fromkeys(
             with_any_group(scheme, *shapes) if any_group else scheme for scheme, any_group in offered
         )
-        options = [o for o in fitted if not _refused(layout, fmt, linears, o)]
-        options = options or [o for o in spare if not _refused(layout, fmt, linears, o)]
+        options = [o for o in fitted if not _refused(job, fmt, linears, o)]
+        options = options or [o for o in spare if not _refused(job, fmt, linears, o)]
         if not options:
-            refused = _refused(layout, fmt, linears, next(iter(fitted)))
+            refused = _refused(job, fmt, linears, next(iter(fitted)))
             raise PlanError(refused or [Problem(linears[0].name, "no scheme on offer fits", "pass other --schemes")])
         yield Unit(tuple(linears), tuple(options))
 
 
-def _refused(layout: ModelLayout, fmt: Format, linears: Sequence[PlannedLinear], scheme: QuantScheme) -> list[Problem]:
-    return fmt.check(replace(layout, linears=tuple(replace(linear, scheme=scheme) for linear in linears)))
+def _refused(job: Job, fmt: Format, linears: Sequence[PlannedLinear], scheme: QuantScheme) -> list[Problem]:
+    """What the format, or a pass of the method, has against it."""
+    plan, tokens = job.plan, job.options.samples * job.seq_len
+    layout = replace(plan.layout, linears=tuple(replace(linear, scheme=scheme) for linear in linears))
+    view = PlanView(layout, plan.spec, job.config, plan.recipe.passes, tokens)
+    return fmt.check(layout) + [problem for step in plan.recipe.passes for problem in step.check(view)]
 
 
 def check_mixing(layout: ModelLayout, fmt: Format, units: Sequence[Unit]) -> None:
