@@ -44,6 +44,30 @@ def record_calls(block: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, l
             handle.remove()
 
 
+Watcher = Callable[[torch.Tensor, torch.Tensor], None]
+"""Takes the input ``[tokens, in]`` of a linear, and the gradient of a loss at its output ``[tokens, out]``."""
+
+
+@contextmanager
+def watch_gradients(block: nn.Module, watchers: Mapping[str, Watcher]) -> Iterator[None]:
+    """While open, every backward pass through a call of the submodules at these paths is told to their watchers."""
+
+    def hook_for(watcher: Watcher):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            x = args[0].detach().flatten(0, -2)
+            if output.requires_grad:
+                output.register_hook(lambda gradient: watcher(x, gradient.flatten(0, -2)))
+
+        return hook
+
+    handles = [block.get_submodule(path).register_forward_hook(hook_for(w)) for path, w in watchers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 Inputs = dict[str, tuple[torch.Tensor, torch.Tensor | None]]
 """Module path -> its input ``[tokens, in]``, and in an `Expert` the rows of the batch that these are, int64
 ``[tokens]``."""

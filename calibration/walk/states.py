@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -126,6 +127,15 @@ class HiddenStates:
         """A stream of its own that starts from the same states. Tensors are shared until a block replaces them."""
         other = HiddenStates(self._tuple_output, self._device)
         other.batches, other.lanes, other._calls = list(self.batches), self.lanes, self._calls
+        return other
+
+    def first(self, windows: int) -> HiddenStates:
+        """A stream of its own of the first so many windows, one to a batch. Tensors are views until a block replaces
+        them."""
+        other = self.copy()
+        rows = (batch[row : row + 1] for batch in self.batches for row in range(batch.shape[0]))
+        other.batches = list(itertools.islice(rows, windows))
+        other.lanes = [range(len(other.batches))]
         return other
 
     @property

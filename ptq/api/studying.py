@@ -169,10 +169,11 @@ def study_sensitivity(
     Args:
         model, dataset, samples, seq_len, seed, device, dtype, tokenizer, progress: as for `quantize`.
         schemes: of weights.
-        windows: the first of the windows, on which divergence is measured.
+        windows: the first of the windows, on which the divergence of all linears, and of a few alone, is measured.
 
     Raises:
-        ToolkitError, PlanError: whatever can be refused, before a weight is read.
+        ToolkitError, PlanError: whatever can be refused, before a weight is read; a disk without room for hidden
+            states.
     """
     if windows < 1:
         raise ToolkitError(f"--windows {windows}: less than 1", "give --windows a positive number")
