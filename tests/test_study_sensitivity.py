@@ -72,13 +72,19 @@ def test_every_linear_against_rounding_it_by_hand(place, found):
             assert len(entry["linears"]) == 14
             for linear in entry["linears"]:
                 module, inputs = model.get_submodule(linear["name"]), []
-                hook = module.register_forward_pre_hook(lambda m, args, inputs=inputs: inputs.append(args[0]))
+                block, streams = model.get_submodule(linear["name"].rpartition(".")[0].rpartition(".")[0]), []
+                hooks = (
+                    module.register_forward_pre_hook(lambda m, args, inputs=inputs: inputs.append(args[0])),
+                    block.register_forward_hook(lambda m, args, output, to=streams: to.append(output)),
+                )
                 model(ids, use_cache=False)
-                hook.remove()
+                for hook in hooks:
+                    hook.remove()
                 w, x = module.weight.data, inputs[0].flatten(0, -2)
+                weighed = streams[0].flatten(0, -2) if linear["name"].endswith("down_proj") else x
                 rounded = fake_quantize(w, scheme.weights)
                 errors = ((rounded - w) @ x.T).square().sum(dim=0)
-                weights = torch.cat([weights_by_norm(window) for window in x.split(32)])
+                weights = torch.cat([weights_by_norm(window) for window in weighed.split(32)])
                 objective = float(errors @ weights) / len(x)
                 module.weight.data = rounded
                 kl = float((log_p.exp() * (log_p - log_probabilities())).sum(-1).mean())

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from calibration.architectures.spec import Residual, SharedInput
+from calibration.architectures.spec import SharedInput
 from calibration.distributed import Processes
 from calibration.errors import ToolkitError
 from calibration.model.watching import Watch, watching
@@ -17,7 +17,7 @@ from calibration.walk.lanes import sum_of_lanes
 from calibration.walk.segment import Segment
 from calibration.walk.states import HiddenStates, Reference
 from calibration.walk.statistics import Gram, Statistic, TwoStreams
-from calibration.walk.token_weights import TokenWeights, weights_by_norm
+from calibration.walk.token_weights import TokenWeights, stream_writers, weights_by_norm
 
 S = TypeVar("S", bound=Statistic)
 T = TypeVar("T")
@@ -209,7 +209,7 @@ class Context:
             if any(issubclass(kind, TwoStreams) for kind in kinds):
                 self._run_pairs(states, hooks, lane)
             else:
-                with accumulate(segment.module, hooks, self._weigh, writes=self._writes()):
+                with accumulate(segment.module, hooks, self._weigh, writes=stream_writers(segment)):
                     states.run(segment.module, segment.index, self._propagate, self.advance, lane=lane)
 
         fresh = sum_of_lanes(states.lanes, self._processes, accumulators, run)
@@ -230,16 +230,9 @@ class Context:
         original = self._float_parameters()
         for batch in lane:
             other = self._float_inputs(batch, hooks, original)
-            with accumulate(self.segment.module, hooks, self._weigh, other, self._writes()):
+            with accumulate(self.segment.module, hooks, self._weigh, other, stream_writers(self.segment)):
                 states.output(self.segment.module, self.segment.index, batch)
             self.advance("forward")
-
-    def _writes(self) -> set[str]:
-        """Paths of the feed-forward linears whose output makes what the block returns; none where norms come first."""
-        architecture, spec = self.segment.architecture, self.segment.spec
-        if not isinstance(architecture.residual, Residual):
-            return set()
-        return {architecture.module_name(f.down) for f in spec.feed_forward if f.down in spec.writes}
 
     def _float_parameters(self) -> dict[str, torch.Tensor]:
         """Parameters of the block that passes have moved, as they were, by their names in the block's class."""
