@@ -133,7 +133,7 @@ def accumulate(
 
     def hook_for(path: str, accumulators: tuple[Statistic, ...]):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x, rows = args[0].flatten(0, -2), rows_of(block, path)
+            x, rows = args[0].detach().flatten(0, -2), rows_of(block, path)
             if not x.shape[0]:
                 return
             if weigh is not None and path in writes:
@@ -154,7 +154,7 @@ def accumulate(
         return hook
 
     def leaving(module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
-        stream = (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
+        stream = (output[0] if isinstance(output, tuple) else output).detach().flatten(0, -2)
         for fold in waiting:
             fold(stream)
         waiting.clear()

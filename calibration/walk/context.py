@@ -209,7 +209,7 @@ class Context:
             if any(issubclass(kind, TwoStreams) for kind in kinds):
                 self._run_pairs(states, hooks, lane)
             else:
-                with accumulate(segment.module, hooks, self._weigh, writes=self._writes()):
+                with accumulate(segment.module, hooks, self._weigh, writes=writing_linears(segment)):
                     states.run(segment.module, segment.index, self._propagate, self.advance, lane=lane)
 
         fresh = sum_of_lanes(states.lanes, self._processes, accumulators, run)
@@ -230,16 +230,9 @@ class Context:
         original = self._float_parameters()
         for batch in lane:
             other = self._float_inputs(batch, hooks, original)
-            with accumulate(self.segment.module, hooks, self._weigh, other, self._writes()):
+            with accumulate(self.segment.module, hooks, self._weigh, other, writing_linears(self.segment)):
                 states.output(self.segment.module, self.segment.index, batch)
             self.advance("forward")
-
-    def _writes(self) -> set[str]:
-        """Paths of the feed-forward linears whose output makes what the block returns; none where norms come first."""
-        architecture, spec = self.segment.architecture, self.segment.spec
-        if not isinstance(architecture.residual, Residual):
-            return set()
-        return {architecture.module_name(f.down) for f in spec.feed_forward if f.down in spec.writes}
 
     def _float_parameters(self) -> dict[str, torch.Tensor]:
         """Parameters of the block that passes have moved, as they were, by their names in the block's class."""
@@ -275,3 +268,11 @@ class Context:
                 f"{names}{' ...' if len(unseen) > 4 else ''}: {len(unseen)} inputs saw no calibration tokens",
                 "use more --samples, or --unseen-experts rtn to round these experts without data",
             )
+
+
+def writing_linears(segment: Segment) -> set[str]:
+    """Paths of the feed-forward linears whose output makes what the block returns; none where norms come first."""
+    architecture, spec = segment.architecture, segment.spec
+    if not isinstance(architecture.residual, Residual):
+        return set()
+    return {architecture.module_name(f.down) for f in spec.feed_forward if f.down in spec.writes}

@@ -24,14 +24,12 @@ from calibration.model.skeleton import release
 from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
 from calibration.walk.backward import WeightGradients, block_backward, head_gradient
-from calibration.walk.capture import Watcher
 from calibration.walk.float_blocks import FloatBlocks
 from calibration.walk.head import head, pieces
 from calibration.walk.kept_states import KeptStates
 from calibration.walk.segment import Segment
 from calibration.walk.states import HiddenStates
 from calibration.walk.statistics import Gram
-from calibration.walk.token_weights import weights_by_norm
 from ptq.fitting.probes import Divergence, Probes
 from ptq.fitting.together import Point, Together
 from ptq.fitting.work import AtHead, InBlock, Work
@@ -178,15 +176,8 @@ class Sweep:
         moments = {name: WeightGradients() for names in inputs.values() for name in names}
         grams = {names[0]: Gram(segment.weight(names[0]).shape[1], device) for names in inputs.values() if names}
 
-        def watcher(name: str) -> Watcher:
-            def watch(x: torch.Tensor, gradient: torch.Tensor) -> None:
-                moments[name].update(x, gradient)
-                if name in grams:
-                    grams[name].update(x, weights_by_norm(x))
-
-            return watch
-
-        block_backward(segment, states, gradients, {name: watcher(name) for name in moments}, tell.backward)
+        watchers = {name: moment.update for name, moment in moments.items()}
+        block_backward(segment, states, gradients, watchers, grams, tell.backward)
         for names in filter(None, inputs.values()):
             gram = grams.pop(names[0])
             for name in names:
