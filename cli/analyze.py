@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, command_line, entries
+from cli.json_output import json_output
+from cli.options import (
+    Device,
+    DryRun,
+    Model,
+    Overwrite,
+    PlanJson,
+    PlannedOut,
+    TrustRemoteCode,
+    command_line,
+    entries,
+    needed,
+)
 from cli.verbosity import detail
+
+if TYPE_CHECKING:
+    from ptq.analysis.record import AnalysisRecord
 
 
 def analyze(
     model: Model,
-    out: Out,
+    out: PlannedOut = None,
     dataset: Annotated[str | None, typer.Option(help="Text to run, as for `ptq quantize`.")] = None,
     samples: Annotated[int, typer.Option(help="Windows of text.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens per window; cut to the model's context.")] = 512,
@@ -49,6 +64,8 @@ def analyze(
     dtype: Annotated[str, typer.Option(help="Of forward passes: auto, float32, bfloat16 or float16.")] = "auto",
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted analysis with --try.")] = False,
+    dry_run: DryRun = False,
+    json: PlanJson = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Find what makes MODEL hard to quantize, float or quantized: outliers of activations and weights.
@@ -59,36 +76,46 @@ def analyze(
 
       ptq analyze demo --clipped-softmax --gated --out demo-heads
     """
+    from cli.plan_view import print_outlook
     from cli.progress import TerminalProgress, load_libraries
 
+    place = needed(out, dry_run)
     load_libraries()
     import ptq
+
+    options: Any = {
+        "dataset": dataset,
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "clipped_softmax": clipped_softmax,
+        "gated": gated,
+        "softmax": tuple(softmax or ()),
+        "head_windows": head_windows,
+        "sensitivity": entries("--sensitivity", sensitivity) if sensitivity else (),
+        "try_advice": try_advice,
+        "windows": windows,
+        "probe_windows": probe_windows,
+        "device": device,
+        "dtype": dtype,
+        "overwrite": overwrite,
+        "resume": resume,
+        "trust_remote_code": trust_remote_code,
+    }
+    with json_output(json, dry_run) as write:
+        if dry_run:
+            print_outlook(outlook := ptq.plan_analyze(model, out=out, **options))
+            write(outlook.to_json())
+            return
+    with TerminalProgress() as progress:
+        record = ptq.analyze(model, out=place, **options, progress=progress, command=command_line())
+    _print(record)
+    print(f"written to {out}: report.html, report.md, report.json, channels.safetensors")
+
+
+def _print(record: AnalysisRecord) -> None:
     from ptq.report.figures import perplexity, short
 
-    with TerminalProgress() as progress:
-        record = ptq.analyze(
-            model,
-            out=out,
-            dataset=dataset,
-            samples=samples,
-            seq_len=seq_len,
-            seed=seed,
-            clipped_softmax=clipped_softmax,
-            gated=gated,
-            softmax=tuple(softmax or ()),
-            head_windows=head_windows,
-            sensitivity=entries("--sensitivity", sensitivity) if sensitivity else (),
-            try_advice=try_advice,
-            windows=windows,
-            probe_windows=probe_windows,
-            device=device,
-            dtype=dtype,
-            overwrite=overwrite,
-            resume=resume,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-            command=command_line(),
-        )
     for key, words in (("with_first_token", "all tokens"), ("without_first_token", "without first tokens")):
         found = record.summary[key]
         if found:
@@ -114,4 +141,3 @@ def analyze(
         detail(record.softmax.finding)
     for said in record.verdicts:
         detail(said)
-    print(f"written to {out}: report.html, report.md, report.json, channels.safetensors")

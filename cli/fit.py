@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import Device, Model, TrustRemoteCode
+from cli.json_output import json_output
+from cli.options import Device, DryRun, Model, PlanJson, TrustRemoteCode
 from cli.verbosity import detail
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def fit(
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of forwards: auto, float32, bfloat16 or float16.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe.")] = False,
+    dry_run: DryRun = False,
+    json: PlanJson = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Choose a scheme for every linear of MODEL under a budget, and write the recipe.
@@ -40,31 +43,36 @@ def fit(
 
       ptq quantize demo --recipe demo.toml --out demo-3.25
     """
+    from cli.plan_view import print_outlook
     from cli.progress import TerminalProgress, load_libraries
 
     load_libraries()
     import ptq
 
+    options: Any = {
+        "size": size,
+        "bpw": bpw,
+        "max_ppl_increase": max_ppl_increase,
+        "out": out,
+        "method": method,
+        "format": format,
+        "schemes": [text.strip() for text in schemes.split(",") if text.strip()],
+        "dataset": dataset,
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "overwrite": overwrite,
+        "trust_remote_code": trust_remote_code,
+    }
+    with json_output(json, dry_run) as write:
+        if dry_run:
+            print_outlook(outlook := ptq.plan_fit(model, **options))
+            write(outlook.to_json())
+            return
     with TerminalProgress() as progress:
-        found = ptq.fit(
-            model,
-            size=size,
-            bpw=bpw,
-            max_ppl_increase=max_ppl_increase,
-            out=out,
-            method=method,
-            format=format,
-            schemes=[text.strip() for text in schemes.split(",") if text.strip()],
-            dataset=dataset,
-            samples=samples,
-            seq_len=seq_len,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+        found = ptq.fit(model, **options, progress=progress)
     _print(found)
     print(f"{found.note}\nwritten to {out}; run it with: ptq quantize {model} --recipe {out} --out DIR")
 
@@ -81,4 +89,5 @@ def _print(found: Fitted) -> None:
         named = ("", "") if best is None else (str(best.uniform), f"{best.divergence:.4f}")
         table.add_row(f"{point.bpw:.2f}", f"{choice.bits_per_weight:.4f}", f"{choice.divergence:.4f}", *named)
     wide_console().print(table)
+    detail(f"checked: {found.checked}")
     detail("chosen: " + ", ".join(f"{count} x {scheme}" for scheme, count in found.counts.items()))

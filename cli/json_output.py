@@ -21,14 +21,20 @@ STANDARD = Path("-")
 
 
 @contextmanager
-def json_output(path: Path | None) -> Iterator[Callable[[Any], None]]:
+def json_output(path: Path | None, planned: bool = True) -> Iterator[Callable[[Any], None]]:
     """What writes data to ``path``, if there is one; inside, text goes to stderr where ``path`` is ``-``.
+
+    Args:
+        planned: for commands whose plan is what it holds: whether ``--dry-run`` asks for one.
 
     Raises:
         ToolkitError: at once, where no file can be made there.
     """
     from calibration.errors import ToolkitError
     from calibration.model.checkpoint import write_atomically
+
+    if path is not None and not planned:
+        raise ToolkitError(f"--json {path}: holds the numbers of a plan", "pass --dry-run too, or leave --json out")
 
     if path not in (None, STANDARD):
         if path.is_dir():

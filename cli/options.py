@@ -17,6 +17,15 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with MODEL.")]
 Dense = Annotated[bool, typer.Option("--dense", help="Ignore activation thresholds that lie in MODEL.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the plan with its memory and time, read no weights, write nothing.")
+]
+PlanJson = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", help="Write the numbers of the plan to this file; - for standard output, and all text to stderr."
+    ),
+]
 Metadata = Annotated[
     Path | None, typer.Option(help="GGUF file of the same model whose tokenizer a GGUF output takes over.")
 ]
@@ -26,15 +35,41 @@ Embeddings = Annotated[
 Head = Annotated[str | None, typer.Option(help="Scheme of the head; a tied one has that of the embedding.")]
 Out = Annotated[Path, typer.Option(help="Output folder, or FILE.gguf; appears whole or not at all.")]
 
+PlannedOut = Annotated[
+    Path | None, typer.Option("--out", help="Output folder; appears whole or not at all. --dry-run needs none.")
+]
+
+
+def needed(out: Path | None, dry_run: bool) -> Path:
+    """The output folder of a command that has ``--dry-run``.
+
+    Raises:
+        ToolkitError: it is missing, and something is to be written.
+    """
+    from calibration.errors import ToolkitError
+
+    if out is None and not dry_run:
+        raise ToolkitError("--out is missing", "pass --out DIR, or --dry-run to see the plan only")
+    return out or Path()
+
 
 def command_line() -> str:
-    """The command as typed, for the record, but for what must not change the files: where they go, and whether it is a
-    second try. A resumed run is byte-identical to an uninterrupted one."""
+    """The command as typed, for the record, but for what must not change the files: where they and the plan's numbers
+    go, and whether it is a second try. A resumed run is byte-identical to an uninterrupted one."""
     words: list[str] = []
+    skipped = ""
     for word in sys.argv[1:]:
-        if words and words[-1] == "--out":
+        if skipped == "--json":
+            skipped = ""
+        elif skipped == "--out":
             words.append("DIR")
-        elif word not in ("--resume", "--overwrite"):
+            skipped = ""
+        elif word == "--json":
+            skipped = word
+        elif word == "--out":
+            words.append(word)
+            skipped = word
+        elif word not in ("--resume", "--overwrite") and not word.startswith("--json="):
             words.append("--out=DIR" if word.startswith("--out=") else word)
     return shlex.join(["ptq", *words])
 

@@ -15,7 +15,9 @@ from calibration.record import Evaluation, RunRecord, read_timings
 from cli.verbosity import verbosity
 
 if TYPE_CHECKING:
+    from ptq.planning.duration import Duration
     from ptq.planning.job import Job
+    from ptq.planning.outlook import Outlook
 
 
 def size(n_bytes: int) -> str:
@@ -29,8 +31,50 @@ def wide_console() -> Console:
     return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=1000, quiet=quiet)
 
 
-def print_plan(job: Job) -> None:
-    """Schemes, sizes, memory, passes, disk, and who can load the result."""
+def about(seconds: float) -> str:
+    """``2 h 10 min``, ``4 min 10 s``, ``12 s``, ``0.4 s``: two figures are all that an estimate has."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    step = 10 ** max(0, len(str(int(seconds))) - 2)
+    whole = int(round(seconds / step) * step)
+    hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def print_duration(duration: Duration) -> None:
+    """Seconds per phase, and how good they are."""
+    phases = ", ".join(f"{name} {about(seconds)}" for name, seconds in duration.seconds.items())
+    shared = f" in {duration.processes} processes" if duration.processes > 1 else ""
+    console = wide_console()
+    console.print(f"time about {about(duration.total)}{shared}: {phases}", highlight=False, markup=False)
+    if duration.measured is None:
+        said = "from rates of this machine, measured just now; most runs take between two thirds of it and 1.5 times it"
+    else:
+        took, foreseen = duration.measured
+        said = f"one block was run: it took {about(took)}, {about(foreseen)} were expected"
+    console.print(f"  {said}", highlight=False, markup=False)
+    for name in duration.unknown:
+        console.print(f"  {name}: not counted, its length is not known yet", highlight=False, markup=False)
+
+
+def print_outlook(found: Outlook) -> None:
+    """What a command other than ``quantize`` would take."""
+    console = wide_console()
+    console.print(f"{found.command}: {found.model}", highlight=False, markup=False)
+    console.print(f"calibration {found.text}", highlight=False, markup=False)
+    console.print(
+        f"memory about {size(found.peak_bytes)} above interpreter and libraries; disk {size(found.disk_bytes)}",
+        highlight=False,
+    )
+    print_duration(found.duration)
+    for remark in found.remarks:
+        console.print(f"  {remark}", highlight=False, markup=False)
+
+
+def print_plan(job: Job, duration: Duration) -> None:
+    """Schemes, sizes, memory, time, passes, disk, and who can load the result."""
     console, plan, sizes = wide_console(), job.plan, job.plan.sizes
     layout = plan.layout
     console.print(
@@ -67,6 +111,7 @@ def print_plan(job: Job) -> None:
         f"memory about {size(sizes.peak_bytes)} above interpreter and libraries; disk up to {size(sizes.disk_bytes)}",
         highlight=False,
     )
+    print_duration(duration)
     for program, answer in plan.format.loads_in(layout).items():
         console.print(f"  loads in {program}: {answer}", highlight=False, markup=False)
     for remark in plan.remarks:

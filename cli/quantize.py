@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli import shared
+from cli.json_output import json_output
 from cli.options import (
     Device,
+    DryRun,
     Embeddings,
     Head,
     Metadata,
     Model,
     Overwrite,
+    PlanJson,
     TrustRemoteCode,
     command_line,
     quiet_libraries,
 )
+
+if TYPE_CHECKING:
+    from ptq.planning.job import Job
 
 
 def quantize(
@@ -72,7 +79,11 @@ def quantize(
     ] = "norm",
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from OUT.partial.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, read no weights, write nothing.")] = False,
+    dry_run: DryRun = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="With --dry-run: run one block for real, and take the time from it.")
+    ] = False,
+    json: PlanJson = None,
     metadata: Metadata = None,
     embeddings: Embeddings = None,
     head: Head = None,
@@ -88,8 +99,7 @@ def quantize(
       ptq quantize meta-llama/Llama-3.1-8B --method awq+gptq --scheme w3a16-g128 --out llama-w3 --dry-run
     """
     from calibration.errors import ToolkitError
-    from cli.plan_view import print_plan, print_result
-    from cli.progress import TerminalProgress, load_libraries
+    from cli.progress import load_libraries
 
     if method is not None and recipe is not None:
         raise ToolkitError("--method and --recipe exclude each other", "leave one out")
@@ -97,6 +107,8 @@ def quantize(
         raise ToolkitError("--method or --recipe is missing", "pass e.g. --method awq")
     if out is None and not dry_run:
         raise ToolkitError("--out is missing", "pass --out DIR, or --dry-run to see the plan only")
+    if measure and not dry_run:
+        raise ToolkitError("--measure: belongs to a plan", "pass --dry-run too, or leave --measure out")
     load_libraries() if shared.first() else quiet_libraries()  # the first process shows progress
     import ptq
     from ptq.publishing import check_push
@@ -124,25 +136,42 @@ def quantize(
         "head": head,
         "trust_remote_code": trust_remote_code,
     }
-    if dry_run or out is None:
-        if shared.first():
-            print_plan(ptq.plan(model, **options))
-        return
-    if not shared.first():  # the first process writes, reports and shows progress
-        ptq.quantize(model, out=out, **options, resume=resume, overwrite=overwrite, command=command_line())
-        return
-    with TerminalProgress() as progress:
-        record = ptq.quantize(
-            model,
-            out=out,
-            **options,
-            overwrite=overwrite,
-            resume=resume,
-            progress=progress,
-            planned=print_plan,
-            command=command_line(),
-        )
-    print_result(record, out)
-    if push is not None:
+    with json_output(json if shared.first() else None) as write:
+        _quantize(model, out, options, dry_run, measure, {"overwrite": overwrite, "resume": resume}, write)
+    if push is not None and out is not None and not dry_run:
         sent = ptq.upload(out, push)
         print(f"{len(sent.files)} files, {sum(sent.files.values()) / 1e9:.2f} GB, sent to {sent.url}")
+
+
+def _quantize(
+    model: str,
+    out: Path | None,
+    options: dict[str, Any],
+    dry_run: bool,
+    measure: bool,
+    place: dict[str, bool],
+    write: Callable[[Any], None],
+) -> None:
+    """The plan, and the run behind it; of several processes the first one writes, reports and shows progress."""
+    import ptq
+    from cli.plan_view import print_plan, print_result
+    from cli.progress import TerminalProgress
+
+    with TerminalProgress() as progress:
+
+        def planned(job: Job) -> None:
+            duration = ptq.plan_time(job, measure=measure, progress=progress)
+            if shared.first():
+                print_plan(job, duration)
+                write({**job.to_json(), **duration.to_json()})
+
+        if dry_run or out is None:
+            planned(ptq.plan(model, **options, out=out, **place))
+            return
+        if not shared.first():
+            ptq.quantize(model, out=out, **options, **place, command=command_line())
+            return
+        record = ptq.quantize(
+            model, out=out, **options, **place, progress=progress, planned=planned, command=command_line()
+        )
+    print_result(record, out)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from cli.options import Device, Model, Out, Overwrite, TrustRemoteCode, percentage
+from cli.json_output import json_output
+from cli.options import Device, DryRun, Model, Overwrite, PlanJson, PlannedOut, TrustRemoteCode, needed, percentage
 from cli.verbosity import detail
 
 
 def sparsify(
     model: Model,
     method: Annotated[str, typer.Option(help="One of:")],
-    out: Out,
+    out: PlannedOut = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -36,6 +37,8 @@ def sparsify(
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of calibration forwards: auto, float32, bfloat16 or float16.")] = "auto",
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    json: PlanJson = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Find activation thresholds for MODEL, float or quantized, and write them beside a copy of its weights.
@@ -49,30 +52,35 @@ def sparsify(
       ptq eval demo-chess --reference demo --dataset builtin
     """
     increase = None if max_ppl_increase is None else percentage("--max-ppl-increase", max_ppl_increase)
+    from cli.plan_view import print_outlook
     from cli.progress import TerminalProgress, load_libraries
 
+    place = needed(out, dry_run)
     load_libraries()
     import ptq
 
+    options: Any = {
+        "method": method,
+        "target": target,
+        "skip_bytes": skip_bytes,
+        "max_ppl_increase": increase,
+        "search_text": search_text,
+        "dataset": dataset,
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "overwrite": overwrite,
+        "trust_remote_code": trust_remote_code,
+    }
+    with json_output(json, dry_run) as write:
+        if dry_run:
+            print_outlook(outlook := ptq.plan_sparsify(model, out=out, **options))
+            write(outlook.to_json())
+            return
     with TerminalProgress() as progress:
-        sparsity = ptq.sparsify(
-            model,
-            out=out,
-            method=method,
-            target=target,
-            skip_bytes=skip_bytes,
-            max_ppl_increase=increase,
-            search_text=search_text,
-            dataset=dataset,
-            samples=samples,
-            seq_len=seq_len,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+        sparsity = ptq.sparsify(model, out=place, **options, progress=progress)
     found = sparsity.settings.get("search")
     if found is not None:
         shares = ", ".join(f"{share:.2f}" for share in found["targets"])

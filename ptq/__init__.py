@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from calibration.errors import PlanError, ToolkitError
     from ptq.api.converting import export, prepare
     from ptq.api.measuring import compare, evaluate, evaluate_tasks, generate, inspect, load_model
+    from ptq.api.planning import plan_analyze, plan_fit, plan_sparsify, plan_time
     from ptq.api.running import fit, plan, quantize, sparsify
     from ptq.api.studying import analyze, predict, study_calibration, study_sensitivity
     from ptq.publishing import upload
@@ -31,6 +32,7 @@ _HOMES = {
     "calibration.errors": ("PlanError", "ToolkitError"),
     "ptq.api.converting": ("export", "prepare"),
     "ptq.api.measuring": ("compare", "evaluate", "evaluate_tasks", "generate", "inspect", "load_model"),
+    "ptq.api.planning": ("plan_analyze", "plan_fit", "plan_sparsify", "plan_time"),
     "ptq.api.running": ("fit", "plan", "quantize", "sparsify"),
     "ptq.api.studying": ("analyze", "predict", "study_calibration", "study_sensitivity"),
     "ptq.publishing": ("upload",),
@@ -48,6 +50,10 @@ __all__ = [
     "inspect",
     "load_model",
     "plan",
+    "plan_analyze",
+    "plan_fit",
+    "plan_sparsify",
+    "plan_time",
     "predict",
     "prepare",
     "quantize",

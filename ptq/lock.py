@@ -30,7 +30,7 @@ class Lock:
 
     def __init__(self, target: Path) -> None:
         self.target = target
-        self.path = target.with_name(f".{target.name}.ptq-lock")
+        self.path = self.path_of(target)
         self._descriptor: int | None = None
         self._process = os.getpid()
         if fcntl is None:
@@ -45,6 +45,11 @@ class Lock:
                 os.ftruncate(self._descriptor, 0)
                 os.write(self._descriptor, str(self._process).encode())
         _held[self.path] = self
+
+    @staticmethod
+    def path_of(target: Path) -> Path:
+        """The file that is locked."""
+        return target.with_name(f".{target.name}.ptq-lock")
 
     def _acquire(self) -> int:
         while True:

@@ -71,6 +71,27 @@ class Session:
             ToolkitError: another process writes there; DIR is not empty, or is no output of ours with ``overwrite``;
                 DIR.partial is there without ``resume``, or is not there with it; DIR is or holds ``source``.
         """
+        self._check_place(source)
+        self._lock = self._lock or Lock(self.target)
+        if self.replaced.exists() and not self.target.exists() and not self.partial.exists():
+            self.replaced.rename(self.target)  # an old run was killed between its two renames: nothing else has it
+        self._check_contents(overwrite, resume, resumable)
+
+    def look(self, overwrite: bool, resume: bool, source: Path | None = None, resumable: bool = True) -> None:
+        """For a plan: refuse what `check` would, and write nothing.
+
+        Raises:
+            ToolkitError: see `check`; no folder can be made there.
+        """
+        self._check_place(source)
+        if Lock.path_of(self.target).exists():
+            Lock(self.target).release()
+        there = next(folder for folder in self.target.parents if folder.exists())
+        if not os.access(there, os.W_OK):
+            raise ToolkitError(f"{self.target}: not writable ({there} belongs to others)", "choose another place")
+        self._check_contents(overwrite, resume, resumable)
+
+    def _check_place(self, source: Path | None) -> None:
         if not self.target.name:
             raise ToolkitError(f"--out {self.out}: cannot be replaced", "name a folder below it")
         with disk_errors(self.target):
@@ -83,11 +104,10 @@ class Session:
             raise ToolkitError(
                 f"--out {self.out}: the model that is read ({source}) is there", "choose another output folder"
             )
-        self._lock = self._lock or Lock(self.target)
+
+    def _check_contents(self, overwrite: bool, resume: bool, resumable: bool) -> None:
         if self.single and self.target.is_file() and not overwrite:
             raise ToolkitError(f"--out {self.out}: is there already", "choose another file, or pass --overwrite")
-        if self.replaced.exists() and not self.target.exists() and not self.partial.exists():
-            self.replaced.rename(self.target)  # an old run was killed between its two renames: nothing else has it
         if self.target.is_dir() and any(self.target.iterdir()) and not resume:
             if not overwrite:
                 raise ToolkitError(

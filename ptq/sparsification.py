@@ -18,8 +18,13 @@ from calibration.model.contents import checkpoint_files
 from calibration.model.opening import fingerprint
 from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
+from calibration.walk.cost import Work
+from calibration.walk.passes import Pass
 from ptq.devices import evaluation_dtype
 from ptq.evaluation import logits_of
+from ptq.linears import float_linears
+from ptq.planning.outlook import Outlook, outlook, scoring, walk_outlook, whole_model_bytes
+from ptq.planning.rates import rates_of
 from ptq.planning.source import BATCH_TOKENS, Source, TextOptions, open_source
 from ptq.run.agreement import refuse_other_models, tell_idle
 from ptq.runtime.dequantized import float_weights
@@ -87,23 +92,19 @@ def run_sparsify(
     """
     processes = processes or Processes()
     source = open_source(model, options)
-    folder, reader, spec = source.folder, source.reader, source.spec
     session = Session(out)
     if processes.first:
-        session.check(overwrite, resume=False, source=folder, resumable=False)
-    if options.skip_bytes is not None:
-        step = with_bytes_skipped(step, options.skip_bytes, reader.infos, spec)
-    walked = step if options.max_increase is None else Profile(step)
+        session.check(overwrite, resume=False, source=source.folder, resumable=False)
+    step, walked = _checked(source, step)
     _check_shared(walked, processes)
-    check_plan(walked, spec, source.config, options.samples * source.seq_len)
-    source.check_text()
     source.tell(progress)
+    reader, spec = source.reader, source.spec
     tokens = source.windows(progress)
     if options.max_increase is not None:
         held_out = source.windows(progress, seed=options.seed + 1, dataset=options.search_text)
     facts = {"calibration": tokens.source, "method": step.name, "settings": settings_of(step)}
     forward = f"{source.dtype} on {source.device.type}, {source.batch_size} sequences at a time"
-    refuse_other_models(processes, folder, {**facts, "forward": forward}, options.trust_remote_code)
+    refuse_other_models(processes, source.folder, {**facts, "forward": forward}, options.trust_remote_code)
     tell_idle(processes, -(-len(tokens) // source.batch_size), progress)
     if processes.first:
         session.begin({"sparsify": fingerprint(reader), "method": step.name}, resume=False)
@@ -129,14 +130,14 @@ def run_sparsify(
             progress.stage("search", ROUNDS)
             choice = choose(gates, spec, options.max_increase, Increase(source, held_out, progress))
             gates = site_tensors(choice.sites)
-        _copy(folder, session.partial)
+        _copy(source.folder, session.partial)
         sparsity = write(session.partial, [step], gates, tokens.source, source.provenance, choice)
         session.finish()
     processes.agree_at_the_end(sparsity)
     return sparsity
 
 
-def _check_shared(walked: GatePass, processes: Processes) -> None:
+def _check_shared(walked: Pass, processes: Processes) -> None:
     """Refuse what several processes cannot share."""
     if processes.size > 1 and isinstance(walked, Profile):
         raise ToolkitError(
@@ -153,6 +154,48 @@ def _copy(folder: Path, partial: Path) -> None:
                 target = partial / path.relative_to(folder)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
+
+
+def _checked(source: Source, step: GatePass) -> tuple[GatePass, Pass]:
+    """The step with the target that its options ask for, and the pass that is calibrated.
+
+    Raises:
+        ToolkitError, PlanError: whatever headers and the text rule out.
+    """
+    options, spec = source.options, source.spec
+    assert isinstance(options, SparsifyOptions)
+    if options.skip_bytes is not None:
+        step = with_bytes_skipped(step, options.skip_bytes, source.reader.infos, spec)
+    walked = step if options.max_increase is None else Profile(step)
+    check_plan(walked, spec, source.config, options.samples * source.seq_len)
+    source.check_text()
+    return step, walked
+
+
+def plan_sparsify(
+    model: str | Path, step: GatePass, out: Path | None, options: SparsifyOptions, overwrite: bool
+) -> Outlook:
+    """What `run_sparsify` would take; nothing is written.
+
+    Raises:
+        ToolkitError, PlanError: whatever it would be refused for.
+    """
+    source = open_source(model, options)
+    if out is not None:
+        Session(out).look(overwrite, resume=False, source=source.folder, resumable=False)
+    step, walked = _checked(source, step)
+    source.check_length()
+    infos = float_weights(source.reader, source.spec).infos
+    linears = list(float_linears(source.spec, infos))
+    rates = rates_of(source.device, source.dtype)
+    blocks, peak = walk_outlook(source, (walked,), linears, infos)
+    seconds, size = {"blocks": blocks}, sum(path.stat().st_size for path in checkpoint_files(source.folder))
+    if options.max_increase is not None:
+        once = scoring(source, linears, options.samples * source.seq_len, infos)
+        seconds["search"] = rates.seconds(once * (ROUNDS + 1.0))
+        peak = max(peak, whole_model_bytes(source, infos))
+    seconds["copy"] = rates.seconds(Work(read=2.0 * size, written=float(size), hashed=float(size)))
+    return outlook(f"sparsify {step.name}", source, seconds, peak, size, infos=infos)
 
 
 class Increase:

@@ -19,10 +19,11 @@ from calibration.architectures import ArchitectureSpec, BlockSpec
 from calibration.errors import Problem
 from calibration.model.watching import Watch
 from calibration.walk.context import Context
+from calibration.walk.cost import BlockShape, Work
 from calibration.walk.passes import PlanView
 from calibration.walk.segment import Segment
 from sparsity.files import sites_from
-from sparsity.gate import GatePass
+from sparsity.gate import GatePass, with_target
 from sparsity.masking import Masks, block_watches
 from sparsity.pools import calibration_rows
 from sparsity.sites import Site
@@ -62,6 +63,10 @@ class Profile(GatePass):
 
     def forwards(self) -> int:
         return (len(GRID) - 1) * self.step.forwards()
+
+    def cost(self, block: BlockShape) -> list[Work]:
+        measuring = block.forward * (len(GRID) * min(self.batches, block.batches) / block.batches)
+        return [*with_target(self.step, GRID[-1]).cost(block), measuring]
 
     def apply(self, segment: Segment, context: Context) -> None:
         entering, dense = self._run(segment, context, ())

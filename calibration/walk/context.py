@@ -17,7 +17,7 @@ from calibration.walk.lanes import sum_of_lanes
 from calibration.walk.segment import Segment
 from calibration.walk.states import HiddenStates, Reference
 from calibration.walk.statistics import Gram, Statistic, TwoStreams
-from calibration.walk.token_weights import TokenWeights, weights_by_norm
+from calibration.walk.token_weights import TokenWeights, stream_writers, weights_by_norm
 
 S = TypeVar("S", bound=Statistic)
 A = TypeVar("A")
@@ -239,7 +239,7 @@ class Context:
             if any(issubclass(kind, TwoStreams) for kind in kinds):
                 self._run_pairs(states, hooks, lane)
             else:
-                with accumulate(segment.module, hooks, self._weigh):
+                with accumulate(segment.module, hooks, self._weigh, writes=stream_writers(segment)):
                     states.run(segment.module, segment.index, self._propagate, self.advance, lane=lane)
 
         fresh = sum_of_lanes(states.lanes, self._processes, accumulators, run)
@@ -260,7 +260,7 @@ class Context:
         original = self._float_parameters()
         for batch in lane:
             other = self._float_inputs(batch, hooks, original)
-            with accumulate(self.segment.module, hooks, self._weigh, other):
+            with accumulate(self.segment.module, hooks, self._weigh, other, stream_writers(self.segment)):
                 states.output(self.segment.module, self.segment.index, batch)
             self.advance("forward")
 

@@ -16,6 +16,7 @@ from torch import nn
 from calibration.architectures.spec import ArchitectureSpec, BlockSpec
 from calibration.errors import Problem
 from calibration.walk.context import Context
+from calibration.walk.cost import BlockShape, Work, rounding
 from calibration.walk.segment import Segment
 from calibration.walk.states import Reference
 from calibration.walk.statistics import Statistic, TwoStreams
@@ -82,6 +83,7 @@ class Pass(ABC):
             None where it was not measured.
         learned_bytes: per weight of a block, what it holds beside the block while it trains: parameters, gradients.
         by_window: it trains on single windows, not on whole batches.
+        spreads: several processes share the tasks of its `cost`.
         looks_at_batches: it reads calibration batches themselves and not only sums over them, so that they must all be
             in one process. (Passes with `references` do so too.)
     """
@@ -94,6 +96,7 @@ class Pass(ABC):
     expected_errors: ClassVar[Literal["nearest", "feedback"] | None] = None
     learned_bytes: ClassVar[int] = 0
     by_window: ClassVar[bool] = False
+    spreads: ClassVar[bool] = False
     looks_at_batches: ClassVar[bool] = False
 
     @property
@@ -128,6 +131,12 @@ class Pass(ABC):
     def forwards(self) -> int:
         """Forward passes per block beyond the one that gathers the statistics."""
         return 0
+
+    def cost(self, block: BlockShape) -> Sequence[Work]:
+        """What its tasks on one block take beyond `forwards` and what `statistics` need: a list entry for each task.
+        By default that of rounding to nearest for passes that round, and the backward passes of those that train."""
+        backward = [block.forward * (2.0 * self.forwards())] if self.references else []
+        return [*(rounding(block) if Phase.ROUND in self.phases else ()), *backward]
 
     def check(self, view: PlanView[Any]) -> Iterable[Problem]:
         """What can be refused before a weight is read."""

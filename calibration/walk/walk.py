@@ -71,11 +71,12 @@ class Walk:
         return tuple(dict.fromkeys(kind for p in self.blocks.passes for kind in p.statistics))
 
     @torch.no_grad()
-    def run(self, tokens: TokenBatches | None, progress: Progress) -> None:
+    def run(self, tokens: TokenBatches | None, progress: Progress, stop: int | None = None) -> None:
         """Process every block that is not finished.
 
         Args:
             tokens: calibration samples; None where no pass needs data.
+            stop: the block to stop in front of; None: at the end.
         """
         passes, n_blocks = self.blocks.passes, len(self.blocks)
         done = self.processes.agree(self.finished.count() if self.processes.first else None)
@@ -93,12 +94,13 @@ class Walk:
                 self._replay(index, states, stream == "quantized", progress)
                 if model_states is not None:
                     self._replay(index, model_states, False, progress)
-        linears = sum(len(self.blocks.schemes(i)) for i in range(done, n_blocks))
+        end = n_blocks if stop is None else min(stop, n_blocks)
+        linears = sum(len(self.blocks.schemes(i)) for i in range(done, end))
         batches = len(states.batches) if states else 0
-        forwards = (n_blocks - done) * forwards_per_block(passes) - (stream == "quantized" and done < n_blocks)
+        forwards = (end - done) * forwards_per_block(passes) - (stream == "quantized" and done < end == n_blocks)
         progress.stage("blocks", batches * forwards + linears)  # nothing follows the last block: it is not run again
         with Committing() as committing:
-            for index in range(done, n_blocks):
+            for index in range(done, end):
                 self._block(index, states, model_states, stream, progress, committing)
 
     def _replay(self, index: int, states: HiddenStates, quantized: bool, progress: Progress) -> None:

@@ -21,13 +21,16 @@ from calibration.versions import versions
 from ptq.analysis.accepted import refusal_of
 from ptq.analysis.advice import advise
 from ptq.analysis.observe import Subject, batch_size_of, observe
+from ptq.analysis.outlook import outlook_of
 from ptq.analysis.parts import Parts, check_parts
 from ptq.analysis.record import AnalysisRecord
 from ptq.analysis.softmax_sweep import SweepOptions
 from ptq.analysis.summary import summarize
 from ptq.analysis.trial import verdicts
+from ptq.fitting.job import Fit
 from ptq.formats.registry import format_of
 from ptq.planning.job import Options
+from ptq.planning.outlook import Outlook
 from ptq.planning.source import Source, TextOptions, open_source
 from ptq.report import analysis_html, analysis_markdown
 from ptq.run.agreement import refuse_other_models, tell_idle
@@ -88,14 +91,10 @@ def analyze(
     _check_shared(o, source, processes)
     reader, spec = source.reader, source.spec
     session = Session(Path(out))
-    if resume and not o.try_advice:
-        raise ToolkitError("--resume: only recipes that --try carries out are kept", "leave --resume out")
+    _check_resume(o, resume)
     if processes.first:
         session.check(overwrite, resume, source=source.folder, resumable=o.try_advice)
-    quantized = format_of(reader.config) is not None
-    parts = Parts(source.folder, spec, _run_options(source), o.windows, o.probe_windows, source.device, quantized)
-    source.check_text()
-    fit = check_parts(parts, source.config, o.softmax, o.sensitivity, o.try_advice)
+    parts, fit = _checked(source)
     source.tell(progress)
     if (source.folder / SETTINGS_FILE).exists():
         progress.message("activation thresholds are not applied: the dense model is analyzed")
@@ -116,7 +115,7 @@ def analyze(
         found = observe(subject, tokens, text, progress, processes)
         processes.mind_first_only()
         sensitivity, edge = parts.sensitivity(fit, o.sensitivity, tokens, progress)
-        refusal = {} if quantized else {"refusal": refusal_of(source.folder, _run_options(source))}
+        refusal = {} if parts.quantized else {"refusal": refusal_of(source.folder, _run_options(source))}
         advice = advise(found.sites, found.weights, **refusal)
         trials = parts.trials(advice, tokens, session.partial / TRIALS, progress) if o.try_advice else ()
         record = AnalysisRecord(
@@ -156,6 +155,51 @@ def _check_shared(options: AnalysisOptions, source: Source, processes: Processes
     if processes.size > 1 and named:
         fix = "run the command without torchrun or accelerate launch"
         raise ToolkitError(f"{named[0]}: not shared by several processes", fix)
+
+
+def _check_resume(options: AnalysisOptions, resume: bool) -> None:
+    if resume and not options.try_advice:
+        raise ToolkitError("--resume: only recipes that --try carries out are kept", "leave --resume out")
+
+
+def _checked(source: Source) -> tuple[Parts, Fit | None]:
+    """What the parts of an analysis need, and the plan of sensitivities where they are wanted.
+
+    Raises:
+        ToolkitError, PlanError: whatever headers and the text rule out.
+    """
+    o = source.options
+    assert isinstance(o, AnalysisOptions)
+    quantized = format_of(source.reader.config) is not None
+    parts = Parts(
+        source.folder, source.spec, _run_options(source), o.windows, o.probe_windows, source.device, quantized
+    )
+    source.check_text()
+    return parts, check_parts(parts, source.config, o.softmax, o.sensitivity, o.try_advice)
+
+
+def plan_analyze(
+    model: str | Path, options: AnalysisOptions, *, out: Path | None, overwrite: bool, resume: bool
+) -> Outlook:
+    """What `analyze` would take; nothing is written. Parts that depend on what is found are named, not counted.
+
+    Raises:
+        ToolkitError, PlanError: whatever it would be refused for.
+    """
+    source = open_source(model, options)
+    _check_resume(options, resume)
+    if out is not None:
+        Session(out).look(overwrite, resume, source=source.folder, resumable=options.try_advice)
+    _checked(source)
+    source.check_length()
+    return outlook_of(
+        source,
+        {
+            "--clipped-softmax": options.softmax is not None,
+            "--sensitivity": bool(options.sensitivity),
+            "--try": options.try_advice,
+        },
+    )
 
 
 def _identity(source: Source, tokens: TokenBatches) -> dict[str, Any]:

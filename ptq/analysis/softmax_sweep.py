@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from calibration.architectures import ArchitectureSpec
+from calibration.errors import ToolkitError
 from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
 from ptq.analysis.head_clipping import HEAD_GAMMAS, LIMIT, clip_heads, own_gammas
@@ -54,6 +55,19 @@ class SweepOptions:
     settings: tuple[str, ...] = SETTINGS
     head_windows: int = 2
     shut: bool = False
+
+
+def sweep_options(wanted: bool, gated: bool, softmax: Sequence[str], head_windows: int) -> SweepOptions | None:
+    """What ``--clipped-softmax`` tries, None where it is not wanted: gates and heads that are shut with ``gated``,
+    settings of one's own in ``softmax``.
+
+    Raises:
+        ToolkitError: one of its parts without it.
+    """
+    if (gated or softmax) and not wanted:
+        raise ToolkitError("--gated and --softmax are parts of --clipped-softmax", "add --clipped-softmax")
+    settings = tuple(dict.fromkeys([*SETTINGS, *(GATES if gated else ()), *softmax]))
+    return SweepOptions(settings, head_windows, gated) if wanted else None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ptq.fitting.budget import parse_budget
 from ptq.fitting.result import Fitted, fit_model
 from ptq.planning.job import Job, Options
 from ptq.planning.job import prepare as prepare_job
-from ptq.run.pipeline import run
+from ptq.run.pipeline import look, look_at_texts, run
 from ptq.run.sharing import check_shared, run_share
 from ptq.session import Session
 from ptq.sparse.methods import Target, sparsifier
@@ -49,10 +49,13 @@ def plan(
     embeddings: str | None = None,
     head: str | None = None,
     trust_remote_code: bool = False,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
 ) -> Job:
     """What `quantize` would do, from headers alone: schemes, sizes, memory, forward passes. Nothing is written.
 
-    The arguments are those of `quantize`.
+    The arguments are those of `quantize`; with ``out`` it is also seen whether the run could write there.
 
     Raises:
         ToolkitError, PlanError: whatever the run would be refused for.
@@ -73,9 +76,11 @@ def plan(
         embeddings=embeddings,
         head=head,
     )
-    return prepare_job(
-        model, method=method, scheme=scheme, recipe=recipe, format=format, target=target, options=options
-    )
+    job = prepare_job(model, method=method, scheme=scheme, recipe=recipe, format=format, target=target, options=options)
+    look_at_texts(job)
+    if out is not None:
+        look(job, out, overwrite, resume)
+    return job
 
 
 def quantize(

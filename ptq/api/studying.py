@@ -12,7 +12,7 @@ from calibration.joining import joined
 from calibration.progress import Silent
 from ptq.analysis import job as analysis
 from ptq.analysis.job import AnalysisOptions
-from ptq.analysis.softmax_sweep import GATES, SETTINGS, SweepOptions
+from ptq.analysis.softmax_sweep import sweep_options
 from ptq.api.inputs import Display, Model, Text, checkpoint, display, text_file
 from ptq.planning.job import Options
 from ptq.report import calibration_markdown, sensitivity_markdown
@@ -71,9 +71,7 @@ def analyze(
     Raises:
         ToolkitError, PlanError: whatever can be refused; ``out`` is then not there.
     """
-    if (gated or softmax) and not clipped_softmax:
-        raise ToolkitError("--gated and --softmax are parts of --clipped-softmax", "add --clipped-softmax")
-    settings = tuple(dict.fromkeys([*SETTINGS, *(GATES if gated else ()), *softmax]))
+    sweep = sweep_options(clipped_softmax, gated, softmax, head_windows)
     with (
         joined(device) as processes,
         checkpoint(model, tokenizer) as folder,
@@ -87,7 +85,7 @@ def analyze(
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            softmax=SweepOptions(settings, head_windows, gated) if clipped_softmax else None,
+            softmax=sweep,
             sensitivity=tuple(sensitivity),
             try_advice=try_advice,
             windows=windows,
@@ -183,10 +181,11 @@ def study_sensitivity(
     Args:
         model, dataset, samples, seq_len, seed, device, dtype, tokenizer, progress: as for `quantize`.
         schemes: of weights.
-        windows: the first of the windows, on which divergence is measured.
+        windows: the first of the windows, on which the divergence of all linears, and of a few alone, is measured.
 
     Raises:
-        ToolkitError, PlanError: whatever can be refused, before a weight is read.
+        ToolkitError, PlanError: whatever can be refused, before a weight is read; a disk without room for hidden
+            states.
     """
     if windows < 1:
         raise ToolkitError(f"--windows {windows}: less than 1", "give --windows a positive number")

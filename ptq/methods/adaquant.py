@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from calibration.errors import Problem
 from calibration.walk.context import Context
+from calibration.walk.cost import BlockShape, Work, rounding, total
 from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram, Statistic
@@ -50,6 +51,14 @@ class AdaQuant(Pass):
         yield from refuse(floats, "adaquant learns integer grids only", "use gptq, or an integer scheme")
         zeros = matching(view.layout, lambda linear: linear.scheme.weights.float_zeros)  # type: ignore[union-attr]
         yield from refuse(zeros, "adaquant learns integer zero points", "use -asym instead of -asym_float, or gptq")
+
+    def cost(self, block: BlockShape) -> list[Work]:
+        """Per iteration and linear a product with the Gram matrix, a backward pass and a step of Adam."""
+        steps = [
+            Work(exact=2.0 * rows * n**2, fresh=30.0 * rows * n, calls=100.0) * float(self.iterations + 1)
+            for rows, n in block.linears
+        ]
+        return [total([*steps, *rounding(block)])]
 
     def apply(self, segment: Segment, context: Context) -> None:
         for linear, scheme in segment.schemes.items():

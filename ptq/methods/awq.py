@@ -15,6 +15,7 @@ import torch
 from calibration.architectures import Balance
 from calibration.errors import Problem
 from calibration.walk.context import Context
+from calibration.walk.cost import BlockShape, Work, nearest
 from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import AbsMean, Gram, Statistic
@@ -53,6 +54,7 @@ class Awq(Pass):
     expected_errors: ClassVar[Literal["nearest", "feedback"] | None] = "nearest"
     stream: ClassVar[Stream] = "either"
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Gram, AbsMean)
+    spreads: ClassVar[bool] = True
 
     def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
         if self.grid < 1:
@@ -65,6 +67,22 @@ class Awq(Pass):
                 f"clip_steps {self.clip_steps}, clip_shrink {self.clip_shrink}",
                 "use clip_steps = 10 and clip_shrink = 0.5",
             )
+
+    def cost(self, block: BlockShape) -> list[Work]:
+        """For every alpha a sample of each linear's rows, rounded, times the Gram matrix; for every clipping bound each
+        weight, rounded, times the Gram matrix of its group."""
+        tasks = []
+        for rows, n in block.linears:
+            sample = rows if self.rows == 0 else rows // -(-rows // self.rows)
+            scaled = nearest(sample, n) + Work(products=2.0 * sample * n**2, fresh=1.0 * sample * n, calls=20.0)
+            tasks.append(scaled * self.grid)
+        if self.clip:
+            steps = float(self.clip_steps)
+            tasks += [
+                (nearest(rows, n) + Work(exact=2.0 * rows * n * block.group, values=25.0 * rows * n)) * steps
+                for rows, n in block.linears
+            ]
+        return tasks
 
     def apply(self, segment: Segment, context: Context) -> None:
         for group in segment.spec.balance:

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from calibration.errors import Problem
 from calibration.walk.context import Context
+from calibration.walk.cost import BlockShape, Work
 from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram, Statistic
@@ -21,10 +22,12 @@ from ptq.float_formats import float_formats
 from ptq.formats.checks import matching, refuse
 from ptq.linears import ModelLayout
 from ptq.methods.rounding import global_scales
-from ptq.numerics.float_search import search_bounds
+from ptq.numerics.float_search import OFFSETS, search_bounds
 from ptq.numerics.grids import grid_of
 from ptq.numerics.objective import rounding_error
 from ptq.scheme import QuantScheme
+
+FORMATS_OF_A_WIDTH = 3  # about as many split four bits into exponent and mantissa
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,14 @@ class Fp4(Pass):
             scheme,
             *(dataclasses.replace(scheme, weights=dataclasses.replace(w, float_format=number)) for number in others),
         )
+
+    def cost(self, block: BlockShape) -> list[Work]:
+        """Every scale that is tried of every format, on each weight and the Gram matrix of its group."""
+        tried = float(len(OFFSETS) * (FORMATS_OF_A_WIDTH if self.formats else 1))
+        return [
+            Work(values=50.0 * rows * n, exact=2.0 * rows * n * block.group, calls=30.0) * tried
+            for rows, n in block.linears
+        ]
 
     def apply(self, segment: Segment, context: Context) -> None:
         shared = global_scales(segment)

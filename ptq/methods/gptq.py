@@ -11,6 +11,7 @@ import torch
 from calibration.architectures import SharedInput
 from calibration.errors import Problem
 from calibration.walk.context import Context
+from calibration.walk.cost import BlockShape, Work, total
 from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram, Statistic
@@ -49,6 +50,7 @@ class Gptq(Pass):
     expected_errors: ClassVar[Literal["nearest", "feedback"] | None] = "feedback"
     stream: ClassVar[Stream] = "quantized"
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Gram,)
+    spreads: ClassVar[bool] = True
 
     def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
         if not 0 < self.damping < 1:
@@ -58,6 +60,20 @@ class Gptq(Pass):
 
     def forwards(self) -> int:
         return 3 if self.true_sequential else 0
+
+    def cost(self, block: BlockShape) -> list[Work]:
+        """A column loop for the linears of every input: a step per column on the rest of its block of columns, the
+        columns behind the block by one product, and a factorization."""
+        tasks = []
+        for shared in block.inputs:
+            rows, n = sum(shared.rows), shared.width
+            loop = Work(
+                exact=3.0 * n**3 + 1.0 * rows * n**2,
+                values=rows * n * (0.5 * self.block_size + 40.0),
+                calls=25.0 * n,
+            )
+            tasks.append(total([loop, *(block.measuring(own, n) for own in shared.rows)]))
+        return tasks
 
     @property
     def reorders(self) -> bool:

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from calibration.errors import Problem
 from calibration.walk.context import Context
+from calibration.walk.cost import BlockShape, Work
 from calibration.walk.passes import Pass, Phase, PlanView
 from calibration.walk.segment import Segment
 from ptq.formats.checks import matching, refuse
@@ -63,6 +64,11 @@ class Hqq(Pass):
             fixed = matching(view.layout, lambda linear: not linear.scheme.weights.float_zeros)  # type: ignore[union-attr]
             reason = "symmetric grids have no zero point and integer ones do not move, so that hqq would change nothing"
             yield from refuse(fixed, reason, "use -asym_float in the scheme, or steps = true for hqq in a recipe")
+
+    def cost(self, block: BlockShape) -> list[Work]:
+        """Per iteration a rounding of every weight, a shrinking by powers and the sums that refit a grid."""
+        weights = float(sum(rows * n for rows, n in block.linears))
+        return [Work(values=60.0 * weights, calls=40.0 * len(block.linears)) * float(self.iterations)]
 
     def apply(self, segment: Segment, context: Context) -> None:
         settings = HalfQuadratic(self.norm, self.beta, self.growth, self.iterations, self.steps)

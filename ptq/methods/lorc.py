@@ -15,6 +15,7 @@ import torch
 
 from calibration.errors import Problem
 from calibration.walk.context import Context
+from calibration.walk.cost import BlockShape, Work
 from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram, Statistic
@@ -70,6 +71,10 @@ class Lorc(Pass):
             f"rank {self.rank} is larger than the smaller side of the layer, {largest}",
             f"use rank {largest} or less in the recipe",
         )
+
+    def cost(self, block: BlockShape) -> list[Work]:
+        """The error measured again; a few directions of it cost little beside that."""
+        return [block.measuring(rows, n) + Work(fresh=4.0 * rows * n, calls=500.0) for rows, n in block.linears]
 
     def apply(self, segment: Segment, context: Context) -> None:
         for linear in segment.schemes:

@@ -20,12 +20,13 @@ import torch
 from calibration.architectures import ArchitectureSpec, Balance, BlockSpec, Residual
 from calibration.errors import Problem, ToolkitError
 from calibration.walk.context import Context
+from calibration.walk.cost import BlockShape, Work
 from calibration.walk.passes import Pass, Phase, PlanView, Read, Transform
 from calibration.walk.segment import Segment
 from ptq.linears import ModelLayout
 from ptq.numerics.hadamard import block_size, hadamard_transform, odd_order
 from ptq.numerics.objective import row_chunks
-from ptq.numerics.rotation import Kind, Rotation, make_rotation
+from ptq.numerics.rotation import CHUNK, Kind, Rotation, make_rotation
 
 ONLINE = ("hadamard", "key_hadamard")
 
@@ -131,6 +132,13 @@ class Rotate(Pass):
     def _stream_rotation(self, architecture: ArchitectureSpec, size: int) -> Rotation:
         return make_rotation(size, self.kind, self.seed, keep_mean=architecture.norm == "layer")
 
+    def cost(self, block: BlockShape) -> list[Work]:
+        """Every weight turned in float64, and the transform that two forward passes make of the input of down."""
+        weights = float(sum(rows * n for rows, n in block.linears))
+        widest = max(block.inputs, key=lambda shared: shared.width)
+        values = 2.0 * widest.tokens * widest.width if self.online else 0.0
+        return [Work(fresh=60.0 * weights + 8.0 * values, exact=300.0 * values)]
+
     def apply(self, segment: Segment, context: Context) -> None:
         assert context.forwards == 0, "statistics were gathered before the basis changed"
         if self.residual:
@@ -201,7 +209,7 @@ def _by_rows(change: Callable[[torch.Tensor], torch.Tensor], matrix: torch.Tenso
     """What ``change`` makes of the rows of a large matrix, in its dtype. (Float64 copies of all of it would be four
     times as large as a head in 16 bits, each.)"""
     made = torch.empty_like(matrix)
-    for rows in row_chunks(*matrix.shape):
+    for rows in row_chunks(*matrix.shape, size=4 * CHUNK):
         made[rows] = change(matrix[rows]).to(matrix.dtype)
     return made
 

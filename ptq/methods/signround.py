@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from calibration.errors import Problem
 from calibration.model.watching import Watch, watching
 from calibration.walk.context import Context
+from calibration.walk.cost import BlockShape, Work
 from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.states import Reference
@@ -54,6 +55,7 @@ class SignRound(Pass):
     title: ClassVar[str | None] = "SignRound"
     summary: ClassVar[str] = "learns rounding and ranges of a whole block by the signs of gradients"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.REPAIR,)
+    expected_errors: ClassVar[Literal["nearest", "feedback"] | None] = "feedback"
     learned_bytes: ClassVar[int] = 20  # offsets and the best of them, weights and their gradients, codes and originals
     by_window: ClassVar[bool] = True
     stream: ClassVar[Stream] = "quantized"
@@ -83,6 +85,13 @@ class SignRound(Pass):
 
     def forwards(self) -> int:
         return self.epochs + 1 if self.epochs else 0
+
+    def cost(self, block: BlockShape) -> list[Work]:
+        """Backward passes, and for every window of every epoch all weights rounded anew and moved."""
+        weights = float(sum(rows * n for rows, n in block.linears))
+        steps = self.epochs * block.windows
+        rounded = Work(values=22.0 * weights, fresh=weights) * (steps + block.windows * bool(self.epochs))
+        return [rounded, (Work(values=70.0 * weights) + block.forward * (2.0 / block.windows)) * steps]
 
     def apply(self, segment: Segment, context: Context) -> None:
         rounded = {name: q for name, q in segment.quantized.items() if isinstance(q, QuantizedTensor)}

@@ -16,7 +16,7 @@ import torch
 from ptq.numerics.hadamard import hadamard_transform, odd_order
 
 Kind = Literal["hadamard", "orthogonal"]
-CHUNK = 4_000_000  # values that are rotated in float64 at once
+CHUNK = 1_000_000  # values that are rotated in float64 at once
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,10 @@ class Rotation:
         """``x [..., n] Q`` in the dtype of x."""
         rows = x.reshape(-1, self.size)
         step = max(1, CHUNK // self.size)
-        parts = [self._rotate(rows[i : i + step].double()).to(x.dtype) for i in range(0, rows.shape[0], step)]
-        return torch.cat(parts).view(x.shape)
+        turned = torch.empty_like(rows)
+        for i in range(0, rows.shape[0], step):
+            turned[i : i + step] = self._rotate(rows[i : i + step].double()).to(x.dtype)
+        return turned.view(x.shape)
 
     def _rotate(self, x: torch.Tensor) -> torch.Tensor:
         if self.signs is not None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -72,6 +72,20 @@ class Job(Source, Shown):
             "bits per weight": f"{sizes.bits_per_weight:.4f}",
             "memory": f"about {sizes.peak_bytes / 1e9:.2f} GB above interpreter and libraries",
             "disk": f"up to {sizes.disk_bytes / 1e9:.2f} GB",
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers of the plan, for ``--json``."""
+        layout = self.plan.layout
+        schemes = {linear.name: str(linear.scheme) for linear in (*layout.quantized, *layout.outside)}
+        named = {"model": self.name, "method": self.plan.recipe.method, "format": self.plan.format.name}
+        calibration = {"samples": self.options.samples, "seq_len": self.seq_len, "dataset": self.dataset}
+        return {
+            **named,
+            **asdict(self.plan.sizes),
+            "calibration": calibration if self.plan.needs_data else None,
+            "schemes": schemes,
+            "remarks": list(self.plan.remarks),
         }
 
 

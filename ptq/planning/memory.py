@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 
@@ -15,19 +15,22 @@ from ptq.devices import evaluation_dtype
 from ptq.evaluation import EVAL_TOKENS
 from ptq.planning.plan import Plan
 from ptq.planning.source import Source
+from ptq.planning.texts import CALIBRATED, text_bytes
 
 TOKENIZING = 95  # bytes per byte of text, measured with a byte-level BPE of 49 thousand words on wikitext
 HOLDING = 12  # bytes per byte of text that is tokenized in pieces: file, rows, one string, tokens
-PUBLISHED = {"wikitext2": 10_900_000}  # bytes of the text that calibration tokenizes
 SCORING = 6  # pieces of float32 logits of both models, their log-probabilities and products
 
 
 def tokenizing_bytes(source: Source, evaluate: str | None, plan: Plan) -> int:
     """What it takes to tokenize the calibration text and that of ``--eval``, where their sizes are known, one after the
-    other: in pieces where the tokenizer allows it."""
-    named = ([source.dataset] if plan.needs_data else []) + ([evaluate] if evaluate else [])
-    texts = [n for n in named if Path(n).suffix != ".safetensors"]
-    largest = max((Path(n).stat().st_size if Path(n).is_file() else PUBLISHED.get(n, 0) for n in texts), default=0)
+    other."""
+    return text_bytes_held(source, ([source.dataset] if plan.needs_data else []) + ([evaluate] if evaluate else []))
+
+
+def text_bytes_held(source: Source, names: Sequence[str]) -> int:
+    """What it takes to tokenize the largest of some texts: in pieces where the tokenizer allows it."""
+    largest = max((text_bytes(name, CALIBRATED) for name in names), default=0)
     if largest > PIECE and folder_cuts_freely(source.folder):
         return TOKENIZING * PIECE + HOLDING * largest
     return TOKENIZING * largest

@@ -8,7 +8,7 @@ are counted, ``awq+signround`` 0.29 where 0.25 are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,9 +16,9 @@ from calibration.architectures import ArchitectureSpec
 from calibration.model.checkpoint import CheckpointReader
 from calibration.model.headers import TensorInfo
 from calibration.model.shards import SHARD_BYTES
-from calibration.walk.passes import Phase, keeps_originals, references_of, watches_float
+from calibration.walk.passes import Pass, Phase, keeps_originals, references_of, watches_float
 from calibration.walk.statistics import CrossGram, Gram
-from ptq.linears import ModelLayout
+from ptq.linears import ModelLayout, PlannedLinear
 from ptq.numerics.rotation import CHUNK
 from ptq.planning.recipe import Recipe
 
@@ -27,6 +27,7 @@ STACKED = 14  # bytes per weight of the linears that are rounded together: them,
 BLOCK = 8.0  # bytes per weight of a block while it is rounded: masters, codes, what is packed and written
 LOADED = 6.0  # bytes per weight of a block while it is run: masters, and the stored tensors that they are made of
 DECODED = 2.5  # bytes per weight of a block while it is exported: codes as stored, unpacked, laid out anew
+MASKED = 9  # float32 tensors as large as the widest activation of a batch, while values are counted and pruned
 LIBRARIES = 10_000_000  # code that a run loads
 WITH_TEXT = 25_000_000  # what the allocator keeps of batches, besides
 
@@ -67,13 +68,28 @@ def peak_by_stage(
     rewriting = max((_rewriting(reader.infos[n]) for n in rewritten if n in reader.infos), default=0)
     stages = {
         "check weights": max((a + b for a, b in pairwise([0, *stored])), default=0),  # one is hashed, the next one read
-        "blocks": round(_blocks(spec, layout, recipe, calibration, hidden, block)),
+        "blocks": round(_blocks(spec, layout.linears, recipe.passes, calibration, hidden, block)),
         "export": max(min(output_bytes, 2 * SHARD_BYTES) + round(DECODED * block), rewriting),
     }
     if calibration.forwards:
         front = [reader.infos[n] for n in outside if not n.startswith(("lm_head.", f"{spec.blocks}."))]
         stages["embed"] = max(_embed(front, calibration, hidden), rewriting)
     return {name: size + rest for name, size in stages.items()}
+
+
+def walk_bytes(
+    infos: Mapping[str, TensorInfo],
+    spec: ArchitectureSpec,
+    linears: Sequence[PlannedLinear],
+    passes: Sequence[Pass],
+    calibration: Calibration,
+    hidden: int,
+) -> int:
+    """Bytes above interpreter and libraries of a walk over the blocks that rounds nothing."""
+    block = sum(info.numel for name, info in infos.items() if name.startswith(spec.prefix(0)))
+    outside = [info for name, info in infos.items() if spec.block_of(name) is None and not name.startswith("lm_head.")]
+    walk = _blocks(spec, linears, passes, calibration, hidden, block)
+    return LIBRARIES + WITH_TEXT + round(max(walk, _embed(outside, calibration, hidden)))
 
 
 def _rewriting(info: TensorInfo) -> int:
@@ -89,44 +105,54 @@ def _embed(infos: list[TensorInfo], calibration: Calibration, hidden: int) -> in
     return sum(i.numel * calibration.itemsize for i in infos) + max(copied, states)
 
 
-def _states(recipe: Recipe, calibration: Calibration, hidden: int) -> int:
+def _states(passes: Sequence[Pass], calibration: Calibration, hidden: int) -> int:
     """Hidden states: of the stream, of the float model beside it before and after the block, of references."""
-    streams = 1 + len(references_of(recipe.passes)) + 2 * watches_float(recipe.passes)
+    streams = 1 + len(references_of(passes)) + 2 * watches_float(passes)
     return streams * calibration.tokens * hidden * calibration.itemsize
 
 
 def _blocks(
-    spec: ArchitectureSpec, layout: ModelLayout, recipe: Recipe, calibration: Calibration, hidden: int, block: int
+    spec: ArchitectureSpec,
+    linears: Sequence[PlannedLinear],
+    passes: Sequence[Pass],
+    calibration: Calibration,
+    hidden: int,
+    block: int,
 ) -> float:
     """One block at work: its weights, hidden states, statistics, and the larger of a forward pass and of rounding."""
     c = calibration
     if not c.forwards:
         return BLOCK * block
-    shapes = {n.name[len(spec.prefix(0)) :]: n.shape for n in layout.linears if n.block == 0}
+    shapes = {n.name[len(spec.prefix(0)) :]: n.shape for n in linears if n.block == 0}
     weights = LOADED * block + (c.itemsize * block if c.itemsize != 4 else 0)
-    weights += 4 * block if keeps_originals(recipe.passes) else 0  # weights before rounding
-    kept, rounding = _statistics(spec, recipe, shapes)
+    weights += 4 * block if keeps_originals(passes) else 0  # weights before rounding
+    kept, rounding = _statistics(spec, passes, shapes)
     widths = sum(sum(shape) for shape in shapes.values())
     widest = max((max(shape) for shape in shapes.values()), default=0)
     per_token = c.itemsize * (3 * widest + 4 * hidden)  # gate, up and their product; what attention holds
-    trained = [p for p in recipe.passes if p.references]
+    trained = [p for p in passes if p.references]
     graph = max((2 * (c.window if p.by_window else c.batch_tokens) * widths * c.itemsize for p in trained), default=0)
     graph += max((p.learned_bytes for p in trained), default=0) * block
-    watched = c.batch_tokens * widths * c.itemsize if watches_float(recipe.passes) else 0  # inputs of the float block
+    inputs = sum(shapes[s.linears[0]][1] for s in spec.block(0).inputs if s.linears[0] in shapes)
+    watched = c.batch_tokens * inputs * c.itemsize if watches_float(passes) else 0  # what the float block sees there
+    if any(Phase.GATE in p.phases for p in passes):
+        watched += MASKED * 4 * widest * c.batch_tokens
     alone = bool(trained) and all(p.by_window for p in trained)
     training = graph + (c.window if alone else c.batch_tokens) * per_token
     gathering = c.batch_tokens * per_token + kept  # the sums of a few batches beside those of all
     working = max(gathering, training if trained else 0, rounding, (BLOCK - LOADED) * block)
-    return weights + _states(recipe, c, hidden) + kept + watched + working
+    return weights + _states(passes, c, hidden) + kept + watched + working
 
 
-def _statistics(spec: ArchitectureSpec, recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+def _statistics(
+    spec: ArchitectureSpec, passes: Sequence[Pass], shapes: Mapping[str, tuple[int, int]]
+) -> tuple[int, int]:
     """Bytes of a block's Gram matrices, and of what rounding needs beside them for the largest linears of one input."""
-    grams = {kind for p in recipe.passes for kind in p.statistics} & {Gram, CrossGram}
+    grams = {kind for p in passes for kind in p.statistics} & {Gram, CrossGram}
     groups = [(shapes[s.linears[0]][1], sum(shapes[n][0] for n in s.linears if n in shapes))
               for s in spec.block(0).inputs if s.linears[0] in shapes]  # fmt: skip
     kept = len(grams) * sum(4 * columns**2 for columns, _ in groups)
-    if not any(Phase.ROUND in p.phases and Gram in p.statistics for p in recipe.passes):
+    if not any(Phase.ROUND in p.phases and Gram in p.statistics for p in passes):
         return kept, 0
     factors = FACTOR + (CROSS_FACTOR if CrossGram in grams else 0)
     return kept, max((factors * 4 * n**2 + STACKED * rows * n for n, rows in groups), default=0)

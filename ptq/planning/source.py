@@ -28,7 +28,7 @@ from calibration.model.opening import (
     locate,
     open_model,
 )
-from calibration.progress import Progress
+from calibration.progress import Progress, Silent
 from calibration.record import REPORT_FILE, read_record
 from calibration.text.chats import check_template
 from calibration.text.corpora import BUILTIN, KNOWN_NAMES, check_name, load_corpus
@@ -41,6 +41,7 @@ from ptq.devices import parse_dtype, resolve_device
 from ptq.runtime.load import checkpoint_dtype, load_model
 from sparsity.files import made_of
 
+SHORT = 1 << 24  # bytes of a text that may be too short: plans tokenize no longer ones
 BATCH_TOKENS = 2048  # tokens per calibration forward: enough to fill the cores, few enough to stay in cache
 
 
@@ -117,6 +118,15 @@ class Source:
             check_name(self.dataset)
             if self.dataset not in KNOWN_NAMES and Path(self.dataset).is_file():
                 self._check_file(Path(self.dataset))
+
+    def check_length(self) -> None:
+        """For a plan: refuse a text on this machine that has too few tokens. Sets of the hub are not fetched for that.
+
+        Raises:
+            ToolkitError: see above.
+        """
+        if is_short_file(self.dataset):
+            self.windows(Silent())
 
     def _check_file(self, path: Path) -> None:
         """Open a file of text, rows or token ids."""
@@ -223,6 +233,11 @@ def cut_to_context(seq_len: int, config: Any, option: str = "--seq-len") -> tupl
 def default_dataset(folder: Path) -> str:
     """``builtin`` for the demo and what was made of it, else ``wikitext2``."""
     return BUILTIN if is_of_demo(folder) else "wikitext2"
+
+
+def is_short_file(dataset: str) -> bool:
+    """Whether a text lies on this machine and is tokenized within seconds."""
+    return dataset == BUILTIN or (Path(dataset).is_file() and Path(dataset).stat().st_size <= SHORT)
 
 
 def is_of_demo(folder: Path) -> bool:

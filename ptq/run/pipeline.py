@@ -28,6 +28,7 @@ from ptq.planning.job import Job
 from ptq.planning.memory import tell_short_memory
 from ptq.planning.outside_plan import rounded_outside
 from ptq.planning.plan import Plan
+from ptq.planning.source import is_short_file
 from ptq.quantized import QuantizedTensor
 from ptq.run.identity import run_identity
 from ptq.run.reporting import Outcome, Stopwatch, write_reports
@@ -82,6 +83,31 @@ def run(
     session.finish()
     processes.agree_at_the_end(record)
     return record
+
+
+def look(job: Job, out: str | Path, overwrite: bool, resume: bool) -> None:
+    """For a plan: refuse what `run` would refuse before its work, and write nothing. Texts of the hub are not fetched.
+
+    Raises:
+        ToolkitError: see above.
+    """
+    session = Session(Path(out))
+    check_target(session.out, job.plan.format.name)
+    session.look(overwrite, resume, job.folder)
+    _check_disk(session, job.plan)
+
+
+def look_at_texts(job: Job) -> None:
+    """For a plan: refuse texts on this machine that are too short, or whose tokens do not belong to the model.
+
+    Raises:
+        ToolkitError: see above.
+    """
+    options, words = job.options, int(text_config(job.config).vocab_size)
+    if options.evaluate is not None and is_short_file(options.evaluate):
+        check_text(job.folder, options.evaluate, job.seq_len, words, options.trust_remote_code)
+    if job.plan.needs_data:
+        job.check_length()
 
 
 def _check(

@@ -18,6 +18,7 @@ from calibration.architectures import BlockSpec
 from calibration.errors import Problem
 from calibration.model.watching import Watch
 from calibration.walk.context import Context
+from calibration.walk.cost import BlockShape, Work
 from calibration.walk.passes import PlanView
 from calibration.walk.segment import Segment
 from sparsity.masking import Masks, block_watches
@@ -122,6 +123,15 @@ class Teal(StagedPass):
     def forwards(self) -> int:
         return 4 + self.searches
 
+    def cost(self, block: BlockShape) -> list[Work]:
+        """A search of as many steps as it takes to reach the target; each tries a linear or two on the block."""
+        if not self.searches or not block.linears:
+            return []
+        rows, width = block.linears[0]
+        steps = self.target * sum(r * w for r, w in block.linears) / (self.step * rows * width)
+        share = min(self.batches, block.batches) / block.batches
+        return [block.forward * (TRIED * steps * share)]
+
     def importance(self, segment: Segment, linear: str) -> torch.Tensor | None:
         """What |x| counts by channel, float32 ``[in]``; None: all alike."""
         return None
@@ -203,6 +213,7 @@ def query_weights(segment: Segment) -> int:
 
 
 LAST = 1.0 - 1e-6
+TRIED = 1.7  # forward passes of a step of the search, pruned as they are
 
 
 def _block_outputs(segment: Segment, context: Context, watches: Iterable[Watch], batches: int) -> torch.Tensor:
