@@ -92,7 +92,7 @@ def evaluate(
     """
     from cli.progress import TerminalProgress, load_libraries
 
-    load_libraries()
+    load_libraries("evaluate")
     names = [] if tasks is None else list(entries("--tasks", tasks))
     asked = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, "include_path": include_path}
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}

@@ -126,7 +126,9 @@ def evaluate(
     folder = locate(model)
     dataset = dataset or default_dataset(folder)
     corpus = None if is_ids(dataset) else load_corpus(dataset, "score")
+    progress.stage("load models", 1 + (reference is not None))
     loaded = load_model(folder, dtype=width, device=where, kernel=kernel, trust_remote_code=trust_remote_code)
+    progress.advance(folder.name)
     config = loaded.model.config
     seq_len, notes = cut_to_context(seq_len, config)
     for note in notes:
@@ -158,6 +160,7 @@ def evaluate(
     other = None
     if reference is not None:
         other = load_model(reference, dtype=width, device=where, trust_remote_code=trust_remote_code)
+        progress.advance("reference")
     dense, pruning = seq_len // 2 if protocol == "decode" else FIRST, None
     if sparse:
         loaded, pruning = attach_masks(loaded, dense)
@@ -232,14 +235,16 @@ def _simulated(model: Any, grids: Mapping[str, LogGrid], rule: SoftmaxRule | Non
 
 def window_ticks(progress: Progress) -> Callable[[int, int], None]:
     """A progress display as the scoring loop's callback (windows done, windows in all)."""
-    before = 0
+    before = -1
 
     def tick(done: int, total: int) -> None:
         nonlocal before
-        if before == 0:
+        if before < 0:
             progress.stage("evaluate", total)
-        progress.advance(f"window {done}/{total}", done - before)
-        before = done
+            before = 0
+        if done:
+            progress.advance(f"window {done}/{total}", done - before)
+            before = done
 
     return tick
 

@@ -26,7 +26,7 @@ from calibration.text.encoding import EncodedText, begin_with_bos, too_short
 
 # Token ids, int64 [B, L], on the CPU -> logits [B, L, V] in any float type, on any device.
 LogitsModel = Callable[[Tensor], Tensor]
-# Called with (windows done, windows in all).
+# Called with (windows done, windows in all), first of all with 0 done.
 Progress = Callable[[int, int], None]
 
 # Float32 logits held at a time, per model: 64 MiB. Smaller pieces gain nothing, larger ones cost memory at V = 128k.
@@ -110,6 +110,8 @@ def score(
     shared = processes or Processes()
     parts: dict[int, _Sums] = {}
     done = 0
+    if progress is not None:
+        progress(0, len(windows))
     with torch.no_grad():
         for number, batch in enumerate(batches(windows, scoring.batch_size)):
             done += len(batch)
