@@ -4,9 +4,7 @@
     python benchmarks/frontier.py MODEL --dataset train.txt --eval test.txt --bpw 2.25,3.125 --json frontier.json
 
 Sensitivities are measured once. At every budget the fitted recipe and the best uniform setting within it (by measured
-perplexity) stand side by side, with the divergence that the fit expected. ``--prices kl,second-order,none`` also
-weighs the errors of linears in other ways, see ``probes.py``, and prints how each ranks linears beside their measured
-divergence.
+perplexity) stand side by side, with the divergence that the fit expected.
 """
 
 from __future__ import annotations
@@ -16,15 +14,12 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from probes import reweighted, second_order
 from table import Bench, add_arguments
 
-from calibration.model.opening import locate
 from calibration.progress import Silent
 from ptq.fitting.budget import Budget
 from ptq.fitting.job import prepare_fit
 from ptq.planning.job import Options
-from ptq.study.ranks import spearman
 
 UNIFORM = ",".join(f"w{bits}a16-{group}-sym" for bits in (2, 3, 4) for group in ("g128", "g64", "g32"))
 
@@ -36,7 +31,6 @@ def main() -> None:
     parser.add_argument("--uniform", default=UNIFORM, help="settings to compare with")
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--format", default="compressed-tensors")
-    parser.add_argument("--prices", default="kl", help="kl, second-order, none")
     args = parser.parse_args()
 
     bench = Bench.of(args)
@@ -45,39 +39,24 @@ def main() -> None:
     begin = time.perf_counter()
     sensitivities = fit.measure(Silent())
     print(f"sensitivities: {time.perf_counter() - begin:.1f} s")
-    by_price = {"kl": sensitivities}
-    divergence = {n: sensitivities.weights[n] * error for n, error in sensitivities.probed.items()}
-    for price in args.prices.split(","):
-        if price == "kl":
-            continue
-        prices = dict.fromkeys(divergence, 1.0)
-        if price == "second-order":
-            prices = second_order(locate(args.model), list(prices)(fit.job, Silent()))
-        by_price[price] = reweighted(sensitivities, prices)
-        correlation = spearman([prices[n] * sensitivities.probed[n] for n in divergence], list(divergence.values()))
-        print(f"rank correlation of {price} with measured divergence: {correlation:.2f}")
     rows = [bench.row(args.method, scheme) for scheme in args.uniform.split(",")]
-    fitted, known = [], {}
-    for price, found in by_price.items():
-        for bpw in map(float, args.bpw.split(",")):
-            choice = fit.solve(found, Budget(bpw=bpw))
-            text = fit.recipe(choice, "")
-            if text not in known:  # two prices often lead to one recipe
-                with TemporaryDirectory() as folder:
-                    recipe = Path(folder) / f"fit-{bpw:g}.toml"
-                    recipe.write_text(text, encoding="utf-8")
-                    known[text] = bench.row(str(recipe), f"fit {bpw:g}")
-            found_here = {"budget": bpw, "price": price, "expected_kl": choice.divergence}
-            fitted.append({**known[text], "method": args.method, **found_here})
+    fitted = []
+    for bpw in map(float, args.bpw.split(",")):
+        choice = fit.solve(sensitivities, Budget(bpw=bpw))
+        with TemporaryDirectory() as folder:
+            recipe = Path(folder) / f"fit-{bpw:g}.toml"
+            recipe.write_text(fit.recipe(choice, ""), encoding="utf-8")
+            row = bench.row(str(recipe), f"fit {bpw:g}")
+        fitted.append({**row, "method": args.method, "budget": bpw, "expected_kl": choice.divergence})
     bench.report(sorted(rows + fitted, key=lambda row: row["bits_per_weight"]), args.json)
-    print("\n| budget | price | fit: bits | perplexity | KL | expected KL | best uniform | its perplexity | its KL |")
-    print("| ---: | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |")
+    print("\n| budget | fit: bits | perplexity | KL | expected KL | best uniform | its perplexity | its KL |")
+    print("| ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: |")
     for row in fitted:
         within = [u for u in rows if u["bits_per_weight"] <= row["budget"] + 1e-9]
         best = min(within, key=lambda u: u["perplexity"], default=None)
         beside = "| | |" if best is None else f"{best['scheme']} | {best['perplexity']:.3f} | {best['kl']:.4f} |"
         print(
-            f"| {row['budget']:g} | {row['price']} | {row['bits_per_weight']:.4f} | {row['perplexity']:.3f} "
+            f"| {row['budget']:g} | {row['bits_per_weight']:.4f} | {row['perplexity']:.3f} "
             f"| {row['kl']:.4f} | {row['expected_kl']:.4f} | {beside}"
         )
 

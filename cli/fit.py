@@ -89,4 +89,5 @@ def _print(found: Fitted) -> None:
         named = ("", "") if best is None else (str(best.uniform), f"{best.divergence:.4f}")
         table.add_row(f"{point.bpw:.2f}", f"{choice.bits_per_weight:.4f}", f"{choice.divergence:.4f}", *named)
     wide_console().print(table)
+    detail(f"checked: {found.checked}")
     detail("chosen: " + ", ".join(f"{count} x {scheme}" for scheme, count in found.counts.items()))

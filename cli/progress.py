@@ -13,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from calibration.memory import peak_rss_bytes
+from cli.shared import first
 from cli.verbosity import verbosity
 
 LINE_EVERY = 15.0  # seconds between lines in a log
@@ -76,7 +77,7 @@ class TerminalProgress:
     """Draws the stages of a run on stderr; see `calibration.progress.Progress`."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, quiet=verbosity.quiet)
+        self.console = console or Console(stderr=True, quiet=verbosity.quiet or not first())
         self._bars: Progress | None = None
         self._task: TaskID | None = None
         self._name, self._total, self._done = "", 0, 0

@@ -149,7 +149,7 @@ def _quantize(
     options: dict[str, Any],
     dry_run: bool,
     measure: bool,
-    place: dict[str, bool],
+    place: dict[str, Any],
     write: Callable[[Any], None],
 ) -> None:
     """The plan, and the run behind it; of several processes the first one writes, reports and shows progress."""

@@ -13,9 +13,11 @@ from typing import Literal
 
 from calibration.errors import ToolkitError, nearest
 
-Kind = Literal["int", "fp8-e4m3", "fp4-e2m1"]
+Kind = Literal["int", "fp8-e4m3", "fp4-e2m1", "nvfp4", "mxfp4"]
 Granularity = Literal["tensor", "token", "channel", "group"]
-FLOAT_KINDS: dict[str, Kind] = {"fp8": "fp8-e4m3", "fp4": "fp4-e2m1"}
+FLOAT_KINDS: dict[str, Kind] = {"fp8": "fp8-e4m3", "fp4": "fp4-e2m1", "nvfp4": "nvfp4", "mxfp4": "mxfp4"}
+BLOCK_FLOATS: dict[str, tuple[int, bool]] = {"nvfp4": (16, False), "mxfp4": (32, True)}
+"""Channels of a token that share a step, and whether all of it follows from the live input, by kind of float."""
 INPUT_BITS = (4, 6, 8)
 CACHE_BITS = (4, 8)
 FLOAT_INPUTS = 16  # "a16": inputs stay in the model's dtype
@@ -46,7 +48,8 @@ class ActivationQuant:
 
     Attributes:
         bits: of a code.
-        kind: integers, or the floats E4M3 (8 bits, largest value 448) or E2M1 (4 bits, 6).
+        kind: integers, or the floats E4M3 (8 bits, largest value 448) or E2M1 (4 bits, 6). "nvfp4" is E2M1 in groups of
+            16 channels with E4M3 steps under a calibrated one for the tensor, "mxfp4" in groups of 32 with powers of 2.
         granularity: what shares a step: all of X, a token, an input channel, or ``group_size`` channels of a token.
         dynamic: ranges of the live input; otherwise calibrated ones, stored as the parts ``input_scale`` and
             ``input_zero``.
@@ -69,12 +72,16 @@ class ActivationQuant:
 
     @property
     def number(self) -> str:
-        """``a8``, ``afp8`` or ``afp4``"""
+        """``a8``, ``afp8``, ``afp4``, ``anvfp4`` or ``amxfp4``"""
+        if self.kind in BLOCK_FLOATS:
+            return f"a{self.kind}"
         return f"a{self.bits}" if self.kind == "int" else f"afp{self.bits}"
 
     @property
     def suffix(self) -> str:
-        """``atoken``, ``ag128-azp``, ``astatic`` ..."""
+        """``atoken``, ``ag128-azp``, ``astatic`` ...; nothing where the kind says it all."""
+        if self.kind in BLOCK_FLOATS:
+            return ""
         shared = f"g{self.group_size}" if self.granularity == "group" else self.granularity
         words = ["a" + ("static" if not self.dynamic and shared == "tensor" else shared)]
         words += [] if self.symmetric else ["azp"]
@@ -83,15 +90,24 @@ class ActivationQuant:
 
 @dataclass(frozen=True)
 class CacheQuant:
-    """A grid for keys and values, one per token and head: integers with zero points, or E4M3 (symmetric)."""
+    """A grid for keys and values, one per token and head: integers with zero points, or E4M3 (symmetric). A static one
+    is symmetric and has one calibrated step for all keys of a layer and one for all its values."""
 
     bits: int
     kind: Kind = "int"
+    static: bool = False
 
     @property
     def grid(self) -> ActivationQuant:
         """The same grid for ``[..., tokens, head width]``."""
+        if self.static:
+            return ActivationQuant(self.bits, self.kind, "tensor", dynamic=False)
         return ActivationQuant(self.bits, self.kind, symmetric=self.kind != "int")
+
+    @property
+    def suffix(self) -> str:
+        """``kvstatic``, or nothing."""
+        return STATIC_CACHE if self.static else ""
 
     def __str__(self) -> str:
         return "kvfp8" if self.kind == "fp8-e4m3" else f"kv{self.bits}"
@@ -105,11 +121,13 @@ SHARED: dict[str, tuple[Granularity, bool]] = {
 }
 """What shares a step, and whether its range is dynamic, by suffix."""
 
+STATIC_CACHE = "kvstatic"
 WEIGHT_SYNONYMS = {"wtensor": "gtensor", "wchannel": "gchannel"}
 PRESETS = ("w8a8", "w6a6", "w4a8", "w4a4", "w4a4kv4", "fp8")
-_HEAD = re.compile(r"(w\d+)a(\d+|fp8|fp4)(?:kv(\d+|fp8))?")
+_INPUTS = r"a(\d+|fp8|fp4|nvfp4|mxfp4)"
+_HEAD = re.compile(rf"(w\d+){_INPUTS}(?:kv(\d+|fp8))?")
 _FLOAT = re.compile(r"e\dm\d")
-_WIDTH = re.compile(r"a(\d+|fp8|fp4)|kv(\d+|fp8)")
+_WIDTH = re.compile(rf"{_INPUTS}|kv(\d+|fp8)")
 _GROUP = re.compile(r"ag(\d+)")
 _SMOOTH = re.compile(r"rs(\d+)(n?)(?:b(\d+))?")
 _OF_WEIGHTS = re.compile(r"(g|ic)\w+|a?sym\w*")
@@ -119,9 +137,10 @@ def with_activations(weights: str, inputs: ActivationQuant | None, cache: CacheQ
     """The text of a scheme, from that of its weights (``w8a16-gchannel-sym``)."""
     head, _, rest = weights.partition("-")
     number, kv, suffix = (inputs.number, str(cache or ""), inputs.suffix) if inputs else ("", str(cache or ""), "")
+    static = cache.suffix if cache else ""
     if _HEAD.fullmatch(head):
-        return "-".join(filter(None, [(head.replace("a16", number) if number else head) + kv, rest, suffix]))
-    return "-".join(filter(None, [weights, number, kv, suffix]))
+        return "-".join(filter(None, [(head.replace("a16", number) if number else head) + kv, rest, suffix, static]))
+    return "-".join(filter(None, [weights, number, kv, suffix, static]))
 
 
 def take_activations(text: str) -> tuple[str, ActivationQuant | None, CacheQuant | None]:
@@ -140,7 +159,8 @@ def take_activations(text: str) -> tuple[str, ActivationQuant | None, CacheQuant
         words += [] if any(word.startswith("g") for word in words) else ["gchannel"]
     head = _HEAD.fullmatch(words[0])
     widths = (head[2], head[3]) if head else _width_suffixes(words)
-    cache = _cache(text, widths[1])
+    cache = _cache(text, widths[1], STATIC_CACHE in words)
+    words = [word for word in words if word != STATIC_CACHE]
     mine = [w for w in words[1:] if w in SHARED or w == "azp" or _GROUP.fullmatch(w) or _SMOOTH.fullmatch(w)]
     others = [w for w in words[1:] if w not in mine and (head or not _WIDTH.fullmatch(w))]
     if widths[0] == str(FLOAT_INPUTS):
@@ -169,10 +189,17 @@ def _width_suffixes(words: list[str]) -> tuple[str, str | None]:
 
 
 def _inputs(text: str, number: str, suffixes: list[str]) -> ActivationQuant:
+    if number in BLOCK_FLOATS:
+        if suffixes:
+            reason = f"'{suffixes[0]}' says what shares a step, and {number} inputs have fixed groups"
+            raise ToolkitError(f"scheme: '{text}': {reason}", f"leave '{suffixes[0]}' out, or use afp4")
+        width, live = BLOCK_FLOATS[number]
+        return ActivationQuant(4, FLOAT_KINDS[number], "group", live, True, width)
     floats = number.startswith("fp")
     if not floats and int(number) not in INPUT_BITS:
         choices = ", ".join(map(str, INPUT_BITS))
-        raise ToolkitError(f"scheme: '{text}' asks for {number}-bit inputs", f"use {choices}, fp8, fp4, or 16 for none")
+        fix = f"use {choices}, fp8, fp4, nvfp4, mxfp4, or 16 for none"
+        raise ToolkitError(f"scheme: '{text}' asks for {number}-bit inputs", fix)
     shared = [w for w in suffixes if w in SHARED or _GROUP.fullmatch(w)]
     smooth = [found for w in suffixes if (found := _SMOOTH.fullmatch(w))]
     if len(shared) > 1 or len(smooth) > 1:
@@ -207,12 +234,15 @@ def _smooth(found: re.Match[str]) -> RuntimeSmooth:
     return RuntimeSmooth(int(found[1]), not found[2], int(found[3]) if found[3] else None)
 
 
-def _cache(text: str, number: str | None) -> CacheQuant | None:
+def _cache(text: str, number: str | None, static: bool) -> CacheQuant | None:
     if number is None or number == str(FLOAT_INPUTS):
+        if static:
+            fix = "write kvfp8 or kv8 behind the inputs, or leave it out"
+            raise ToolkitError(f"scheme: '{text}': '{STATIC_CACHE}' says how a KV cache is quantized, and none is", fix)
         return None
     if number == "fp8":
-        return CacheQuant(8, "fp8-e4m3")
+        return CacheQuant(8, "fp8-e4m3", static)
     if int(number) not in CACHE_BITS:
         choices = ", ".join(map(str, CACHE_BITS))
         raise ToolkitError(f"scheme: '{text}' asks for a {number}-bit KV cache", f"use kv with {choices} or fp8")
-    return CacheQuant(int(number))
+    return CacheQuant(int(number), static=static)

@@ -56,10 +56,11 @@ def combinations() -> dict[str, tuple[str, ...]]:
 
 
 def fit_methods() -> tuple[str, ...]:
-    """What `ptq fit` takes: passes whose errors it may expect, a rounding one alone or behind one that prepares it."""
+    """What `ptq fit` takes: passes whose errors it may expect, one that rounds, or learns rounding, alone or behind one
+    that prepares it."""
     known = [entry for entry in methods() if entry.expected_errors is not None]
-    rounding = [entry.name for entry in known if "round" in entry.phases]
-    before = [entry.name for entry in known if "round" not in entry.phases]
+    rounding = [entry.name for entry in known if {"round", "repair"} & {*entry.phases}]
+    before = [entry.name for entry in known if entry.name not in rounding]
     return (*rounding, *before, *(f"{name}+{last}" for name in before for last in rounding if last != "rtn"))
 
 

@@ -23,7 +23,7 @@ from ptq.formats.gguf import check_target
 from ptq.formats.gguf_file import check_file
 from ptq.formats.native import WEIGHTS_KEY
 from ptq.formats.reading import quantized_linears, read_linear
-from ptq.formats.registry import FORMATS, Format
+from ptq.formats.registry import FORMATS, Format, stored_names
 from ptq.formats.write import Origin, copy_small_files, outside_blocks, verify_checkpoint, write_checkpoint
 from ptq.linears import ModelLayout, PlannedLinear, float_linears
 from ptq.planning.outside_plan import outside_problems, quantized_outside, rounded_outside
@@ -203,7 +203,7 @@ class ConvertedOuterTensors:
         """All of them; codes as they are, and floats rounded where the layout says so."""
         for name, (scheme, shape) in self._schemes.items():
             yield name, read_linear(self._reader, self._format, name, scheme, shape)
-        taken = {f"{name}.{suffix}" for name in self._schemes for suffix in self._format.suffixes}
+        taken = {full for name in self._schemes for full in stored_names(self._format, name).values()}
         floats = ((n, t) for n, t in outside_blocks(self._reader, self._spec, taken))
         yield from rounded_outside(floats, layout)
 
@@ -224,7 +224,7 @@ class QuantizedBlocks:
                 for linear in self.layout.quantized
                 if linear.block == index and linear.scheme is not None
             }
-            taken = {f"{name}.{s}" for name in quantized for s in self.format.suffixes}
+            taken = {full for name in quantized for full in stored_names(self.format, name).values()}
             prefix = f"{self.layout.blocks}.{index}."
             others = {n: self.reader.tensor(n) for n in self.reader.infos if n.startswith(prefix) and n not in taken}
             yield quantized, others

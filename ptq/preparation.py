@@ -30,7 +30,7 @@ from calibration.shown import Shown
 from calibration.text.crops import TokenBatches
 from ptq.formats.native import WEIGHTS_KEY
 from ptq.formats.reading import Schemes, quantized_linears, read_linear
-from ptq.formats.registry import Format
+from ptq.formats.registry import Format, stored_names
 from ptq.formats.write import copy_small_files
 from ptq.planning.source import TextOptions, open_source
 from ptq.runtime.load import checkpoint_dtype
@@ -202,7 +202,7 @@ def _float_tensors(
             )
         w = q.dequantize()
         yield f"{name}.weight", w.T.contiguous() if spec.conv1d else w
-        taken |= {f"{name}.{suffix}" for suffix in fmt.suffixes}
+        taken.update(stored_names(fmt, name).values())
     for name in reader.infos:
         if name not in taken:
             yield name, reader.tensor(name).float()

@@ -26,6 +26,8 @@ PARTS: dict[str, str] = {
     "key_hadamard": "int32 [1], queries and keys go through such transforms after the rotary embedding",
     "input_scale": "float32 [1] or [in], the step of static inputs",
     "input_zero": "float32 [1] or [in], their zero point, an integer; absent for symmetric grids",
+    "key_scale": "float32 [1], the step of a static cache's keys, on the linear that makes them",
+    "value_scale": "float32 [1], the step of its values",
     "salient": "uint8 [ceil(in / 8)], bitmap of the columns that have 4 bits among one-bit weights, lowest bit first",
     "binary_scale": "float16 [out], half the distance of the two values of a row",
     "binary_mean": "float16 [out], their mean",
@@ -36,6 +38,9 @@ PARTS: dict[str, str] = {
 
 INPUT_GRID = ("input_scale", "input_zero")
 """The parts of a static grid of inputs."""
+
+CACHE_STEPS = ("key_scale", "value_scale")
+"""The parts of a static KV cache."""
 
 BINARY = ("salient", "binary_scale", "binary_mean", "column_scale")
 """The parts of one-bit weights with salient columns, see `ptq.numerics.binary.mixed_values`."""

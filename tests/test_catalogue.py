@@ -36,7 +36,7 @@ def test_every_method_is_listed_once_in_the_order_of_phases():
 
 def test_what_ptq_fit_takes():
     offered = catalogue.fit_methods()
-    assert {"rtn", "gptq", "awq", "awq+gptq"} <= set(offered) and "awq+rtn" not in offered
+    assert {"rtn", "gptq", "awq", "awq+gptq", "awq+signround"} <= set(offered) and "awq+rtn" not in offered
     assert {n for method in offered for n in method.split("+")} == {n for n in METHODS if METHODS[n].expected_errors}
     words = {word.strip(".,") for word in done("fit", "--help").replace("│", " ").split()}
     assert set(catalogue.fit_methods()) <= words

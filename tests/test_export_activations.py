@@ -90,7 +90,7 @@ def test_perplexity_is_that_of_transformers(model, tmp_path):
         ("w8a8-achannel", "ranges+rtn", "a step per channel"),
         ("w8afp8", "rtn", "integers on one side"),
         ("fp8-g32", "rtn", "a scale per group"),
-        ("w4afp4", "rtn", "floats of 4 bits"),
+        ("w4afp4", "rtn", "4-bit float inputs"),
     ],
 )
 def test_what_the_format_does_not_know_is_refused_with_a_way_out(scheme, method, reason, model, tmp_path):

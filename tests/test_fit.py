@@ -9,6 +9,7 @@ import pytest
 import torch
 from command import done, refused, text_file, tiny
 from test_cli import codes
+from test_oracles_gptq import values
 from test_oracles_llm_fp4 import randn
 from tiny_models import tiny_model
 
@@ -18,7 +19,7 @@ from calibration.record import read_record
 from ptq.fitting.allocation import allocate
 from ptq.fitting.budget import Budget, parse_budget
 from ptq.fitting.job import prepare_fit
-from ptq.numerics.feedback import column_costs, feedback_error
+from ptq.numerics.feedback import column_costs, feedback_errors
 from ptq.numerics.gptq import gptq_round
 from ptq.numerics.grids import fake_quantize
 from ptq.planning.job import Options
@@ -56,16 +57,31 @@ def test_expected_errors_of_gptq(text):
     w, x = randn(64, 128).float(), randn(512, 128, seed=1) @ randn(128, 128, seed=2)
     x[:, 7] = 0
     gram, quant = (x.T @ x).float(), parse_scheme(text).weights
-    found = float(feedback_error(w, fake_quantize(w, quant), column_costs(gram)))
+    found = float(feedback_errors(w, fake_quantize(w, quant), column_costs(gram)).sum())
     loss = gptq_round(w, gram, quant, order="activation", static_groups=True).loss
     assert found == pytest.approx(loss, rel=0.1 if quant.bits > 2 else 0.4)
     diagonal = torch.diag(gram.diagonal())
     plain = fake_quantize(w, quant) - w
     damped = diagonal + 0.01 * diagonal.diagonal().clone().add(torch.eye(128)[7]).mean() * torch.eye(128)
     expected = float(((plain @ damped) * plain).sum() - (plain[:, 7].square() * damped[7, 7]).sum())
-    assert float(feedback_error(w, fake_quantize(w, quant), column_costs(diagonal))) == pytest.approx(
+    assert float(feedback_errors(w, fake_quantize(w, quant), column_costs(diagonal)).sum()) == pytest.approx(
         expected, rel=1e-4
     )
+
+
+@pytest.mark.parametrize("text", ["w4a16-g32-sym", "w3a16-g64-sym"])
+def test_expected_errors_of_gptq_by_another_measure(text):
+    """Under M instead of the Gram matrix that the loop works with, row by row."""
+    w, x = randn(64, 128).float(), randn(512, 128, seed=1) @ randn(128, 128, seed=2)
+    gram, quant = (x.T @ x).float(), parse_scheme(text).weights
+    other = randn(256, 128, seed=3).float() @ torch.diag(torch.linspace(0.1, 3, 128))
+    measure = other.T @ other
+    found = feedback_errors(w, fake_quantize(w, quant), column_costs(gram, measure))
+    change = values(gptq_round(w, gram, quant, order="activation", static_groups=True), quant).float() - w
+    actual = ((change @ measure) * change).sum(dim=1)
+    assert found.shape == actual.shape == (64,)
+    assert float(found.sum()) == pytest.approx(float(actual.sum()), rel=0.15)
+    assert torch.allclose(column_costs(gram, gram, 1e-9), column_costs(gram, None, 1e-9), rtol=0.03)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +98,7 @@ def prepared(place: Path, model: str = "llama", **settings):
 
 
 @pytest.mark.parametrize("family", ["llama-tied-bias", "gpt2", "gemma2", "opt-post-norm", "mixtral"])
-def test_the_probe_is_the_divergence_of_a_model_with_one_linear_rounded(tmp_path, place, family):
+def test_probes_are_divergences_of_models_rounded_by_hand(tmp_path, place, family):
     tiny(place / family, family)
     fit = prepared(place, family, format="native", schemes=("w3a16-gchannel-sym", "w8a16-gchannel-sym"), method="rtn")
     found = fit.measure(Silent())
@@ -101,13 +117,25 @@ def test_the_probe_is_the_divergence_of_a_model_with_one_linear_rounded(tmp_path
             return model(ids).logits[:, :-1].flatten(0, 1).log_softmax(-1)
 
     base = log_p(())
-    for name in names if family != "mixtral" else names[:4]:
-        expected = float((base.exp() * (base - log_p((name,)))).sum(-1).mean())
-        assert found.weights[name] * found.probed[name] == pytest.approx(expected, rel=1e-3, abs=1e-7)
-    if family != "mixtral":  # its experts are one tensor in the model class
+    assert len(found.checks) == 6
+    for check in found.checks:
+        if ".experts." not in check.linear:  # its experts are one tensor in the model class
+            expected = float((base.exp() * (base - log_p((check.linear,)))).sum(-1).mean())
+            assert check.scheme == scheme and check.measured == pytest.approx(expected, rel=1e-3, abs=1e-7)
+            assert 0.3 < check.expected / check.measured < 3
+    if family != "mixtral":
         everything = log_p(tuple(names))
         expected = float((base.exp() * (base - everything)).sum(-1).mean())
-        assert found.total(dict.fromkeys(names, scheme)) == pytest.approx(expected, rel=1e-3)
+        all_rounded = dict.fromkeys(names, scheme)
+        assert found.together.kl(found.parts(all_rounded)) == pytest.approx(expected, rel=1e-3)
+        assert fit.choice(all_rounded, found).divergence == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_a_pass_refuses_is_not_on_offer(place):
+    """Learned rounding knows integers only."""
+    offered = [{str(o) for o in unit.options} for unit in prepared(place, method="awq+signround").units]
+    assert all("w4a16-g32-sym" in options and not {"mxfp4", "nvfp4"} & options for options in offered)
+    assert all({"mxfp4", "nvfp4"} <= {str(o) for o in unit.options} for unit in prepared(place, method="gptq").units)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])

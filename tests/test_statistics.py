@@ -11,6 +11,7 @@ from test_exactness import load_whole, open_blocks
 from tiny_models import save_tiny
 
 from calibration.errors import ToolkitError
+from calibration.model.watching import rows_of
 from calibration.progress import Silent
 from calibration.text.crops import TokenBatches
 from calibration.walk import lanes
@@ -134,16 +135,54 @@ def test_weights_by_norm_make_tokens_equally_long():
     assert bool(torch.isfinite(weights_by_norm(torch.zeros(3, 4))).all())
 
 
+def outputs_of(segment, states):
+    """What the block returns, per batch, in float64 ``[tokens, hidden]``."""
+    return [states.output(segment.module, segment.index, i).flatten(0, -2).double() for i in range(len(states.batches))]
+
+
 @torch.no_grad()
-def test_context_weighs_tokens_by_default(tmp_path):
-    segment, states = open_block("llama", tmp_path)
-    context = new_context(segment, states, weights="norm")
-    x = inputs_of(segment, states, DOWN)
-    per_batch = [b * weights_by_norm(b).sqrt()[:, None] for b in x.split(32)]  # two windows of 16 tokens
-    expected = torch.cat(per_batch).T @ torch.cat(per_batch)
-    found = context.statistic(DOWN, Gram).matrix.double()
-    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
+@pytest.mark.parametrize(
+    ("family", "linear", "by_output"),
+    [
+        ("llama", DOWN, True),
+        ("llama", "self_attn.o_proj", False),  # writes to another stream than the block returns
+        ("llama", "mlp.up_proj", False),
+        ("gemma3", DOWN, False),  # a norm comes before the stream
+        ("opt", "fc2", True),
+    ],
+)
+def test_tokens_are_weighed_by_the_stream_that_a_linear_writes_to(family, linear, by_output, tmp_path):
+    segment, states = open_block(family, tmp_path)
+    found = new_context(segment, states, weights="norm").statistic(linear, Gram).matrix.double()
+    x = inputs_of(segment, states, linear)
+    inputs = x.split(32)  # two windows of 16 tokens
+
+    def expected(vectors):
+        weighed = [b * weights_by_norm(v).sqrt()[:, None] for b, v in zip(inputs, vectors, strict=True)]
+        return torch.cat(weighed).T @ torch.cat(weighed)
+
+    mine, other = (outputs_of(segment, states), inputs)[:: 1 if by_output else -1]
+    assert torch.allclose(found, expected(mine), rtol=1e-4, atol=1e-5 * float(found.max()))
+    assert not torch.allclose(found, expected(other), rtol=1e-2)
     assert not torch.allclose(found, x.T @ x, rtol=1e-2)
+
+
+@torch.no_grad()
+def test_experts_weigh_the_tokens_that_they_got(tmp_path):
+    segment, states = open_block("mixtral", tmp_path)
+    linear = "block_sparse_moe.experts.1.w2"
+    path = segment.architecture.module_name(linear)
+    context = new_context(segment, states, weights="norm", allow_unseen=True)
+    found = context.statistic(linear, Gram).matrix.double()
+    expected, module = torch.zeros_like(found), segment.module.get_submodule(path)
+    for i, stream in enumerate(outputs_of(segment, states)):
+        seen = []
+        handle = module.register_forward_pre_hook(lambda _, args, to=seen: to.append(args[0].double()))
+        states.output(segment.module, segment.index, i)
+        handle.remove()
+        for x in seen:
+            expected += (x * weights_by_norm(stream[rows_of(segment.module, path)])[:, None]).T @ x
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * float(found.max()))
 
 
 @pytest.mark.parametrize("kind", [Gram, AbsMean])

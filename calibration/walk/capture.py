@@ -3,7 +3,7 @@ only places that register hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,30 @@ def record_calls(block: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, l
     ]
     try:
         yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+Watcher = Callable[[torch.Tensor, torch.Tensor], None]
+"""Takes the input ``[tokens, in]`` of a linear, and the gradient of a loss at its output ``[tokens, out]``."""
+
+
+@contextmanager
+def watch_gradients(block: nn.Module, watchers: Mapping[str, Watcher]) -> Iterator[None]:
+    """While open, every backward pass through a call of the submodules at these paths is told to their watchers."""
+
+    def hook_for(watcher: Watcher):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            x = args[0].detach().flatten(0, -2)
+            if output.requires_grad:
+                output.register_hook(lambda gradient: watcher(x, gradient.flatten(0, -2)))
+
+        return hook
+
+    handles = [block.get_submodule(path).register_forward_hook(hook_for(w)) for path, w in watchers.items()]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -87,6 +111,7 @@ def accumulate(
     statistics: Mapping[str, Iterable[Statistic]],
     weigh: Callable[[torch.Tensor], torch.Tensor] | None = None,
     other: Inputs | None = None,
+    writes: Container[str] = (),
 ) -> Iterator[None]:
     """While open, every forward pass of ``block`` folds the inputs of the named submodules into their statistics.
 
@@ -95,9 +120,12 @@ def accumulate(
             entry, under the name of any of them.
         weigh: ``x [tokens, in]`` of one forward pass -> what each token counts, ``[tokens]``; None: all alike.
         other: for statistics of two streams, what the same submodules see in the float model, for one batch.
+        writes: paths whose output is added to what the block returns. Their tokens are weighed by that instead, so
+            their inputs are kept until it is there.
     """
 
     length = 0
+    waiting: list[Callable[[torch.Tensor], None]] = []
 
     def entering(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         nonlocal length
@@ -105,20 +133,33 @@ def accumulate(
 
     def hook_for(path: str, accumulators: tuple[Statistic, ...]):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0].flatten(0, -2)
-            weight = weigh(x) if weigh is not None and x.shape[0] else None
-            for accumulator in accumulators if x.shape[0] else ():
+            x, rows = args[0].detach().flatten(0, -2), rows_of(block, path)
+            if not x.shape[0]:
+                return
+            if weigh is not None and path in writes:
+                waiting.append(lambda stream: fold(x, rows, weigh(stream if rows is None else stream[rows])))
+            else:
+                fold(x, rows, None if weigh is None else weigh(x))
+
+        def fold(x: torch.Tensor, rows: torch.Tensor | None, weight: torch.Tensor | None) -> None:
+            for accumulator in accumulators:
                 if isinstance(accumulator, BySequence) and x.shape[0] % length == 0:
                     accumulator.update_sequences(x.unflatten(0, (-1, length)))
                 elif isinstance(accumulator, TwoStreams):
                     assert other is not None, "this gathering has one stream"
-                    accumulator.update_pair(x, _paired(x, rows_of(block, path), other, path), weight)
+                    accumulator.update_pair(x, _paired(x, rows, other, path), weight)
                 else:
                     accumulator.update(x, weight)
 
         return hook
 
-    handles = [block.register_forward_pre_hook(entering)] + [
+    def leaving(module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
+        stream = (output[0] if isinstance(output, tuple) else output).detach().flatten(0, -2)
+        for fold in waiting:
+            fold(stream)
+        waiting.clear()
+
+    handles = [block.register_forward_pre_hook(entering), block.register_forward_hook(leaving)] + [
         block.get_submodule(path).register_forward_pre_hook(hook_for(path, tuple(accumulators)))
         for path, accumulators in statistics.items()
     ]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from calibration.launcher import launched
 from calibration.model.classes import text_config
 from calibration.walk.cost import Work
 from ptq.linears import float_linears
-from ptq.planning.block_time import block_shapes
+from ptq.planning.block_time import block_shapes, lane_share
 from ptq.planning.outlook import Outlook, hidden_of, outlook, walk_outlook, whole_model_bytes
 from ptq.planning.rates import rates_of
 from ptq.planning.source import Source
@@ -36,7 +37,8 @@ def outlook_of(source: Source, parts: Mapping[str, bool]) -> Outlook:
         values = sum(shared.tokens * shared.width for shared in block.inputs) + 3.0 * tokens * hidden_of(source)
         pairs = float(tokens * source.seq_len * heads)
         weights = float(sum(rows * width for rows, width in block.linears))
-        looking += block.forward + Work(fresh=SITE * values + PROBABILITY * pairs + WEIGHT * weights)
+        seen = block.forward + Work(fresh=SITE * values + PROBABILITY * pairs)
+        looking += seen * lane_share(block.batches, launched()[1]) + Work(fresh=WEIGHT * weights)
     rates = rates_of(source.device, source.dtype)
     pairs_held = source.batch_size * source.seq_len**2 * heads * 4
     peak += 4 * pairs_held

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from calibration.errors import PlanError, Problem, ToolkitError, unknown_value
+from calibration.errors import ToolkitError, unknown_value
 from calibration.model.skeleton import Skeleton
 from calibration.progress import Progress
+from calibration.text.crops import TokenBatches
 from calibration.walk.float_blocks import FloatBlocks
+from calibration.walk.kept_states import check_room
 from ptq.catalogue import fit_methods
 from ptq.fitting.allocation import allocate, check_solver
 from ptq.fitting.budget import Budget
+from ptq.fitting.memory import kept_bytes, sweeping_bytes, tell_short
 from ptq.fitting.sensitivity import Sensitivities, Sweep
+from ptq.fitting.units import Unit, check_mixing, units_of
 from ptq.formats.registry import FORMATS, PREFERRED, Format
-from ptq.linears import ModelLayout, PlannedLinear
-from ptq.planning.groups import with_any_group
 from ptq.planning.job import Job, Options, prepare
 from ptq.planning.plan import Plan
 from ptq.scheme import BITS, FLOAT_PRESETS, GROUP_SIZES, QuantScheme, parse_scheme
@@ -29,24 +30,12 @@ OFFERED = (*(f"w{bits}a16-g{size}-sym" for bits in BITS for size in GROUP_SIZES)
 WHOLE_ROWS = tuple(f"w{bits}a16-gchannel-sym" for bits in BITS)
 """For linears whose inputs no group size divides."""
 
-PROBE_BITS = 3
+PROBE_BITS = (2, 3, 4)
+"""Everything is rounded once to about each of these, to see how losses add up."""
+
+SWEEP_TOKENS = 4096  # that gradients see
+LEAST_WINDOWS = 4
 HEADER_BYTES = 160  # of one tensor in a safetensors header, with a short name, and of its small companions
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Linears that take one scheme together, and the schemes on offer for them."""
-
-    linears: tuple[PlannedLinear, ...]
-    options: tuple[QuantScheme, ...]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(linear.name for linear in self.linears)
-
-    def bits(self, scheme: QuantScheme) -> float:
-        """Stored bits of all its linears."""
-        return sum(scheme.bits_per_weight(*linear.shape) * linear.numel for linear in self.linears)
 
 
 @dataclass(frozen=True)
@@ -118,14 +107,41 @@ class Fit:
                 f"pass --size {math.ceil(size / 1e4) / 100:.2f}MB",
             )
 
-    def measure(self, progress: Progress) -> Sensitivities:
-        """One walk over the float blocks; see `ptq.fitting.sensitivity`."""
-        job, options = self.job, {name: unit.options for unit in self.units for name in unit.names}
-        probe = {name: min(found, key=_distance_from_probe) for name, found in options.items()}
+    @property
+    def windows(self) -> int:
+        """Calibration windows that gradients see."""
+        job = self.job
+        return min(job.options.samples, max(LEAST_WINDOWS, SWEEP_TOKENS // job.seq_len))
+
+    def planned(self) -> Sweep:
+        """What `measure` measures."""
+        options = {name: unit.options for unit in self.units for name in unit.names}
+        chosen = [{name: nearest(found, bits) for name, found in options.items()} for bits in PROBE_BITS]
+        probes = {str(i): probe for i, probe in enumerate(chosen) if probe not in chosen[:i]}
         feedback = any(step.expected_errors == "feedback" for step in self.plan.recipe.passes)
-        sweep = Sweep(options, probe, feedback=feedback)
-        job.tell(progress)
-        return sweep.run(float_blocks(job), job.windows(progress), progress)
+        return Sweep(options, probes, feedback, self.windows, seed=self.job.options.seed)
+
+    def measure(self, progress: Progress) -> Sensitivities:
+        """Forward and back through the float blocks; see `ptq.fitting.sensitivity` and `sweep`."""
+        self.job.tell(progress)
+        return self.sweep(self.planned(), self.job.windows(progress), progress)
+
+    def sweep(self, sweep: Sweep, tokens: TokenBatches, progress: Progress) -> Sensitivities:
+        """Measure, once there is room for it.
+
+        Raises:
+            ToolkitError: no room for the hidden states of every block.
+        """
+        job = self.job
+        check_room(kept_bytes(job, sweep.windows))
+        if job.device.type == "cpu":
+            tell_short(sweeping_bytes(job, sweep), progress)
+        if sweep.windows < len(tokens):
+            progress.message(f"gradients are taken on {sweep.windows} of {len(tokens)} windows")
+        skeleton = Skeleton(job.config, job.plan.spec, job.dtype, job.device)
+        skeleton.check_complete(job.reader.infos)
+        blocks = FloatBlocks(job.reader, skeleton, schemes=job.plan.schemes, batch_size=job.batch_size)
+        return sweep.run(blocks, tokens, progress)
 
     def solve(self, sensitivities: Sensitivities, budget: Budget) -> Choice:
         """The choice of least expected divergence under the budget.
@@ -134,13 +150,13 @@ class Fit:
             ToolkitError: no choice keeps it.
         """
         bits = [[unit.bits(o) for o in unit.options] for unit in self.units]
-        losses = [[sensitivities.total(dict.fromkeys(u.names, o)) for o in u.options] for u in self.units]
+        losses = [[sensitivities.parts(dict.fromkeys(u.names, o)) for o in u.options] for u in self.units]
         if budget.ppl_increase is not None:
-            limit = math.log1p(budget.ppl_increase) / max(sensitivities.nll_per_kl, 1e-6)
+            limit = sensitivities.together.parts(math.log1p(budget.ppl_increase)) * (1 + 1e-9)
             chosen = allocate(losses, bits, limit)
             if chosen is None:
                 least = sum(min(unit) for unit in losses)
-                increase = 100 * math.expm1(sensitivities.nll_per_kl * least)
+                increase = 100 * math.expm1(sensitivities.together.nll(least))
                 raise ToolkitError(
                     f"{budget}: the least expected with the schemes on offer is {increase:.3f}%",
                     f"pass --max-ppl-increase {math.ceil(increase * 1e3 + 1) / 1e3:g}%",
@@ -161,8 +177,8 @@ class Fit:
     def choice(self, schemes: Mapping[str, QuantScheme], sensitivities: Sensitivities) -> Choice:
         """What these schemes cost and are expected to lose."""
         bpw, size = self.sizes(schemes)
-        divergence = sensitivities.total(schemes)
-        return Choice(schemes, bpw, size, divergence, math.expm1(sensitivities.nll_per_kl * divergence))
+        parts, together = sensitivities.parts(schemes), sensitivities.together
+        return Choice(schemes, bpw, size, together.kl(parts), math.expm1(together.nll(parts)))
 
     def uniform(self, sensitivities: Sensitivities) -> list[Choice]:
         """Every scheme that all linears can take, the cheapest first."""
@@ -180,13 +196,6 @@ class Fit:
             if scheme != usual:
                 lines += ["", "[[rule]]", f'match = "{name}"', f'scheme = "{scheme}"']
         return "\n".join(lines) + "\n"
-
-
-def float_blocks(job: Job) -> FloatBlocks:
-    """The blocks of a job as they are."""
-    skeleton = Skeleton(job.config, job.plan.spec, job.dtype, job.device)
-    skeleton.check_complete(job.reader.infos)
-    return FloatBlocks(job.reader, skeleton, schemes=job.plan.schemes, batch_size=job.batch_size)
 
 
 def prepare_fit(
@@ -219,53 +228,11 @@ def prepare_fit(
     layout = job.plan.layout
     offered = [(parse_scheme(text), not names_group(text)) for text in schemes or OFFERED]
     spare = [] if schemes else [parse_scheme(text) for text in WHOLE_ROWS]
-    units = tuple(_units(job, fmt, offered, spare))
-    _check_mixing(layout, fmt, units)
+    units = tuple(units_of(job, fmt, offered, spare))
+    check_mixing(layout, fmt, units)
     return Fit(job, method, fmt, units)
 
 
-def _units(
-    job: Job, fmt: Format, offered: Sequence[tuple[QuantScheme, bool]], spare: Iterable[QuantScheme]
-) -> Iterable[Unit]:
-    layout, together = job.plan.layout, fmt.name != "native"
-    members: dict[object, list[PlannedLinear]] = {}
-    for linear in layout.quantized:
-        prefix = job.plan.spec.prefix(linear.block)
-        shared = job.plan.spec.block(linear.block).shared_input(linear.name[len(prefix) :])
-        key: object = (linear.block, shared) if together else linear.name
-        members.setdefault("experts" if together and linear.expert is not None else key, []).append(linear)
-    for linears in members.values():
-        shapes = [linear.shape for linear in linears]
-        fitted = dict.fromkeys(
-            with_any_group(scheme, *shapes) if any_group else scheme for scheme, any_group in offered
-        )
-        options = [o for o in fitted if not _refused(layout, fmt, linears, o)]
-        options = options or [o for o in spare if not _refused(layout, fmt, linears, o)]
-        if not options:
-            refused = _refused(layout, fmt, linears, next(iter(fitted)))
-            raise PlanError(refused or [Problem(linears[0].name, "no scheme on offer fits", "pass other --schemes")])
-        yield Unit(tuple(linears), tuple(options))
-
-
-def _refused(layout: ModelLayout, fmt: Format, linears: Sequence[PlannedLinear], scheme: QuantScheme) -> list[Problem]:
-    return fmt.check(replace(layout, linears=tuple(replace(linear, scheme=scheme) for linear in linears)))
-
-
-def _check_mixing(layout: ModelLayout, fmt: Format, units: Sequence[Unit]) -> None:
-    """Refuse a format that takes every scheme by itself, but not two in one file."""
-    for first, second in itertools.pairwise(units):
-        pair = next(((a, b) for a in first.options for b in second.options if a != b), None)
-        if pair is None:
-            continue
-        chosen = [replace(n, scheme=s) for unit, s in zip((first, second), pair, strict=True) for n in unit.linears]
-        if fmt.check(replace(layout, linears=tuple(chosen))):
-            raise ToolkitError(
-                f"--format {fmt.name}: one file holds one scheme, and a fit chooses one per linear",
-                f"use --format {PREFERRED} or native",
-            )
-        return
-
-
-def _distance_from_probe(scheme: QuantScheme) -> tuple[int, int]:
-    width = scheme.weights.grouping.size or 10**6
-    return abs(scheme.weights.bits - PROBE_BITS), abs(width - 128)
+def nearest(options: Iterable[QuantScheme], bits: int) -> QuantScheme:
+    """The scheme closest to so many bits in groups of 128."""
+    return min(options, key=lambda o: (abs(o.weights.bits - bits), abs((o.weights.grouping.size or 10**6) - 128)))

@@ -1,22 +1,22 @@
-"""What a fit takes: one walk over the float blocks, every scheme on offer tried on every linear, and the probes."""
+"""What a fit takes: the float blocks forward and in reverse, every scheme on offer of every linear, the probes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from calibration.errors import ToolkitError
 from calibration.model.classes import text_config
-from calibration.walk.cost import Work, nearest
-from calibration.walk.statistics import Gram
+from calibration.walk.cost import Work, nearest, total
 from ptq.fitting.budget import Budget
 from ptq.fitting.job import Fit, prepare_fit
+from ptq.fitting.memory import kept_bytes, sweeping_bytes
 from ptq.fitting.sensitivity import Sweep
+from ptq.fitting.work import BACKWARD, HEAD, HEAD_BACKWARD
 from ptq.linears import float_linears
-from ptq.planning.block_time import block_shapes, gathering
+from ptq.planning.block_time import block_shapes
 from ptq.planning.job import Options
-from ptq.planning.outlook import Outlook, calibration_of, hidden_of, outlook
-from ptq.planning.peak import walk_bytes
+from ptq.planning.outlook import Outlook, hidden_of, outlook
 from ptq.planning.rates import rates_of
 
 SOLVING = 0.5  # seconds of a choice, of which there is one per quarter of a bit that is shown
@@ -58,42 +58,42 @@ def plan_fit(
 
 
 def _outlook(fit: Fit) -> Outlook:
-    job, rates = fit.job, rates_of(fit.job.device, fit.job.dtype)
+    job, sweep, rates = fit.job, fit.planned(), rates_of(fit.job.device, fit.job.dtype)
     infos = job.reader.infos
-    linears, options = list(float_linears(job.spec, infos)), {n: u.options for u in fit.units for n in u.names}
+    linears = list(float_linears(job.spec, infos))
     shapes = {linear.name: linear.shape for linear in linears}
-    blocks = block_shapes(job, linears, True)
-    seconds = sum(rates.seconds(b.forward + gathering(b, (Gram,), job.dtype.itemsize)) for b in blocks)
-    trying = Work()
-    for name, offered in options.items():
+    share = sweep.windows / job.options.samples
+    forward = [block.forward * share for block in block_shapes(job, linears, True)]
+    rounding = Work()
+    for name, offered in sweep.options.items():
         rows, width = shapes[name]
         one = nearest(rows, width) + Work(products=2.0 * rows * width**2, fresh=3.0 * rows * width, calls=40.0)
-        trying += one * float(len(offered))
-    probing, head = _probes(fit, [b.forward for b in blocks])
-    peak = walk_bytes(
-        infos, job.spec, linears, job.plan.recipe.passes, calibration_of(job, job.plan.recipe.passes), hidden_of(job)
-    )
-    states = (len(options) + 2) * _probe_tokens(fit) * hidden_of(job) * job.dtype.itemsize
+        rounding += one * float(len(offered))
     found = {
-        "linears": seconds + rates.seconds(trying),
-        "probes": rates.seconds(probing + head),
+        "forward": rates.seconds(total(forward) + _probes(fit, sweep, forward)),
+        "head": rates.seconds(_head(fit, sweep)),
+        "backward": rates.seconds(total(forward) * BACKWARD + rounding),
         "choice": SOLVING * CHOICES,
     }
-    return outlook(f"fit {fit.method}", job, found, peak + states, 100 * len(options), infos=infos)
+    disk = 100 * len(sweep.options) + kept_bytes(job, sweep.windows)
+    return outlook(f"fit {fit.method}", job, found, sweeping_bytes(job, sweep), disk, infos=infos)
 
 
-def _probe_tokens(fit: Fit) -> int:
-    return min(Sweep.windows, fit.job.options.samples) * fit.job.seq_len
+def _probes(fit: Fit, sweep: Sweep, forward: Sequence[Work]) -> Work:
+    """Every probe has a stream of its own from its first linear on."""
+    share, work = min(sweep.probed, sweep.windows) / sweep.windows, Work()
+    for linears in (*sweep.probes.values(), *sweep.alone().values()):
+        first = min(block for block in range(len(forward)) if _any_in(fit, block, linears))
+        work += total(forward[first:]) * share
+    return work
 
 
-def _probes(fit: Fit, forwards: Sequence[Work]) -> tuple[Work, Work]:
-    """One stream per linear through its own block and those behind it, and two through all; and the head of each."""
-    job, tokens = fit.job, _probe_tokens(fit)
-    share = tokens / (job.options.samples * job.seq_len)
-    own = [len(job.plan.schemes(index)) for index in range(job.spec.n_blocks)]
-    work = Work()
-    for index, forward in enumerate(forwards):
-        work += forward * (share * (sum(own[: index + 1]) + 2))
-    vocabulary = int(text_config(job.config).vocab_size)
-    each = Work(products=2.0 * tokens * vocabulary * hidden_of(job), fresh=4.0 * tokens * vocabulary)
-    return work, each * (sum(own) + 2.0)
+def _any_in(fit: Fit, block: int, linears: Iterable[str]) -> bool:
+    return any(name.startswith(fit.job.spec.prefix(block)) for name in linears)
+
+
+def _head(fit: Fit, sweep: Sweep) -> Work:
+    """The logits of every probe, and those of the float model with their gradient."""
+    job, probes = fit.job, len(sweep.probes) + len(sweep.alone())
+    tokens = job.seq_len * (min(sweep.probed, sweep.windows) * probes * HEAD + sweep.windows * HEAD_BACKWARD)
+    return Work(products=2.0 * tokens * int(text_config(job.config).vocab_size) * hidden_of(job))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from calibration.shown import Shown
 from ptq.fitting.budget import Budget
 from ptq.fitting.job import Choice, Fit, prepare_fit
 from ptq.fitting.outlook import check_recipe_file
-from ptq.fitting.sensitivity import Sensitivities
+from ptq.fitting.sensitivity import Check, Sensitivities
 from ptq.planning.job import Options
 
 QUARTERS = range(8, 23)
@@ -38,6 +39,7 @@ class Fitted(Shown):
         choice: schemes, what they cost, and what they are expected to lose.
         frontier: what other budgets would give.
         recipe: TOML for ``quantize(recipe=...)``.
+        checks: what a few linears were expected to cost alone, and what they cost.
     """
 
     model: str
@@ -45,6 +47,18 @@ class Fitted(Shown):
     choice: Choice
     frontier: tuple[FrontierPoint, ...]
     recipe: str
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def checked(self) -> str:
+        """Expected over measured divergence of the linears that were checked; empty where none could be."""
+        ratios = sorted(c.expected / c.measured for c in self.checks if c.measured > 0)
+        if not ratios:
+            return ""
+        return (
+            f"{len(ratios)} linears rounded alone: expected over measured KL {statistics.median(ratios):.2f} "
+            f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        )
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -63,6 +77,7 @@ class Fitted(Shown):
             "file size at most": f"{self.choice.file_bytes / 1e6:.2f} MB",
             "expected KL": f"{self.choice.divergence:.4f} nats",
             "expected perplexity": f"+{100 * self.choice.ppl_increase:.2f}%",
+            "checked": self.checked,
             "chosen": ", ".join(f"{count} x {scheme}" for scheme, count in self.counts.items()),
         }
 
@@ -89,7 +104,9 @@ def fit_model(
     sensitivities = fit.measure(progress)
     choice = fit.solve(sensitivities, budget)
     note = f"{fit.job.name} under {budget}: {_summary(choice)}"
-    found = Fitted(fit.job.name, budget, choice, _frontier(fit, sensitivities), fit.recipe(choice, note))
+    found = Fitted(
+        fit.job.name, budget, choice, _frontier(fit, sensitivities), fit.recipe(choice, note), sensitivities.checks
+    )
     if out is not None:
         write_atomically(out, found.recipe.encode("utf-8"))
     return found

@@ -1,37 +1,57 @@
-"""How much every linear suffers from every scheme, and what that does to the model: one walk over the float blocks.
+"""What every scheme of every linear costs the model: forward through the float blocks, and once in reverse.
 
-The layer's part is ||(Q(W) - W) X^T||^2 on its Gram matrix. What the model makes of it is measured by a probe: a
-linear is rounded alone, a few windows go on through the float blocks behind it, and the Kullback-Leibler divergence of
-the logits is divided by the layer's error. Divergence is quadratic in small errors, so that ratio holds for the other
-schemes; one more probe with everything rounded tells how far the parts add up.
+Let D = sum over the tokens of a window of g_t x_t^T be the gradient of a linear's weight, where the loss is that of
+labels drawn from the model's own predictions. To second order the Kullback-Leibler divergence that a change dW of the
+weight brings to the window is 1/2 E[<dW, D>^2] (the Fisher matrix). Errors of different outputs are taken to be
+uncorrelated, and the rows of D to have one second moment but for a factor:
+
+    KL ~ 1/2 sum_r s_r dW_r M dW_r^T        M = sum of D^T D [in, in], s_r = the share of row r in sum of D^2
+
+per position, sums over windows. Tokens stay together: what attention averages over many tokens does not average out.
+(A diagonal over outputs beside a matrix over inputs: Shampoo's form of the Fisher matrix, Gupta et al. 2018, arXiv
+1802.09568; measured beside others in docs/results.md.)
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from calibration.architectures import ArchitectureSpec
 from calibration.memory import return_freed
-from calibration.model.skeleton import Skeleton, load_parameters, release
+from calibration.model.skeleton import release
 from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
-from calibration.walk.context import Context
+from calibration.walk.backward import WeightGradients, block_backward, head_gradient
+from calibration.walk.capture import Watcher, accumulate
 from calibration.walk.float_blocks import FloatBlocks
+from calibration.walk.head import head, pieces
+from calibration.walk.kept_states import KeptStates
 from calibration.walk.segment import Segment
 from calibration.walk.states import HiddenStates
 from calibration.walk.statistics import Gram
-from ptq.numerics.feedback import column_costs, feedback_error
+from calibration.walk.token_weights import stream_writers, weights_by_norm
+from ptq.fitting.probes import Divergence, Probes
+from ptq.fitting.together import Point, Together
+from ptq.fitting.work import AtHead, InBlock, Work
+from ptq.numerics.feedback import column_costs, feedback_errors
 from ptq.numerics.grids import fake_quantize
-from ptq.numerics.objective import output_energy
+from ptq.numerics.objective import output_energies, output_energy
 from ptq.scheme import QuantScheme
 
-EVERYTHING = ""
-"""The name of the probe in which every linear is rounded."""
+CHECKED = 6
+"""Linears that are also rounded alone and run through the head."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One linear rounded to nearest alone: the divergence that was expected, and the one measured, nats per token."""
+
+    linear: str
+    scheme: QuantScheme
+    expected: float
+    measured: float
 
 
 @dataclass
@@ -39,22 +59,26 @@ class Sensitivities:
     """By full linear name.
 
     Attributes:
-        errors: linear -> {scheme: ||(Q(W) - W) X^T||^2 per token, as the rounding pass is expected to leave it}.
-        probed: linear -> the same of the probe, which rounds to nearest.
-        weights: linear -> nats of divergence per unit of error, from the probe.
-        additivity: divergence with everything rounded, over the sum of the divergences of single linears.
-        nll_per_kl: increase of the loss on the probed text over the divergence, with everything rounded.
+        losses: linear -> {scheme: expected divergence in nats per token with this linear alone rounded, as the rounding
+            pass is expected to leave it}.
+        nearest: linear -> {scheme: the same of rounding to nearest}, of those that probes have at least.
+        objectives: linear -> {scheme: ||(Q(W) - W) X^T||^2 per token of rounding to nearest}, of the same;
+            X with tokens weighed as in calibration.
+        whole: by name of a probe, everything in it rounded.
+        together: how losses add up.
+        checks: expected beside measured.
     """
 
-    errors: dict[str, dict[QuantScheme, float]] = field(default_factory=dict)
-    probed: dict[str, float] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
-    additivity: float = 1.0
-    nll_per_kl: float = 1.0
+    losses: dict[str, dict[QuantScheme, float]] = field(default_factory=dict)
+    nearest: dict[str, dict[QuantScheme, float]] = field(default_factory=dict)
+    objectives: dict[str, dict[QuantScheme, float]] = field(default_factory=dict)
+    whole: dict[str, Point] = field(default_factory=dict)
+    together: Together = field(default_factory=lambda: Together(()))
+    checks: tuple[Check, ...] = ()
 
-    def total(self, schemes: Mapping[str, QuantScheme]) -> float:
-        """Expected divergence in nats of linears with these schemes."""
-        return self.additivity * sum(self.weights[n] * self.errors[n][scheme] for n, scheme in schemes.items())
+    def parts(self, schemes: Mapping[str, QuantScheme]) -> float:
+        """The sum of the losses of linears with these schemes."""
+        return sum(self.losses[n][scheme] for n, scheme in schemes.items())
 
 
 @dataclass(frozen=True)
@@ -63,180 +87,144 @@ class Sweep:
 
     Attributes:
         options: the schemes on offer for every linear, by full name.
-        probe: the scheme that the probe rounds a linear with, one of its options.
+        probes: by name, the linears that are rounded to nearest together, with one of their options each.
         feedback: expect GPTQ's error of every scheme instead of that of rounding to nearest.
-        windows: calibration windows that the probe runs.
+        windows: calibration windows that gradients see.
+        probed: of these, windows that probes see.
+        seed: of the labels.
     """
 
     options: Mapping[str, Sequence[QuantScheme]]
-    probe: Mapping[str, QuantScheme]
+    probes: Mapping[str, Mapping[str, QuantScheme]]
     feedback: bool
-    windows: int = 4
+    windows: int
+    probed: int = 4
+    seed: int = 0
 
-    def run(self, blocks: FloatBlocks, tokens: TokenBatches, progress: Progress) -> Sensitivities:
-        """Walk over the float blocks once."""
-        found = Sensitivities()
-        states = blocks.enter(tokens, progress)
-        few = TokenBatches(tokens.input_ids[: self.windows], {})
-        streams = Streams(blocks.enter(few, progress))
-        n_blocks = blocks.skeleton.spec.n_blocks
-        progress.stage("sensitivities", n_blocks * len(states.batches) + self._probing(streams, blocks.skeleton.spec))
-        for index in range(n_blocks):
-            segment = blocks.load(index)
-            where = f"block {index + 1}/{n_blocks}"
-
-            def advance(detail: str, where: str = where) -> None:
-                progress.advance(f"{where} {detail}")
-
-            last = index == n_blocks - 1
-            context = Context(segment, states, (Gram,), propagate=not last, allow_unseen=True, advance=advance)
-            probes = self._block(segment, context, found)
-            streams.run_block(segment, probes, advance)
-            del context
-            release(segment.module)
-            return_freed()
-        self._weigh(found, streams.divergences(blocks.skeleton, blocks.outside_parameters(), few, progress.advance))
+    def alone(self) -> dict[str, Mapping[str, QuantScheme]]:
+        """The linears that are checked, spread over the model and the probes: name of the linear -> its scheme."""
+        found: dict[str, Mapping[str, QuantScheme]] = {}
+        probes, names = list(self.probes.values()), list(self.options)
+        for i in range(min(CHECKED, len(names))):
+            linear = names[(2 * i + 1) * len(names) // (2 * min(CHECKED, len(names)))]
+            scheme = probes[i % len(probes)].get(linear)
+            if scheme is not None:
+                found[linear] = {linear: scheme}
         return found
 
-    def _probing(self, streams: Streams, spec: ArchitectureSpec) -> int:
-        """Units of work beside the one walk: linears to round, then for every probe and batch of windows each block
-        from its own on, and the head. The first grow with the square of the depth, the last with the vocabulary."""
-        probes = [sum(name.startswith(spec.prefix(index)) for name in self.options) for index in range(spec.n_blocks)]
-        through = sum(count + 2 for count in itertools.accumulate(probes))  # and those of nothing and of all rounded
-        return len(self.options) + streams.batches * (through + len(self.options) + 2)
+    @torch.no_grad()
+    def run(self, blocks: FloatBlocks, tokens: TokenBatches, progress: Progress) -> Sensitivities:
+        """Forward and back once."""
+        ids, alone = tokens.input_ids[: self.windows], self.alone()
+        probes = Probes({**self.probes, **alone})
+        states = blocks.enter(TokenBatches(ids, {}), progress).first(len(ids))
+        work = Work.of(blocks, self.options, (*self.probes.values(), *alone.values()), ids.shape, self.probed)
+        progress.stage("sensitivities", work.total)
+        found = Sensitivities()
+        with KeptStates() as kept:
+            for index in range(len(blocks)):
+                segment, tell = blocks.load(index), work.in_block(index, progress)
+                kept.append(states)
+                probes.run_block(segment, states.first(self.probed), tell.probe)
+                states.run(segment.module, index, True, lambda _, tell=tell: tell.forward())  # type: ignore[misc]
+                self._drop(segment)
+            gradients = self._head(blocks, ids, states, probes, work.at_head(progress))
+            for index in reversed(range(len(blocks))):
+                segment = blocks.load(index)
+                kept.load(index, states)
+                positions = len(ids) * (ids.shape[1] - 1)
+                self._backward(segment, states, gradients, positions, found, work.in_block(index, progress))
+                self._drop(segment)
+        self._compare(found, probes.divergences)
+        return found
 
-    def _block(self, segment: Segment, context: Context, found: Sensitivities) -> dict[str, torch.Tensor]:
-        """Fill in the errors of the block's linears; returns the weights that the probe runs instead."""
-        probes: dict[str, torch.Tensor] = {}
-        for shared in segment.spec.inputs:
-            names = [name for name in shared.linears if segment.full_name(name) in self.options]
-            if not names:
-                continue
-            gram = context.statistic(names[0], Gram)
-            costs = column_costs(gram.matrix) if self.feedback and gram.tokens else None
-            for name in names:
-                full, w = segment.full_name(name), segment.weight(name)
-                product, tokens = context.product_gram(name), max(1, gram.tokens)
-                errors = found.errors[full] = {}
-                for scheme in self.options[full]:
-                    rounded = fake_quantize(w, scheme.weights)
-                    if costs is None or scheme == self.probe[full]:
-                        plain = errors[scheme] = float(output_energy(rounded - w, product)) / tokens
-                    if scheme == self.probe[full]:
-                        probes[name], found.probed[full] = rounded, plain
-                    if costs is not None:
-                        errors[scheme] = float(feedback_error(w, rounded, costs)) / tokens
-                context.advance(name)
-        return probes
+    @staticmethod
+    def _drop(segment: Segment) -> None:
+        release(segment.module)
+        segment.masters.clear()
+        return_freed()
 
-    def _weigh(self, found: Sensitivities, divergences: Mapping[str, tuple[float, float]]) -> None:
-        total, nll = divergences[EVERYTHING]
-        for linear, error in found.probed.items():
-            found.weights[linear] = divergences[linear][0] / error if error > 0 else 0.0
-        parts = sum(kl for linear, (kl, _) in divergences.items() if linear != EVERYTHING)
-        found.additivity = total / parts if parts > 0 else 1.0
-        found.nll_per_kl = nll / total if total > 0 else 1.0
+    def _head(
+        self, blocks: FloatBlocks, ids: torch.Tensor, ends: HiddenStates, probes: Probes, tell: AtHead
+    ) -> list[torch.Tensor]:
+        """The divergences of the probes, and the gradients behind the last block."""
+        generator = torch.Generator().manual_seed(self.seed)
+        gradients = []
+        with head(blocks.skeleton, blocks.outside_parameters()) as log_probabilities:
+            for window in range(len(ids)):
+                own, states = ids[window : window + 1], ends.batches[window]
+                for piece in pieces(blocks.skeleton, ids.shape[1]) if window < self.probed else ():
+                    probes.run_head(log_probabilities, own, window, piece, states, tell.probe)
+                gradients.append(head_gradient(blocks.skeleton, log_probabilities, own, states, generator))
+                tell.gradient()
+        release(blocks.skeleton.model)
+        return gradients
 
-
-class Streams:
-    """The hidden states of the float model and of one model per probe: each differs from it in one linear."""
-
-    def __init__(self, states: HiddenStates) -> None:
-        self._float = states
-        self._probed: dict[str, HiddenStates] = {EVERYTHING: states.copy()}
-
-    @property
-    def batches(self) -> int:
-        """Of windows, in every stream."""
-        return len(self._float.batches)
-
-    def run_block(
-        self, segment: Segment, probes: Mapping[str, torch.Tensor], advance: Callable[[str], None] = lambda _: None
-    ) -> None:
-        """Through one block, with a new stream for every linear among ``probes``; each batch of each stream is told."""
-
-        def run(states: HiddenStates) -> None:
-            states.run(segment.module, segment.index, keep=True, advance=lambda _: advance("probes"))
-
-        started = {name: self._float.copy() for name in probes}
-        for name, states in self._probed.items():
-            if name != EVERYTHING:
-                run(states)
-        with _replaced(segment, probes):
-            run(self._probed[EVERYTHING])
-        for name, states in started.items():
-            with _replaced(segment, {name: probes[name]}):
-                run(states)
-            self._probed[segment.full_name(name)] = states
-        run(self._float)
-
-    def divergences(
+    def _backward(
         self,
-        skeleton: Skeleton,
-        outside: Mapping[str, torch.Tensor],
-        tokens: TokenBatches,
-        advance: Callable[[str], None] = lambda _: None,
-    ) -> dict[str, tuple[float, float]]:
-        """Mean KL(float || probe) in nats, and the increase of the mean loss on the text, by probe; every probe and
-        batch is told."""
-        found = {name: [0.0, 0.0] for name in self._probed}
-        size = self._float.batches[0].shape[0]
-        count = 0
-        with _head(skeleton, outside) as logits:
-            for i, ids in enumerate(tokens.batches(size)):
-                targets = ids[:, 1:].reshape(-1, 1)
-                log_p = logits(ids, self._float.batches[i])
-                advance("head, float")
-                p, count = log_p.exp(), count + len(targets)
-                for name, states in self._probed.items():
-                    difference = log_p - logits(ids, states.batches[i])
-                    advance(f"head, {name or 'all linears rounded'}")
-                    found[name][0] += float((p * difference).sum())
-                    found[name][1] += float(difference.gather(1, targets.to(difference.device)).sum())
-        return {name: (max(kl / count, 0.0), nll / count) for name, (kl, nll) in found.items()}
+        segment: Segment,
+        states: HiddenStates,
+        gradients: list[torch.Tensor],
+        positions: int,
+        found: Sensitivities,
+        tell: InBlock,
+    ) -> None:
+        """Gradients through one block, and the losses of its linears."""
+        inputs = {
+            shared: [name for name in shared.linears if segment.full_name(name) in self.options]
+            for shared in segment.spec.inputs
+        }
+        device = next(iter(segment.masters.values())).device
+        moments = {name: WeightGradients() for names in inputs.values() for name in names}
+        grams = {names[0]: Gram(segment.weight(names[0]).shape[1], device) for names in inputs.values() if names}
 
+        paths = {segment.architecture.module_name(name): [gram] for name, gram in grams.items()}
+        watchers: dict[str, Watcher] = {name: moment.update for name, moment in moments.items()}
+        with accumulate(segment.module, paths, weights_by_norm, writes=stream_writers(segment)):
+            block_backward(segment, states, gradients, watchers, tell.backward)
+        for names in filter(None, inputs.values()):
+            gram = grams.pop(names[0])
+            for name in names:
+                self._losses(segment, name, moments.pop(name), gram, positions, found)
+                tell.rounded(segment.full_name(name))
 
-@contextmanager
-def _replaced(segment: Segment, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Other weights ``[out, in]`` in the module for a while."""
-    kept = []
-    for name, w in weights.items():
-        parameter = segment.module.get_parameter(segment.architecture.module_name(f"{name}.weight"))
-        kept.append((parameter, parameter.data))
-        parameter.data = (w.T if segment.architecture.conv1d else w).to(parameter.dtype)
-    try:
-        yield
-    finally:
-        for parameter, data in kept:
-            parameter.data = data
+    def _losses(
+        self,
+        segment: Segment,
+        name: str,
+        moments: WeightGradients,
+        gram: Gram,
+        positions: int,
+        found: Sensitivities,
+    ) -> None:
+        """Of one linear under every scheme."""
+        full, w = segment.full_name(name), segment.weight(name)
+        probed = {schemes[full] for schemes in self.probes.values() if full in schemes}
+        losses = found.losses[full] = dict.fromkeys(self.options[full], 0.0)
+        nearest = found.nearest[full] = dict.fromkeys(probed, 0.0)
+        objectives = found.objectives[full] = dict.fromkeys(probed, 0.0)
+        if not gram.tokens:
+            return  # an expert that no token went through
+        shares = moments.rows / (2 * positions * moments.rows.sum().clamp(min=torch.finfo(moments.rows.dtype).tiny))
+        costs = column_costs(gram.matrix, moments.columns) if self.feedback else None
+        for scheme in losses:
+            rounded = fake_quantize(w, scheme.weights)
+            if costs is None or scheme in probed:
+                losses[scheme] = float(shares @ output_energies(rounded - w, moments.columns))
+            if scheme in probed:
+                nearest[scheme] = losses[scheme]
+                objectives[scheme] = float(output_energy(rounded - w, gram.matrix)) / gram.tokens
+            if costs is not None:
+                losses[scheme] = float(shares @ feedback_errors(w, rounded, costs))
 
-
-@contextmanager
-def _head(
-    skeleton: Skeleton, outside: Mapping[str, torch.Tensor]
-) -> Iterator[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
-    """The model behind its blocks: ids ``[B, L]`` and hidden states to float32 log-probabilities ``[B (L-1), V]``.
-
-    The model itself runs, with blocks that return the hidden states, so that its final norm, projections and soft caps
-    come along without being named. ``outside`` are the parameters that no block holds.
-    """
-    load_parameters(skeleton.model, outside)
-    skeleton.model.tie_weights()
-    blocks = skeleton.model.get_submodule(skeleton.spec.blocks)
-    entering: list[torch.Tensor] = []
-
-    def inject(*args: object, **kwargs: object) -> object:
-        return (entering[0],) if skeleton.spec.tuple_output else entering[0]
-
-    def run(ids: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        entering[:] = [states]
-        logits: torch.Tensor = skeleton.model(ids.to(skeleton.device), use_cache=False).logits
-        return logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
-
-    for block in blocks:
-        block.forward = inject
-    try:
-        yield run
-    finally:
-        for block in blocks:
-            del block.forward
+    def _compare(self, found: Sensitivities, divergences: Mapping[str, Divergence]) -> None:
+        """Fill in what was measured."""
+        for probe, schemes in self.probes.items():
+            parts = sum(found.nearest[n][scheme] for n, scheme in schemes.items())
+            found.whole[probe] = Point(parts, *divergences[probe].means())
+        found.together = Together.through(found.whole.values())
+        found.checks = tuple(
+            Check(n, scheme, found.nearest[n][scheme], divergences[n].means()[0])
+            for alone in self.alone().values()
+            for n, scheme in alone.items()
+        )

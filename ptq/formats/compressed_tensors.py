@@ -21,13 +21,13 @@ import torch
 
 from calibration.errors import Problem, ToolkitError
 from calibration.model.headers import TensorInfo
-from ptq.formats import checks, packed_floats, plain_codes
+from ptq.formats import checks, packed_floats, plain_codes, static_cache
 from ptq.formats.config_groups import describe, kind_of, scheme_of
 from ptq.formats.readers import quote
 from ptq.formats.vllm import vllm_answer
 from ptq.linears import ModelLayout
 from ptq.numerics.bitstream import pack, unpack, words_per_row
-from ptq.quantized import INPUT_GRID, QuantizedTensor
+from ptq.quantized import CACHE_STEPS, INPUT_GRID, QuantizedTensor
 from ptq.scheme import BITS, QuantScheme
 
 OWN_LINEAR = ("falcon",)  # families whose class of linears reads `weight` itself, which a packed one does not have
@@ -64,7 +64,7 @@ class CompressedTensors:
             *checks.axis_problems(layout, self.name),
             *checks.zero_problems(layout, self.name),
             *checks.order_problems(layout, self.name),
-            *checks.part_problems(layout, self.name, held=INPUT_GRID),
+            *checks.part_problems(layout, self.name, held=(*INPUT_GRID, *CACHE_STEPS)),
             *plain_codes.problems(layout, self.name),
             *self._cache_problems(layout),
             *checks.conv1d_problems(layout, self.name),
@@ -101,11 +101,12 @@ class CompressedTensors:
 
     def encode(self, q: QuantizedTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Tensors of one linear; the scale has the model's ``dtype``."""
+        steps = static_cache.encode(q.parts)
         if plain_codes.layout_of(q.scheme) is not None:
-            return {**plain_codes.encode(q, dtype), **plain_codes.input_step(q, dtype)}
+            return {**plain_codes.encode(q, dtype), **plain_codes.input_step(q, dtype), **steps}
         bits = q.scheme.weights.bits
         if packed_floats.preset_of(q.scheme.weights) is not None:
-            return packed_floats.encode(q)
+            return {**packed_floats.encode(q), **steps}
         assert q.group_index is None, "a linear with a group index was not refused"
         tensors = {
             "weight_packed": pack(q.codes, bits),
@@ -114,7 +115,7 @@ class CompressedTensors:
         }
         if q.zero is not None:
             tensors["weight_zero_point"] = pack(q.zero.T, bits).T.contiguous()
-        return {**tensors, **plain_codes.input_step(q, dtype)}
+        return {**tensors, **plain_codes.input_step(q, dtype), **steps}
 
     def decode(
         self, tensors: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int]
@@ -124,6 +125,14 @@ class CompressedTensors:
         Raises:
             ToolkitError: ``weight_packed`` has the width of neither packing.
         """
+        q = self._decode(tensors, scheme, shape)
+        steps = static_cache.decode(tensors)
+        return replace(q, parts={**q.parts, **steps}) if steps else q
+
+    def _decode(
+        self, tensors: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int]
+    ) -> QuantizedTensor:
+        """What lies under the linear's own name."""
         if "weight" in tensors:
             return plain_codes.with_input_step(plain_codes.decode(tensors, scheme), tensors)
         if packed_floats.preset_of(scheme.weights) is not None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from calibration.errors import ToolkitError
-from ptq.activations import ActivationQuant
+from ptq.activations import BLOCK_FLOATS, ActivationQuant
 from ptq.formats import packed_floats, plain_codes
 from ptq.linears import ModelLayout, PlannedLinear
 from ptq.scheme import BITS, Grouping, QuantScheme, TensorQuant, integer_quantizer
@@ -61,7 +61,7 @@ def describe(layout: ModelLayout) -> dict[str, Any]:
         groups[f"group_{i}"] = {
             "targets": targets,
             "weights": weights,
-            "input_activations": plain_codes.input_arguments(kind.inputs),
+            "input_activations": _input_arguments(kind.inputs),
             "output_activations": None,
             # without it readers guess, and guess 8 bits per row wrong
             "format": kind.plain or packed_floats.FORMATS.get(kind.preset or "", PACKED),
@@ -84,6 +84,13 @@ def describe(layout: ModelLayout) -> dict[str, Any]:
     return config
 
 
+def _input_arguments(inputs: ActivationQuant | None) -> dict[str, Any] | None:
+    """``input_activations`` of a group, None where inputs stay as they are."""
+    if inputs is not None and inputs.kind in BLOCK_FLOATS:
+        return packed_floats.input_arguments(inputs)
+    return plain_codes.input_arguments(inputs)
+
+
 def scheme_of(data: Mapping[str, Any], name: str, plain: bool) -> QuantScheme:
     """The scheme of one linear: exact names and patterns come before class names, as in the library.
 
@@ -101,14 +108,18 @@ def scheme_of(data: Mapping[str, Any], name: str, plain: bool) -> QuantScheme:
         raise ToolkitError(f"{name}: packed, but no group of config.json targets it", "fetch config.json again")
     w = chosen["weights"]
     kind, size = chosen.get("format") or data.get("format"), w.get("group_size")
-    floats = packed_floats.scheme_of(kind, w)
-    if floats is not None and not chosen.get("input_activations"):
+    floats, told = packed_floats.scheme_of(kind, w), chosen.get("input_activations")
+    if floats is not None and not told:
         return floats
+    block_inputs = packed_floats.read_inputs(told) if told else None
+    if floats is not None and block_inputs is not None:
+        return QuantScheme(floats.weights, block_inputs)
     strategy = w.get("strategy") or ("group" if size and size > 0 else "channel" if size == -1 else "tensor")
     inputs = plain_codes.read_inputs(chosen.get("input_activations"), name)
     if plain and w["num_bits"] == 8 and strategy in ("tensor", "channel") and not w.get("dynamic"):
         return QuantScheme(plain_codes.read_weights(w), inputs)
-    wrong = w.get("type", "int") != "int" or kind not in (PACKED, None) or w["num_bits"] not in BITS
+    integers = (PACKED, None, plain_codes.INT) if plain else (PACKED, None)
+    wrong = w.get("type", "int") != "int" or kind not in integers or w["num_bits"] not in BITS
     if wrong or strategy not in ("group", "channel"):
         raise ToolkitError(
             f"{name}: '{kind}' with {w['num_bits']}-bit {w.get('type', 'int')} weights per {strategy}",

@@ -15,6 +15,7 @@ from calibration.errors import ToolkitError
 from calibration.model.opening import open_model
 from calibration.model.skeleton import build_model, places
 from ptq.formats.reading import quantized_linears
+from ptq.formats.registry import stored_names
 
 
 def check_keys(out: Path, source: Collection[str], trust_remote_code: bool = False) -> None:
@@ -34,7 +35,7 @@ def check_keys(out: Path, source: Collection[str], trust_remote_code: bool = Fal
     known = places(model)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = (known - parameters) & {spec.root_module_name(name) for name in source}
-    packed = {f"{name}.{suffix}" for name in schemes for suffix in (fmt.suffixes if fmt else ())}
+    packed = {full for name in schemes if fmt for full in stored_names(fmt, name).values()}
     plain = {spec.root_module_name(name): name for name in reader.infos if name not in packed}
     lost = [name for path, name in plain.items() if path not in known and name not in source]
     held = {spec.root_module_name(f"{name}.weight") for name in schemes} | set(plain)

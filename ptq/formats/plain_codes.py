@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from calibration.errors import Problem, ToolkitError
-from ptq.activations import ActivationQuant, CacheQuant, Granularity
+from ptq.activations import BLOCK_FLOATS, ActivationQuant, CacheQuant, Granularity
 from ptq.float_formats import E4M3FN
 from ptq.formats import checks
 from ptq.linears import ModelLayout
@@ -55,11 +55,6 @@ def problems(layout: ModelLayout, format_name: str) -> list[Problem]:
         f"use -astatic or -atoken, or {native}",
     )
     refuse(
-        lambda s: s.inputs and s.inputs.kind == "fp4-e2m1",
-        "inputs are floats of 4 bits",
-        f"use a8, a4 or fp8, or {native}",
-    )
-    refuse(
         lambda s: layout_of(s) and s.inputs and (s.inputs.kind == "int") != (layout_of(s) == INT),
         "weights and inputs of 8 bits are integers on one side and floats on the other",
         f"use w8a8 or fp8, or {native}",
@@ -70,9 +65,9 @@ def problems(layout: ModelLayout, format_name: str) -> list[Problem]:
         f"use gchannel, or {native}",
     )
     refuse(
-        lambda s: s.inputs and s.weights.float_format not in (None, E4M3FN),
-        "weights of 4-bit floats have quantized inputs",
-        f"leave the inputs at a16, or {native}",
+        lambda s: s.inputs and s.weights.float_format not in (None, E4M3FN) and s.inputs.kind not in BLOCK_FLOATS,
+        "weights of 4-bit floats have inputs of another kind",
+        f"leave the inputs at a16, use nvfp4-anvfp4 or mxfp4-amxfp4, or {native}",
     )
     experts = [n for n in layout.quantized if n.expert is not None and n.scheme is not None and n.scheme.inputs]
     reason = "is part of an expert, and transformers quantizes no inputs of experts"
@@ -97,12 +92,14 @@ def _signed(codes: torch.Tensor) -> torch.Tensor:
 def decode(tensors: Mapping[str, torch.Tensor], scheme: QuantScheme) -> QuantizedTensor:
     """The inverse of `encode`, bit for bit."""
     scale, weight, zero = tensors["weight_scale"].float(), tensors["weight"], tensors.get("weight_zero_point")
-    scale = scale.reshape(-1, 1).expand(weight.shape[0], 1).contiguous()  # one for the whole tensor in other's files
+    if scheme.weights.grouping.size is None:  # one for the whole tensor in other's files
+        scale = scale.reshape(-1, 1).expand(weight.shape[0], 1).contiguous()
     if weight.dtype == torch.float8_e4m3fn:
         return QuantizedTensor(weight.view(torch.uint8), scale, None, scheme)
     if scheme.weights.symmetric:
         zero = None
-    unsigned = [None if t is None else (t.to(torch.int16) + 128).to(torch.uint8) for t in (weight, zero)]
+    half = 2 ** (scheme.weights.bits - 1)  # 4-bit codes lie so in llm-compressor's W4AFP8
+    unsigned = [None if t is None else (t.to(torch.int16) + half).to(torch.uint8) for t in (weight, zero)]
     assert unsigned[0] is not None
     return QuantizedTensor(unsigned[0], scale, unsigned[1], scheme)
 
@@ -149,6 +146,8 @@ def cache_arguments(cache: CacheQuant | None, head_width: int) -> dict[str, Any]
     call, so a token and head is said as the one group of ``head_width`` channels that it is."""
     if cache is None:
         return None
+    if cache.static:
+        return input_arguments(cache.grid)
     return input_arguments(replace(cache.grid, granularity="group", group_size=head_width))
 
 
@@ -191,16 +190,18 @@ def read_cache(arguments: Mapping[str, Any] | None, width: int) -> CacheQuant | 
     """The inverse of `cache_arguments`, for keys of ``width`` channels.
 
     Raises:
-        ToolkitError: a cache with calibrated scales, or another grid.
+        ToolkitError: another grid.
     """
     if not arguments:
         return None
-    cache = CacheQuant(arguments["num_bits"], "fp8-e4m3" if arguments.get("type") == "float" else "int")
+    static = arguments.get("dynamic") is False
+    cache = CacheQuant(arguments["num_bits"], "fp8-e4m3" if arguments.get("type") == "float" else "int", static)
     expected = cache_arguments(cache, width)
     assert expected is not None
     if any(arguments.get(key) != value for key, value in expected.items()):
         raise ToolkitError(
             f"config.json: kv_cache_scheme {dict(arguments)} is not read here",
-            "read are dynamic ones with a group per head, asymmetric integers or symmetric floats",
+            "read are dynamic ones with a group per head, asymmetric integers or symmetric floats, and static "
+            "symmetric ones with a step per tensor",
         )
     return cache

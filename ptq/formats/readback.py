@@ -168,5 +168,8 @@ def compare(name: str, q: QuantizedTensor, format_name: str, tensors: Mapping[st
         found = plain if stored_index is None else stored_index.numpy()
         _first_difference("group of column", name, found, expected)
     for part, tensor in q.parts.items():
-        kept = tensors.get(part, torch.zeros(0, dtype=tensor.dtype))
+        if part == "input_scale" and "input_global_scale" in tensors:  # NVFP4 stores what steps are divided by
+            part, tensor = "input_global_scale", 1 / tensor.float()
+        place = {"key_scale": "k_scale", "value_scale": "v_scale"}.get(part, part)
+        kept = tensors[part] if part in tensors else tensors.get(place, torch.zeros(0, dtype=tensor.dtype))
         _first_difference(part, name, kept.float().numpy(), tensor.float().cpu().numpy())

@@ -16,7 +16,7 @@ import torch
 from calibration.errors import ToolkitError, foreign
 from calibration.model.checkpoint import CheckpointReader
 from calibration.model.headers import TensorInfo
-from ptq.formats.registry import Format, format_of
+from ptq.formats.registry import Format, format_of, stored_names
 from ptq.numerics.bitstream import words_per_row
 from ptq.quantized import PARTS, QuantizedTensor
 from ptq.scheme import BITS, SUPER_WIDTH, QuantScheme
@@ -77,7 +77,7 @@ def read_linear(
         ToolkitError: a tensor that is missing, has another dtype or shape than the scheme says, or values that no
             writer of the format makes.
     """
-    stored = {s: f"{name}.{s}" for s in sorted(fmt.suffixes) if f"{name}.{s}" in reader.infos}
+    stored = {s: full for s, full in stored_names(fmt, name).items() if full in reader.infos}
     _check_stored(name, fmt.name, scheme, shape, {s: reader.infos[full] for s, full in stored.items()})
     with foreign(f"{name}: cannot be decoded as '{fmt.name}'", FIX):
         q = fmt.decode({s: reader.tensor(full) for s, full in stored.items()}, scheme, shape)
@@ -139,6 +139,9 @@ def table(fmt: str, scheme: QuantScheme, shape: tuple[int, int]) -> dict[str, St
         "weight_g_idx": index,
         "weight_global_scale": one,
         "input_scale": one,
+        "input_global_scale": one,
+        "k_scale": one,
+        "v_scale": one,
         "input_zero_point": Stored((torch.int8, torch.int32, torch.float8_e4m3fn), ((), (1,), (1, 1))),
     }
 

@@ -9,6 +9,7 @@ import torch
 
 from calibration.errors import Problem, ToolkitError
 from calibration.model.headers import TensorInfo
+from ptq.formats import static_cache
 from ptq.formats.awq import Awq
 from ptq.formats.compressed_tensors import CompressedTensors
 from ptq.formats.gguf import Gguf
@@ -17,6 +18,12 @@ from ptq.formats.native import Native
 from ptq.linears import ModelLayout
 from ptq.quantized import QuantizedTensor
 from ptq.scheme import QuantScheme
+
+
+def stored_names(fmt: Format, linear: str) -> dict[str, str]:
+    """Suffix -> full name of every tensor that a quantized linear may have in this format."""
+    beside = static_cache.names(linear) if fmt.name == "compressed-tensors" else {}
+    return {suffix: f"{linear}.{suffix}" for suffix in sorted(fmt.suffixes)} | beside
 
 
 class Format(Protocol):

@@ -20,7 +20,7 @@ from calibration.model.shards import ShardWriter
 from ptq.formats.gguf_file import verify_file, write_file
 from ptq.formats.native import WEIGHTS_FILE, WEIGHTS_KEY
 from ptq.formats.readback import compare
-from ptq.formats.registry import Format
+from ptq.formats.registry import Format, stored_names
 from ptq.linears import ModelLayout
 from ptq.quantized import QuantizedTensor
 from ptq.session import SINGLE_FILE
@@ -84,16 +84,18 @@ def write_checkpoint(
     writer = ShardWriter(out)
     for name, value in outside():
         if isinstance(value, QuantizedTensor):
+            names = stored_names(variant, name)
             for suffix, tensor in variant.encode(value, dtype).items():
-                writer.add(origin.stored_name(f"{name}.{suffix}"), tensor)
+                writer.add(origin.stored_name(names[suffix]), tensor)
         else:
             writer.add(origin.stored_name(name), value)
     for quantized, others in source():
         for name, tensor in others.items():
             writer.add(origin.stored_name(name), tensor)
         for name, q in quantized.items():
+            names = stored_names(variant, name)
             for suffix, tensor in variant.encode(q, dtype).items():
-                writer.add(origin.stored_name(f"{name}.{suffix}"), tensor)
+                writer.add(origin.stored_name(names[suffix]), tensor)
             advance(name)
     writer.finish()
     settings = variant.config(layout)
@@ -134,7 +136,7 @@ def verify_checkpoint(
     with CheckpointReader(out) as reader:
         for quantized, _ in everything:
             for name, q in quantized.items():
-                named = {s: stored_name(f"{name}.{s}") for s in fmt.suffixes}
+                named = {s: stored_name(full) for s, full in stored_names(fmt, name).items()}
                 found = {s: full for s, full in named.items() if full in reader.infos}
                 if not found:
                     raise ToolkitError(

@@ -141,7 +141,9 @@ class Ranges(Pass):
         if grid.granularity == "channel":
             extremes = context.statistic(linear, Extremes)
             return extremes.low, extremes.high
-        ends = static_range(seen.counts, seen.limit, seen.low, seen.high, grid, self.estimator, self.percentile)
+        follows = grid.granularity == "group"  # the live input, below one step that only has to be large enough
+        estimator: Estimator = "minmax" if follows else self.estimator
+        ends = static_range(seen.counts, seen.limit, seen.low, seen.high, grid, estimator, self.percentile)
         segment.note(linear, **{"ranges.low": round(ends[0], 6), "ranges.high": round(ends[1], 6)})
         return torch.tensor(ends[0]), torch.tensor(ends[1])
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -55,6 +55,7 @@ class SignRound(Pass):
     title: ClassVar[str | None] = "SignRound"
     summary: ClassVar[str] = "learns rounding and ranges of a whole block by the signs of gradients"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.REPAIR,)
+    expected_errors: ClassVar[Literal["nearest", "feedback"] | None] = "feedback"
     learned_bytes: ClassVar[int] = 24  # offsets and the best of them, weights and their gradients, codes and originals
     by_window: ClassVar[bool] = True
     stream: ClassVar[Stream] = "quantized"

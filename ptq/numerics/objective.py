@@ -29,6 +29,11 @@ def output_energy(d: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     return ((d.to(gram.dtype) @ gram).to(d.dtype) * d).sum()
 
 
+def output_energies(d: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """`output_energy` by row, ``[rows]``."""
+    return ((d.to(gram.dtype) @ gram).to(d.dtype) * d).sum(dim=1)
+
+
 def rounding_error(
     w: torch.Tensor,
     gram: torch.Tensor,

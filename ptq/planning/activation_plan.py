@@ -32,6 +32,9 @@ def activation_problems(view: PlanView[ModelLayout]) -> Iterable[Problem]:
     except ValueError as error:
         yield Problem(str(error), "disagree about the KV cache of their layer", "give them the same kv in their rules")
         return
+    static = matching(layout, lambda n: n.scheme is not None and n.scheme.cache is not None and n.scheme.cache.static)
+    reason = "has a static KV cache, whose steps no pass calibrates; only those of others' files are read"
+    yield from refuse(static, reason, "leave kvstatic out: the cache then has a step per token and head")
     if layers and not has_interface(view.config):
         reason = f"the KV cache of '{spec.family}' cannot be quantized: its attention is not exchangeable"
         yield Problem("kv", reason, "leave kv out of the scheme")

@@ -84,8 +84,7 @@ def walking(
         stored: bytes of the file of a finished block.
     """
     kinds = tuple(dict.fromkeys(kind for p in passes for kind in p.statistics))
-    lanes = min(LANES, blocks[0].batches)
-    share = -(-lanes // min(processes, lanes)) / lanes
+    share = lane_share(blocks[0].batches, processes)
     forwards, onwards = forwards_per_block(passes), stream_of(passes) == "quantized"
     found = []
     for index, block in enumerate(blocks):
@@ -99,6 +98,12 @@ def walking(
         disk = Work(read=weights * 2.0, written=stored, hashed=2 * stored, fresh=float(copies * weights))
         found.append(seconds + rates.seconds(disk))
     return found
+
+
+def lane_share(batches: int, processes: int) -> float:
+    """The share of all batches that the busiest of some processes has."""
+    lanes = min(LANES, batches)
+    return -(-lanes // min(processes, lanes)) / lanes
 
 
 def _longest(tasks: Sequence[float], processes: int) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from calibration.launcher import launched
 from calibration.model.classes import text_config
 from calibration.model.headers import TensorInfo
 from calibration.shown import Shown
@@ -83,7 +84,7 @@ def outlook(
     o = source.options
     kind = f"{source.name}: {source.spec.family}, {source.spec.n_blocks} blocks"
     text = f"{o.samples} x {source.seq_len} tokens of {source.dataset}"
-    duration = Duration({**before, **seconds}, 1, tuple(unknown))
+    duration = Duration({**before, **seconds}, launched()[1], tuple(unknown))
     peak = max(peak, text_bytes_held(source, (source.dataset,)))
     return Outlook(command, kind, text, peak, disk, duration, (*remarks, *source.notes))
 
@@ -93,7 +94,7 @@ def walk_outlook(
 ) -> tuple[float, int]:
     """Seconds and bytes of a walk over the blocks that rounds nothing."""
     shapes = block_shapes(source, linears, False)
-    seconds = sum(walking(source, passes, shapes, rates_of(source.device, source.dtype), 1, 0.0))
+    seconds = sum(walking(source, passes, shapes, rates_of(source.device, source.dtype), launched()[1], 0.0))
     return seconds, walk_bytes(infos, source.spec, linears, passes, calibration_of(source, passes), hidden_of(source))
 
 

@@ -145,7 +145,7 @@ def sensitivity_bars(schemes: Sequence[SchemeSensitivity]) -> list[tuple[str, st
 
 def _bar(x: LinearSensitivity, top: float) -> Bar:
     value = figures.nats(x.divergence)
-    part = Segment(round(100 * x.divergence / top, 2), "after", f"{x.name}\nKL {value} nats")
+    part = Segment(round(100 * x.divergence / top, 2), "after", f"{x.name}\nexpected KL {value} nats")
     return Bar(_tail(x), (part,), value)
 
 
@@ -154,7 +154,7 @@ def _tail(x: LinearSensitivity) -> str:
     return f"{x.block}.{x.name.partition(f'.{x.block}.')[2]}"
 
 
-SENSITIVITY_HEADER = ("Linear", "Block", "Scheme", "Bits", "Layer objective", "KL, nats")
+SENSITIVITY_HEADER = ("Linear", "Block", "Scheme", "Bits", "Layer objective", "Expected KL, nats")
 
 
 def sensitivity_rows(schemes: Sequence[SchemeSensitivity]) -> list[list[figures.Cell]]:

@@ -19,8 +19,10 @@ def render(study: SensitivityStudy) -> str:
     calibration = f"{study.calibration['tokens']:,} calibration tokens"
     parts = [
         f"# Sensitivity of {plain(study.model)}",
-        f"Every linear rounded to nearest alone. Objective: ||(Q(W) - W) X||² per token on {calibration}; KL from the "
-        f"float model on {study.probe_tokens:,} tokens. Rank correlation: Spearman's, of the two over linears.",
+        "Every linear rounded to nearest alone. Objective: ||(Q(W) - W) X||² per token; KL from the float model as "
+        f"expected to second order; both on {study.gradient_tokens:,} of {calibration}. Measured on "
+        f"{study.probe_tokens:,} tokens: all linears at once, and a few of them alone. Rank correlation: Spearman's, "
+        "of objective and expected KL over linears.",
         _totals(study.schemes),
     ]
     for scheme in study.schemes:
@@ -37,18 +39,25 @@ def sections(schemes: Sequence[SchemeSensitivity]) -> str:
 
 
 def _totals(schemes: Sequence[SchemeSensitivity]) -> str:
-    header = ["Scheme", "Linears", "Sum of KL", "All at once, over the sum", "Rank correlation"]
+    header = ["Scheme", "Linears", "Sum of expected KL", "All at once, over the sum", "Checked", "Rank correlation"]
     rows = [
         [
             plain(s.scheme),
             str(len(s.linears)),
             nats(sum(x.divergence for x in s.linears)),
             f"{s.additivity:.2f}",
+            _checked(s),
             DASH if s.rank_correlation is None else f"{s.rank_correlation:.3f}",
         ]
         for s in schemes
     ]
-    return table(header, rows, right=range(1, 5))
+    return table(header, rows, right=range(1, 6))
+
+
+def _checked(scheme: SchemeSensitivity) -> str:
+    """Expected over measured KL of the linears that were run alone."""
+    ratios = [x.divergence / x.measured for x in scheme.linears if x.measured]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else DASH
 
 
 def _roles(scheme: SchemeSensitivity) -> str:
@@ -65,12 +74,21 @@ def _roles(scheme: SchemeSensitivity) -> str:
         ]
         for role, found in groups.items()
     ]
-    return table(["Linear", "Blocks", "Mean objective", "Mean KL", "Largest"], rows, right=(1, 2, 3))
+    return table(["Linear", "Blocks", "Mean objective", "Mean expected KL", "Largest"], rows, right=(1, 2, 3))
 
 
 def _largest(scheme: SchemeSensitivity) -> str:
     by_objective = sorted(scheme.linears, key=lambda x: -x.objective)
     place = {x.name: i + 1 for i, x in enumerate(by_objective)}
     largest = sorted(scheme.linears, key=lambda x: -x.divergence)[:SHOWN]
-    rows = [[plain(x.name), f"{x.divergence:.3g}", f"{x.objective:.3g}", str(place[x.name])] for x in largest]
-    return table(["Linear", "KL", "Objective", "Rank by objective"], rows, right=(1, 2, 3))
+    rows = [
+        [
+            plain(x.name),
+            f"{x.divergence:.3g}",
+            DASH if x.measured is None else f"{x.measured:.3g}",
+            f"{x.objective:.3g}",
+            str(place[x.name]),
+        ]
+        for x in largest
+    ]
+    return table(["Linear", "Expected KL", "Measured", "Objective", "Rank by objective"], rows, right=range(1, 5))

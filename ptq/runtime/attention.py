@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from calibration.architectures import ArchitectureSpec
+from calibration.errors import ToolkitError
 from ptq.activations import CacheQuant
 from ptq.numerics.activations import fake_quantize_inputs
 from ptq.numerics.hadamard import hadamard_transform
@@ -32,7 +33,12 @@ def has_interface(config: Any) -> bool:
     return bool(model_class._can_set_attn_implementation())
 
 
-def quantize_cache(model: Any, layers: Mapping[int, CacheQuant], turned: Mapping[int, int]) -> None:
+def quantize_cache(
+    model: Any,
+    layers: Mapping[int, CacheQuant],
+    turned: Mapping[int, int],
+    steps: Mapping[int, Sequence[torch.Tensor | None]],
+) -> None:
     """Quantize keys and values of the given decoder layers of a transformers model from now on.
 
     The model must have passed `has_interface`.
@@ -40,13 +46,25 @@ def quantize_cache(model: Any, layers: Mapping[int, CacheQuant], turned: Mapping
     Args:
         turned: layer -> block size of Hadamard transforms that queries and keys go through first (rotation R3), which
             leaves their products as they are.
+        steps: layer -> steps ``[1]`` of keys and values, where the cache is static.
+
+    Raises:
+        ToolkitError: a static cache lacks one.
     """
+    for layer, cache in layers.items():
+        if cache.static and None in [*steps.get(layer, (None,))]:
+            raise ToolkitError(
+                f"layer {layer}: a static KV cache without its steps k_scale and v_scale",
+                "fetch the safetensors files again; they and config.json do not belong together",
+            )
+
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     base = model.config._attn_implementation
     name = f"ptq-cache-{next(_numbers)}"
-    AttentionInterface.register(name, partial(_attention, base=base, layers=dict(layers), turned=dict(turned)))
+    mine = partial(_attention, base=base, layers=dict(layers), turned=dict(turned), steps=dict(steps))
+    AttentionInterface.register(name, mine)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])  # without it masks would be left out
     model.set_attn_implementation(name)
 
@@ -60,6 +78,7 @@ def _attention(
     base: str,
     layers: Mapping[int, CacheQuant],
     turned: Mapping[int, int],
+    steps: Mapping[int, Sequence[torch.Tensor | None]],
     **options: Any,
 ) -> Any:
     """query ``[B, heads, T, width]``, key and value ``[B, key/value heads, S, width]``."""
@@ -68,7 +87,10 @@ def _attention(
         query, key = (hadamard_transform(x, turned[layer]) for x in (query, key))
     quant = layers.get(layer)
     if quant is not None:
-        key, value = (fake_quantize_inputs(x, quant.grid) for x in (key, value))
+        key, value = (
+            fake_quantize_inputs(x, quant.grid, step)
+            for x, step in zip((key, value), steps.get(layer, (None, None)), strict=True)
+        )
     return _function(base, module)(module, query, key, value, *args, **options)
 
 

@@ -13,7 +13,7 @@ from calibration.model.checkpoint import CheckpointReader, TensorSource
 from calibration.model.headers import TensorInfo
 from ptq.formats.adapter import read_adapter
 from ptq.formats.reading import quantized_linears, read_linear
-from ptq.formats.registry import format_of
+from ptq.formats.registry import format_of, stored_names
 from ptq.runtime.load import checkpoint_dtype
 
 
@@ -40,7 +40,7 @@ class DequantizedCheckpoint:
         self._adapter = read_adapter(reader.folder)
         self._dtype = checkpoint_dtype(reader, spec)
         self._transposed = f"{spec.blocks}." if spec.conv1d else None
-        taken = {f"{name}.{suffix}" for name in self._schemes for suffix in fmt.suffixes}
+        taken = {full for name in self._schemes for full in stored_names(fmt, name).values()}
         infos = {name: info for name, info in reader.infos.items() if name not in taken}
         for name, (_, (rows, columns)) in self._schemes.items():
             shape = (columns, rows) if self._is_transposed(name) else (rows, columns)

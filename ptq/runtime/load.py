@@ -19,8 +19,8 @@ from calibration.model.skeleton import build_model, check_placed, load_parameter
 from calibration.shown import Shown
 from ptq.formats.adapter import read_adapter
 from ptq.formats.reading import quantized_linears, read_linear
-from ptq.formats.registry import format_of
-from ptq.quantized import QuantizedTensor
+from ptq.formats.registry import format_of, stored_names
+from ptq.quantized import CACHE_STEPS, QuantizedTensor
 from ptq.runtime.attention import cache_layers, quantize_cache
 from ptq.runtime.embedding import is_embedding, quantize_embedding
 from ptq.runtime.linear import QuantLinear
@@ -191,6 +191,7 @@ class _Placed:
     reasons: Counter[tuple[str, str]] = field(default_factory=Counter)
     activations: Counter[str] = field(default_factory=Counter)
     turned: dict[int, int] = field(default_factory=dict)
+    cache_steps: dict[int, list[torch.Tensor | None]] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     tie: bool = True
 
@@ -214,8 +215,11 @@ def _place(
         if name in adapter:
             q = dataclasses.replace(q, parts={**q.parts, **adapter[name]})
         if "key_hadamard" in q.parts:
-            placed.turned[int(name[len(spec.blocks) + 1 :].split(".")[0])] = int(q.parts["key_hadamard"])
-        placed.taken |= {f"{name}.{s}" for s in (*fmt.suffixes, "bias")}
+            placed.turned[_layer(spec, name)] = int(q.parts["key_hadamard"])
+        for i, part in enumerate(CACHE_STEPS):
+            if part in q.parts:
+                placed.cache_steps.setdefault(_layer(spec, name), [None, None])[i] = q.parts[part].to(device)
+        placed.taken |= {*stored_names(fmt, name).values(), f"{name}.bias"}
         bias = reader.tensor(f"{name}.bias") if f"{name}.bias" in reader.infos else None
         path = spec.root_module_name(name + ".").removesuffix(".")
         if is_embedding(network, path):
@@ -232,6 +236,11 @@ def _place(
     return placed
 
 
+def _layer(spec: ArchitectureSpec, name: str) -> int:
+    """The decoder layer of a tensor."""
+    return int(name[len(spec.blocks) + 1 :].split(".")[0])
+
+
 def _exchange_cache(
     network: Any,
     spec: ArchitectureSpec,
@@ -241,7 +250,7 @@ def _exchange_cache(
     """Attention with a quantized cache where schemes say so; the texts of its grids."""
     layers = cache_layers(spec, {name: scheme for name, (scheme, _) in schemes.items()})
     if layers:
-        quantize_cache(network, layers, placed.turned)
+        quantize_cache(network, layers, placed.turned, placed.cache_steps)
     return tuple(sorted({str(cache) for cache in layers.values()}))
 
 

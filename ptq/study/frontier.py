@@ -22,8 +22,8 @@ def together(scheme: SchemeSensitivity) -> Point:
 def frontier(schemes: Sequence[SchemeSensitivity]) -> tuple[Point, ...]:
     """The lower convex edge of all ways to give every linear one of the schemes, fewest bits first.
 
-    The divergence of a linear alone is taken times its scheme's additivity, and sums are taken to hold. Every step on
-    the edge gives one linear the bits that save most nats each, so it ends in the best scheme for all.
+    The expected divergence of a linear alone is taken times its scheme's additivity, and sums are taken to hold. Every
+    step on the edge gives one linear the bits that save most nats each, so it ends in the best scheme for all.
     """
     options: dict[str, dict[float, float]] = defaultdict(dict)
     weights = {}

@@ -1,9 +1,9 @@
 """Sensitivity per linear: what a scheme does to one linear while all others stay float, in two measures.
 
-The cheap one is the layer objective ||(Q(W) - W) X^T||^2 per token, on its Gram matrix; the true one is the mean
-Kullback-Leibler divergence of the model's predictions. Their rank correlation says how far the cheap one may stand in
-for the true one when bits are given out. Every scheme is a walk of its own: the hidden states of one probe per linear
-are in memory at a time, and compute grows with the square of the depth, so few windows are probed.
+One is the layer objective ||(Q(W) - W) X^T||^2 per token, on its Gram matrix; the other is the mean Kullback-Leibler
+divergence of the model's predictions, to second order (`ptq.fitting.sensitivity`). Their rank correlation says how far
+the first may stand in for the second when bits are given out. A few linears are also run alone through the model, and
+every scheme with all linears rounded: that divergence is measured.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from calibration.model.opening import fingerprint
 from calibration.progress import Progress, Silent
 from calibration.shown import Shown
 from calibration.text.crops import TokenBatches
-from ptq.fitting.job import Fit, float_blocks, prepare_fit
-from ptq.fitting.sensitivity import Sweep
+from ptq.fitting.job import Fit, prepare_fit
+from ptq.fitting.sensitivity import Sensitivities, Sweep
 from ptq.planning.groups import with_any_group
 from ptq.planning.job import Options
 from ptq.scheme import QuantScheme, parse_scheme
@@ -41,7 +41,8 @@ class LinearSensitivity:
         name: full name; ``block`` its index, ``shape`` ``[out, in]``.
         bits_per_weight: stored, scales included.
         objective: ||(Q(W) - W) X^T||^2 per calibration token.
-        divergence: mean KL(float || model with this linear rounded), nats per token.
+        divergence: mean KL(float || model with this linear rounded), nats per token, expected to second order.
+        measured: the same as measured, for the few linears that are checked.
     """
 
     name: str
@@ -50,6 +51,7 @@ class LinearSensitivity:
     bits_per_weight: float
     objective: float
     divergence: float
+    measured: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class SchemeSensitivity:
 
     Attributes:
         rank_correlation: Spearman's, of objective and divergence over the linears; None where it has no meaning.
-        additivity: divergence with all of them rounded, over the sum of the single ones.
+        additivity: measured divergence with all of them rounded, over the sum of the expected single ones.
     """
 
     scheme: str
@@ -69,19 +71,23 @@ class SchemeSensitivity:
 
 @dataclass(frozen=True, repr=False)
 class SensitivityStudy(Shown):
-    """Everything measured. ``probe_tokens`` are the tokens that divergences are means over."""
+    """Everything measured: objectives and expected divergences on ``gradient_tokens``, measured ones on
+    ``probe_tokens``."""
 
     model: str
     fingerprint: str
     calibration: dict[str, Any]
+    gradient_tokens: int
     probe_tokens: int
     schemes: tuple[SchemeSensitivity, ...]
 
     def facts(self) -> Mapping[str, object]:
-        found = {"model": self.model, "measured on": f"{self.probe_tokens} tokens"}
+        found = {"model": self.model, "gradients": f"of {self.gradient_tokens} tokens"}
         for scheme in self.schemes:
             worst = max(scheme.linears, key=lambda x: x.divergence)
-            found[scheme.scheme] = f"{len(scheme.linears)} linears, most KL {worst.divergence:.4g} nats ({worst.name})"
+            found[scheme.scheme] = (
+                f"{len(scheme.linears)} linears, most expected KL {worst.divergence:.4g} nats ({worst.name})"
+            )
         return found
 
     def to_json(self) -> str:
@@ -105,7 +111,7 @@ def study_sensitivity(
         schemes: weight schemes. One without a group size gets, per linear, one that divides; a linear that cannot take
             one that was named is left out there.
         options: calibration text, device and dtype.
-        windows: calibration windows, from the first on, that divergences are measured on.
+        windows: calibration windows, from the first on, that probes are run on.
         render: the study as Markdown.
 
     Raises:
@@ -125,6 +131,7 @@ def study_sensitivity(
             model=fit.job.name,
             fingerprint=fingerprint(fit.job.reader),
             calibration=tokens.source,
+            gradient_tokens=min(gradient_windows(fit, windows), len(tokens)) * (tokens.seq_len - 1),
             probe_tokens=min(windows, len(tokens)) * (tokens.seq_len - 1),
             schemes=found,
         )
@@ -150,43 +157,47 @@ def prepare_sensitivity(model: str | Path, schemes: Sequence[str], options: Opti
 def measure_sensitivity(
     fit: Fit, schemes: Sequence[str], tokens: TokenBatches, windows: int, progress: Progress
 ) -> tuple[SchemeSensitivity, ...]:
-    """One walk over the float blocks per scheme; divergences on the first ``windows`` of the tokens."""
-    found = []
+    """Forward and back through the float blocks, once for all schemes; probes see the first ``windows`` windows."""
+    offered = {name: unit.options for unit in fit.units for name in unit.names}
+    probes: dict[str, dict[str, QuantScheme]] = {}
     for scheme, any_group in dict.fromkeys((parse_scheme(text), not names_group(text)) for text in schemes):
         taken = {
             linear.name: with_any_group(scheme, linear.shape) if any_group else scheme
             for unit in fit.units
             for linear in unit.linears
         }
-        offered = {name: unit.options for unit in fit.units for name in unit.names}
-        taken = {name: own for name, own in taken.items() if own in offered[name]}
-        names = list(taken)
-        sweep = Sweep({n: (own,) for n, own in taken.items()}, taken, feedback=False, windows=windows)
-        measured = sweep.run(float_blocks(fit.job), tokens, progress)
-        divergences = {n: measured.weights[n] * measured.probed[n] for n in names}
-        found.append(_of_scheme(fit, scheme, taken, measured.probed, divergences, measured.additivity))
-    return tuple(found)
+        probes[str(scheme)] = {name: own for name, own in taken.items() if own in offered[name]}
+    options = {
+        name: tuple(dict.fromkeys(probe[name] for probe in probes.values() if name in probe)) for name in offered
+    }
+    options = {name: found for name, found in options.items() if found}
+    seen, seed = gradient_windows(fit, windows), fit.job.options.seed
+    sweep = Sweep(options, probes, feedback=False, windows=seen, probed=windows, seed=seed)
+    measured = fit.sweep(sweep, tokens, progress)
+    return tuple(_of_scheme(fit, scheme, probe, measured) for scheme, probe in probes.items())
 
 
-def _of_scheme(
-    fit: Fit,
-    scheme: QuantScheme,
-    taken: dict[str, QuantScheme],
-    objectives: dict[str, float],
-    divergences: dict[str, float],
-    additivity: float,
-) -> SchemeSensitivity:
+def gradient_windows(fit: Fit, probed: int) -> int:
+    """Windows that gradients see: those of a fit, and at least those that probes see."""
+    return max(probed, fit.windows)
+
+
+def _of_scheme(fit: Fit, scheme: str, taken: Mapping[str, QuantScheme], measured: Sensitivities) -> SchemeSensitivity:
     planned = {linear.name: linear for linear in fit.plan.layout.linears}
+    alone = {(check.linear, check.scheme): check.measured for check in measured.checks}
     linears = tuple(
         LinearSensitivity(
             name=name,
             block=planned[name].block,
             shape=planned[name].shape,
-            bits_per_weight=taken[name].bits_per_weight(*planned[name].shape),
-            objective=objectives[name],
-            divergence=divergences[name],
+            bits_per_weight=own.bits_per_weight(*planned[name].shape),
+            objective=measured.objectives[name][own],
+            divergence=measured.nearest[name][own],
+            measured=alone.get((name, own)),
         )
-        for name in divergences
+        for name, own in taken.items()
     )
     correlation = spearman([x.objective for x in linears], [x.divergence for x in linears])
-    return SchemeSensitivity(str(scheme), linears, correlation, additivity)
+    whole = measured.whole[scheme]
+    additivity = whole.kl / whole.parts if whole.parts > 0 else 1.0
+    return SchemeSensitivity(scheme, linears, correlation, additivity)

@@ -1,0 +1,34 @@
+"""Static steps of a KV cache in compressed-tensors, which lie beside the linears: ``<attention>.k_scale``, ``v_scale``.
+
+One float for all tokens, heads and channels of a layer's keys (after the rotary embedding), one for its values; here
+they are the parts ``key_scale`` and ``value_scale`` of the linear that makes them. Source: vLLM and compressed-tensors
+0.20, ``kv_cache_scheme`` with strategy "tensor" and ``dynamic`` false.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ptq.quantized import CACHE_STEPS
+
+FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "W_pack", "att_proj")
+STORED = dict(zip(("k_scale", "v_scale"), CACHE_STEPS, strict=True))
+MAKERS = {"k_scale": ("k_proj", *FUSED), "v_scale": ("v_proj", *FUSED)}
+
+
+def names(linear: str) -> dict[str, str]:
+    """Suffix -> full name of the steps that belong to a linear; empty for one that makes neither keys nor values."""
+    attention, _, leaf = linear.rpartition(".")
+    return {suffix: f"{attention}.{suffix}" for suffix, makers in MAKERS.items() if leaf in makers}
+
+
+def encode(parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The steps among the parts of a linear, by suffix."""
+    return {suffix: parts[part].float().view(1) for suffix, part in STORED.items() if part in parts}
+
+
+def decode(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of `encode`."""
+    return {part: tensors[suffix].float().view(1) for suffix, part in STORED.items() if suffix in tensors}
