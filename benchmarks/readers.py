@@ -40,7 +40,7 @@ CASES: dict[str, tuple[str, ...]] = {
         *WEIGHTS,
         *(f"w{bits}a16-g128" for bits in (2, 3, 5, 6, 8)),
         *("w8a16-gchannel", "w8a8", "w8a8-asym", "w8a8-astatic", "w8a8-ag64", "w4a8", "w4a8-astatic", "w4a4", "fp8"),
-        *("fp8-astatic", "nvfp4", "mxfp4", "w4a8kv8", "w8a8kv8"),
+        *("fp8-astatic", "nvfp4", "mxfp4", "nvfp4-anvfp4", "mxfp4-amxfp4", "w4a8kv8", "w8a8kv8"),
     ),
     "gptq": (*WEIGHTS, "w2a16-g128", "w3a16-g128", "w8a16-g128", "w8a16-g128-asym"),
     "awq": (*WEIGHTS, "w4a16-g128-sym"),
@@ -80,7 +80,8 @@ def cases() -> list[Case]:
 def write(case: Case, work: Path) -> tuple[str, str]:
     """Quantize the demo into WORK, once; its scheme in full, and the reason where ptq itself refuses it."""
     out = work / case.name
-    passes = '[[pass]]\nname = "ranges"\n' * ("-astatic" in case.scheme) + '[[pass]]\nname = "rtn"\n'
+    calibrated = "-astatic" in case.scheme or "anvfp4" in case.scheme
+    passes = '[[pass]]\nname = "ranges"\n' * calibrated + '[[pass]]\nname = "rtn"\n'
     rule = f'[[rule]]\nmatch = "{case.left}"\nscheme = "float"\n' * bool(case.left)
     recipe = work / "recipe.toml"
     recipe.write_text(f'scheme = "{case.scheme}"\n{passes}{rule}')

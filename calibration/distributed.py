@@ -11,10 +11,9 @@ gloo carries tensors of CPUs and nccl those of GPUs.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -22,15 +21,11 @@ import torch
 import torch.distributed as dist
 
 from calibration.errors import ToolkitError
-from calibration.launcher import launched, local_number
 from calibration.nested import moved, nbytes
+from calibration.presence import OtherEnded, Presence
 
 T = TypeVar("T")
 LANES = 8
-CONNECTING = timedelta(minutes=10)  # from the first process that starts to the last one
-HANGING = timedelta(hours=6)  # the others wait while the first one writes a large model
-"""A process that says nothing for so long is given up. (One that ends is noticed at once: its connections close.)"""
-RESUME = "what is finished is kept: run the same command again with --resume, on any number of processes"
 
 
 def lanes_of(batches: int) -> list[range]:
@@ -48,11 +43,13 @@ class Processes:
         rank: of this one. The first writes, reports and shows progress.
         size: how many there are.
         moved: bytes of tensors that this one has sent to others and received from them.
+        presence: notices those that end; None in a run of one.
     """
 
     rank: int = 0
     size: int = 1
     moved: int = field(default=0)
+    presence: Presence | None = None
 
     @property
     def first(self) -> bool:
@@ -66,16 +63,14 @@ class Processes:
         """A function of `torch.distributed`.
 
         Raises:
-            ToolkitError: another process has ended, or does not answer.
+            OtherEnded: another process has ended, or does not answer.
         """
         try:
             return function(*args, **kwargs)
         except (RuntimeError, dist.DistError) as error:
-            raise ToolkitError(
-                f"process {self.rank + 1} of {self.size}: another process of this run has ended "
-                f"({str(error).splitlines()[0][:120]})",
-                RESUME,
-            ) from None
+            if self.presence is not None:
+                self.presence.await_name()
+            raise OtherEnded(str(error).splitlines()[0][:120]) from None
 
     def refuse_differences(self, facts: Mapping[str, Any]) -> None:
         """Refuse a run whose processes are not about to do the same.
@@ -108,6 +103,25 @@ class Processes:
         box = [value]
         self.call(dist.broadcast_object_list, box, src=0, device=CPU)
         return box[0]
+
+    def agree_at_the_end(self, value: Any) -> Any:
+        """As `agree`, when the first process has no more need of the others: those that have ended get nothing, and are
+        not missed. `mind_first_only` goes before."""
+        if self.size == 1:
+            return value
+        if not self.first:
+            box: list[Any] = [None]
+            self.call(dist.recv_object_list, box, src=0, device=CPU)
+            return box[0]
+        for rank in range(1, self.size):
+            with suppress(RuntimeError, dist.DistError):
+                dist.send_object_list([value], dst=rank, device=CPU)
+        return value
+
+    def mind_first_only(self) -> None:
+        """What is left to do is the first process's."""
+        if self.presence is not None:
+            self.presence.stop_minding()
 
     def all_values(self, value: Any) -> list[Any]:
         """The values of all processes, by rank."""
@@ -206,29 +220,3 @@ def owners_by_cost(costs: Sequence[float], size: int) -> list[int]:
         owners[i] = load.index(min(load))
         load[owners[i]] += costs[i]
     return owners
-
-
-def join(on_gpu: bool) -> Processes:
-    """The processes that the launcher has started, connected; a run of one without a launcher.
-
-    Raises:
-        ToolkitError: no connection comes about.
-    """
-    rank, size = launched()
-    if size == 1:
-        return Processes()
-    if on_gpu:
-        torch.cuda.set_device(local_number())
-    if not dist.is_initialized():
-        try:
-            store, _, _ = next(dist.rendezvous("env://", timeout=CONNECTING))
-            store.set_timeout(HANGING)
-            backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=HANGING)
-        except (RuntimeError, ValueError, dist.DistError) as error:
-            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise ToolkitError(
-                f"process {rank + 1} of {size}: no connection by {where} ({str(error).splitlines()[0][:160]})",
-                "start all processes at once; if the port is taken, choose another with --master-port of the launcher",
-            ) from None
-    return Processes(rank, size)

@@ -16,3 +16,11 @@ def launched() -> tuple[int, int]:
 def local_number() -> int:
     """Which process of this machine this is, counted from 0: the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK") or launched()[0])
+
+
+def on_one_machine() -> bool:
+    """Whether all processes are on this machine, by what is known without asking another."""
+    here, address = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("MASTER_ADDR", "")
+    if here is not None:
+        return here == os.environ.get("WORLD_SIZE")
+    return address in ("localhost", "::1") or address.startswith("127.")

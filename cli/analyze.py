@@ -80,7 +80,7 @@ def analyze(
     from cli.progress import TerminalProgress, load_libraries
 
     place = needed(out, dry_run)
-    load_libraries()
+    load_libraries("analyze")
     import ptq
 
     options: Any = {

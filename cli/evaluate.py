@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from calibration.launcher import launched
 from cli.json_output import Json, json_output
 from cli.options import Dense, Device, Model, TrustRemoteCode, entries
 from cli.verbosity import detail, verbosity
@@ -91,7 +92,7 @@ def evaluate(
     """
     from cli.progress import TerminalProgress, load_libraries
 
-    load_libraries()
+    load_libraries("evaluate")
     names = [] if tasks is None else list(entries("--tasks", tasks))
     asked = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, "include_path": include_path}
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
@@ -156,6 +157,9 @@ def _check(names: list[str], given: dict[str, Any]) -> None:
     if given and not names:
         option = "--" + next(iter(given)).replace("_", "-")
         raise ToolkitError(f"{option}: has a meaning only with --tasks", "name tasks, or leave it out")
+    if names and launched()[1] > 1:
+        fix = "run the command without torchrun or accelerate launch, or score a text only"
+        raise ToolkitError(f"--tasks {','.join(names)}: the harness runs in one process", fix)
     given["show_log"] = verbosity.verbose
     if names:
         check_tasks(names, TaskOptions(**given))

@@ -25,7 +25,7 @@ def export(
     """Change the format of a quantized checkpoint: the same codes, laid out anew; or make floats of it again."""
     from cli.progress import TerminalProgress, load_libraries
 
-    load_libraries()
+    load_libraries("export")
     import ptq
 
     with TerminalProgress() as progress:

@@ -46,7 +46,7 @@ def fit(
     from cli.plan_view import print_outlook
     from cli.progress import TerminalProgress, load_libraries
 
-    load_libraries()
+    load_libraries("fit")
     import ptq
 
     options: Any = {

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from cli.shared import first
+
 Json = Annotated[
     Path | None,
     typer.Option("--json", help="Write the numbers to this file; - for standard output, and all text to stderr."),
@@ -45,7 +47,7 @@ def json_output(path: Path | None, planned: bool = True) -> Iterator[Callable[[A
         text = json.dumps(data, indent=1, sort_keys=True) + "\n"
         if path == STANDARD:
             standard.write(text)
-        elif path is not None:
+        elif path is not None and first():
             write_atomically(path, text.encode())
 
     with redirect_stdout(sys.stderr) if path == STANDARD else nullcontext():

@@ -30,7 +30,7 @@ from cli import (
 )
 from cli.interrupts import Interrupted, how_to_go_on, terminable, what_is_kept
 from cli.scheme_hint import Command
-from cli.shared import prefix, refuse_others
+from cli.shared import may_speak, prefix, refuse_others, shown_by_the_first, stay, tell_state
 from cli.verbosity import Quiet, Verbose, verbosity, with_verbosity
 
 app = typer.Typer(
@@ -84,16 +84,19 @@ def main() -> None:
     """Entry point. What a user can fix ends with one message and exit code 2; SIGINT with 130, SIGTERM with 143."""
     verbosity.reset()
     try:
-        with terminable():
+        with terminable(), shown_by_the_first():
             refuse_others(sys.argv[1:])
             app(prog_name="ptq")
     except ToolkitError as error:
         if verbosity.verbose:
             traceback.print_exception(error)
-        print(f"{prefix()}error: {error}", file=sys.stderr)
+        if may_speak():
+            print(f"{prefix()}error: {error}", file=sys.stderr)
+            tell_state(error)
         sys.exit(2)
     except Interrupted as interrupt:
-        print(f"{prefix()}{what_is_kept(sys.argv[1:])}", file=sys.stderr)
+        if may_speak():
+            print(f"{prefix()}{what_is_kept(sys.argv[1:])}", file=sys.stderr)
         sys.exit(128 + interrupt.number)
     except Exception as error:
         if not short_of_memory(error):
@@ -104,6 +107,7 @@ def main() -> None:
         locks = sys.modules.get("ptq.lock")  # the traceback of an error would keep them, and their files, alive
         if locks is not None:
             locks.release_all()
+        stay()
 
 
 def _tell_short_memory(error: Exception) -> None:

@@ -33,7 +33,7 @@ def prepare(
     """
     from cli.progress import TerminalProgress, load_libraries
 
-    load_libraries()
+    load_libraries("prepare")
     import ptq
 
     with TerminalProgress() as progress:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -11,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from calibration.memory import peak_rss_bytes
+from cli.shared import first
 from cli.verbosity import verbosity
 
 LINE_EVERY = 15.0  # seconds between lines in a log
@@ -74,7 +77,7 @@ class TerminalProgress:
     """Draws the stages of a run on stderr; see `calibration.progress.Progress`."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, quiet=verbosity.quiet)
+        self.console = console or Console(stderr=True, quiet=verbosity.quiet or not first())
         self._bars: Progress | None = None
         self._task: TaskID | None = None
         self._name, self._total, self._done = "", 0, 0
@@ -125,16 +128,51 @@ def _peak_gb() -> float:
     return peak_rss_bytes() / 1e9
 
 
-def load_libraries() -> None:
-    """Import what every command on a model needs, which takes seconds, and show on a terminal that this happens."""
+@contextmanager
+def planning(name: str = "plan") -> Iterator[Callable[[], None]]:
+    """Show on a terminal that a command is being planned, until what this gives is called or the ``with`` ends. (Before
+    anything is printed: bars take along what goes to stdout.)"""
+    with TerminalProgress() as progress:
+        shown = [progress.console.is_terminal]
+        if shown[0]:
+            progress.stage(name, 1)
+
+        def end() -> None:
+            if shown[0]:
+                shown[0] = False
+                progress.advance("")
+                progress.__exit__(None, None, None)
+
+        yield end
+
+
+def load_libraries(command: str) -> None:
+    """Import what a command needs, which takes seconds, and show on a terminal that this happens.
+
+    Args:
+        command: the public function of `ptq` that it calls.
+    """
     from cli.options import quiet_libraries
 
     with TerminalProgress() as progress:
         shown = progress.console.is_terminal
         if shown:
-            progress.stage("load libraries", 1)
-        quiet_libraries()
-        import ptq  # noqa: F401
+            progress.stage("load libraries", 5)
 
-        if shown:
-            progress.advance("libraries")
+        def done(name: str) -> None:
+            if shown:
+                progress.advance(name)
+
+        quiet_libraries()
+        done("transformers")
+        import torch  # noqa: F401
+
+        done("torch")
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+        done("models")
+        import ptq.planning.job
+
+        done("plan")
+        getattr(ptq, command)  # imported at its first use
+        done("ptq")

@@ -109,7 +109,7 @@ def quantize(
         raise ToolkitError("--out is missing", "pass --out DIR, or --dry-run to see the plan only")
     if measure and not dry_run:
         raise ToolkitError("--measure: belongs to a plan", "pass --dry-run too, or leave --measure out")
-    load_libraries() if shared.first() else quiet_libraries()  # the first process shows progress
+    load_libraries("quantize") if shared.first() else quiet_libraries()  # the first process shows progress
     import ptq
     from ptq.publishing import check_push
 
@@ -149,18 +149,20 @@ def _quantize(
     options: dict[str, Any],
     dry_run: bool,
     measure: bool,
-    place: dict[str, bool],
+    place: dict[str, Any],
     write: Callable[[Any], None],
 ) -> None:
     """The plan, and the run behind it; of several processes the first one writes, reports and shows progress."""
     import ptq
     from cli.plan_view import print_plan, print_result
-    from cli.progress import TerminalProgress
+    from cli.progress import TerminalProgress, planning
 
-    with TerminalProgress() as progress:
+    with planning() as end, TerminalProgress() as progress:
 
         def planned(job: Job) -> None:
-            duration = ptq.plan_time(job, measure=measure, progress=progress)
+            end()
+            with TerminalProgress() as trial:
+                duration = ptq.plan_time(job, measure=measure, progress=trial)
             if shared.first():
                 print_plan(job, duration)
                 write({**job.to_json(), **duration.to_json()})

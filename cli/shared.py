@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from types import ModuleType
 
 from calibration.errors import ToolkitError
-from calibration.launcher import launched
+from calibration.launcher import launched, local_number
+from cli.interrupts import how_to_go_on
 
-COMMANDS = ("quantize",)
+COMMANDS = ("quantize", "sparsify", "analyze", "eval")
 
 
 def first() -> bool:
@@ -29,7 +34,44 @@ def refuse_others(words: Sequence[str]) -> None:
         )
 
 
+@contextmanager
+def shown_by_the_first() -> Iterator[None]:
+    """What is printed to stdout inside is printed by the first process only."""
+    if first():
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
 def prefix() -> str:
     """In front of a message, where several processes may print one."""
     rank, size = launched()
     return f"[process {rank + 1} of {size}] " if size > 1 else ""
+
+
+def _presence() -> ModuleType | None:
+    """`calibration.presence`, where the processes have met."""
+    return sys.modules.get("calibration.presence") if launched()[1] > 1 else None
+
+
+def may_speak() -> bool:
+    """Whether this process is to say why it ends: where several share a run, one per machine does."""
+    presence = _presence()
+    if presence is not None:
+        return bool(presence.may_speak())
+    return launched()[1] == 1 or local_number() == 0
+
+
+def tell_state(error: ToolkitError) -> None:
+    """Where the end of another process has ended this one: what is kept, and the command that goes on."""
+    presence = _presence()
+    if presence is not None and isinstance(error, presence.OtherEnded):
+        print(how_to_go_on(sys.argv[1:]) or "nothing was begun, and nothing is left of it", file=sys.stderr)
+
+
+def stay() -> None:
+    """The first process stays a little, until the others have asked who is to speak."""
+    presence = _presence()
+    if presence is not None:
+        presence.end()

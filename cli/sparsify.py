@@ -56,7 +56,7 @@ def sparsify(
     from cli.progress import TerminalProgress, load_libraries
 
     place = needed(out, dry_run)
-    load_libraries()
+    load_libraries("sparsify")
     import ptq
 
     options: Any = {

@@ -48,7 +48,7 @@ def calibration(
 
     sizes, lengths = _integers("--samples", samples), _integers("--seq-len", seq_len)
     texts = entries("--datasets", datasets)
-    load_libraries()
+    load_libraries("study_calibration")
     import ptq
     from ptq.report.calibration_markdown import render
 
@@ -96,7 +96,7 @@ def sensitivity(
     from cli.progress import TerminalProgress, load_libraries
 
     offered = entries("--schemes", schemes)
-    load_libraries()
+    load_libraries("study_sensitivity")
     import ptq
     from ptq.report.sensitivity_markdown import render
 

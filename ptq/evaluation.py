@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 
 from calibration.architectures import resolve
+from calibration.distributed import Processes
 from calibration.errors import ToolkitError
 from calibration.model.classes import text_config
+from calibration.model.contents import small_digest
 from calibration.model.opening import context_length, load_tokenizer, locate
 from calibration.progress import Progress, Silent
 from calibration.record import Evaluation
@@ -27,12 +30,13 @@ from ptq.devices import evaluation_dtype, resolve_device
 from ptq.numerics.logarithmic import LogQuant
 from ptq.numerics.softmax import SoftmaxRule
 from ptq.planning.source import cut_to_context, default_dataset
+from ptq.run.agreement import refuse_other_models
 from ptq.runtime.explicit_attention import exchange_softmax, parse_softmax
 from ptq.runtime.load import Loaded, load_model
 from ptq.runtime.log_search import WINDOW, WINDOWS, search_mlp_values, search_probabilities
 from ptq.runtime.log_values import LogGrid, describe, log_probabilities, parse_log_grid, quantize_mlp_values
 from ptq.sparse.masks import Pruning, attach_masks
-from sparsity.masking import FIRST
+from sparsity.masking import FIRST, total_tallies
 
 EVAL_TOKENS = 2048  # tokens per forward
 
@@ -90,6 +94,7 @@ def evaluate(
     softmax: str | None = None,
     calibration: str | None = None,
     progress: Progress | None = None,
+    processes: Processes | None = None,
 ) -> Evaluation:
     """Score a checkpoint; with ``reference`` also its KL divergence and top-1 agreement against another.
 
@@ -104,11 +109,13 @@ def evaluate(
         calibration: text on which bases of these grids are searched; None: the training text of the default
             ``dataset``. It is not read where nothing is searched.
         softmax: what takes the place of softmax, see `parse_softmax`; the reference keeps its own.
+        processes: that share the windows; each loads the models, and gets the result.
 
     Raises:
-        ToolkitError: unknown or broken model, data set, protocol, grid; text shorter than a window.
+        ToolkitError: unknown or broken model, data set, protocol, grid; text shorter than a window; processes that
+            differ.
     """
-    progress = progress or Silent()
+    progress, processes = progress or Silent(), processes or Processes()
     grids = _grids(probabilities, mlp_values, calibration)
     if softmax is not None:
         parse_softmax(softmax, seq_len)
@@ -119,7 +126,9 @@ def evaluate(
     folder = locate(model)
     dataset = dataset or default_dataset(folder)
     corpus = None if is_ids(dataset) else load_corpus(dataset, "score")
+    progress.stage("load models", 1 + (reference is not None))
     loaded = load_model(folder, dtype=width, device=where, kernel=kernel, trust_remote_code=trust_remote_code)
+    progress.advance(folder.name)
     config = loaded.model.config
     seq_len, notes = cut_to_context(seq_len, config)
     for note in notes:
@@ -138,9 +147,20 @@ def evaluate(
         tokenizer = load_tokenizer(folder, trust_remote_code)
         check_tokenizer(tokenizer, int(text_config(config).vocab_size))
         text = encode_text(corpus, tokenizer)
+    facts = {
+        "text": text.fingerprint,
+        "scoring": dataclasses.asdict(scoring),
+        "reference": None if reference is None else small_digest(locate(reference)),
+        "simulated": [probabilities, mlp_values, softmax, calibration],
+        "device": where.type,
+        "kernel": loaded.path,
+        "sparse": sparse,
+    }
+    refuse_other_models(processes, folder, facts, trust_remote_code)
     other = None
     if reference is not None:
         other = load_model(reference, dtype=width, device=where, trust_remote_code=trust_remote_code)
+        progress.advance("reference")
     dense, pruning = seq_len // 2 if protocol == "decode" else FIRST, None
     if sparse:
         loaded, pruning = attach_masks(loaded, dense)
@@ -158,8 +178,9 @@ def evaluate(
         path=loaded.path + _simulated(loaded.model, grids, rule, tokens),
         reference_fn=None if other is None else logits_of(other, where),
         progress=window_ticks(progress),
+        processes=processes,
     )
-    return _with_pruning(result, pruning)
+    return _with_pruning(result, pruning, processes)
 
 
 def _grids(probabilities: str | None, mlp_values: str | None, calibration: str | None) -> dict[str, LogGrid]:
@@ -182,9 +203,10 @@ def _windows_of_ids(path: Path, scoring: Scoring, vocabulary: int) -> EncodedTex
     return EncodedText.of_windows(read_ids(path, 1, scoring.window, vocabulary)[:, : scoring.window], path.name)
 
 
-def _with_pruning(result: Evaluation, pruning: Pruning | None) -> Evaluation:
+def _with_pruning(result: Evaluation, pruning: Pruning | None, processes: Processes) -> Evaluation:
     if pruning is None:
         return result
+    pruning.masks.tallies = total_tallies(processes.all_values(pruning.masks.tallies))
     return replace(result, pruned=pruning.shares(), weights_skipped=pruning.weights_skipped())
 
 
@@ -213,14 +235,16 @@ def _simulated(model: Any, grids: Mapping[str, LogGrid], rule: SoftmaxRule | Non
 
 def window_ticks(progress: Progress) -> Callable[[int, int], None]:
     """A progress display as the scoring loop's callback (windows done, windows in all)."""
-    before = 0
+    before = -1
 
     def tick(done: int, total: int) -> None:
         nonlocal before
-        if before == 0:
+        if before < 0:
             progress.stage("evaluate", total)
-        progress.advance(f"window {done}/{total}", done - before)
-        before = done
+            before = 0
+        if done:
+            progress.advance(f"window {done}/{total}", done - before)
+            before = done
 
     return tick
 

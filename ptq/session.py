@@ -231,6 +231,11 @@ class Session:
         sync_folder(self.target.parent)
         shutil.rmtree(self.partial)
 
+    def follow(self) -> None:
+        """This process shares a run that another one writes: see `interrupted`."""
+        global _followed
+        _followed = self.target
+
     def release(self) -> None:
         """Let other processes write to DIR again."""
         if self._lock is not None:
@@ -238,9 +243,14 @@ class Session:
             self._lock = None
 
 
+_followed: Path | None = None
+
+
 def interrupted() -> Path | None:
-    """The DIR.partial of the run that this process was writing and that can be resumed; None where there is none."""
+    """The DIR.partial of the run that this process was writing or sharing, and that can be resumed; None where there
+    is none."""
     targets = sorted(locked_targets(), key=lambda path: len(path.parts))  # the runs of a study lie inside its own
+    targets += [_followed] if _followed is not None else []
     partials = [target.with_name(f"{target.name}.partial") for target in targets]
     return next((partial for partial in partials if (partial / PLAN_FILE).exists()), None)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
+from calibration.distributed import Processes
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import disk_errors
 from calibration.model.contents import checkpoint_files
@@ -23,6 +26,7 @@ from ptq.linears import float_linears
 from ptq.planning.outlook import Outlook, outlook, scoring, walk_outlook, whole_model_bytes
 from ptq.planning.rates import rates_of
 from ptq.planning.source import BATCH_TOKENS, Source, TextOptions, open_source
+from ptq.run.agreement import refuse_other_models, tell_idle
 from ptq.runtime.dequantized import float_weights
 from ptq.runtime.load import load_model
 from ptq.session import Session
@@ -33,6 +37,7 @@ from sparsity.files import SETTINGS_FILE, TENSORS_FILE, Sparsity, site_tensors
 from sparsity.gate import GatePass
 from sparsity.job import Base, calibrate, check_plan, write
 from sparsity.masking import mask_model
+from sparsity.rules import settings_of
 from sparsity.sites import Site
 
 NOT_COPIED = ("plan.json", SETTINGS_FILE, TENSORS_FILE)
@@ -69,24 +74,42 @@ class SparsifyOptions(TextOptions):
 
 
 def run_sparsify(
-    model: str | Path, step: GatePass, out: Path, options: SparsifyOptions, overwrite: bool, progress: Progress
+    model: str | Path,
+    step: GatePass,
+    out: Path,
+    options: SparsifyOptions,
+    overwrite: bool,
+    progress: Progress,
+    processes: Processes | None = None,
 ) -> Sparsity:
     """Thresholds of one method, beside a copy of the checkpoint.
+
+    Args:
+        processes: that share the calibration windows; the first one writes, and all get the result.
 
     Raises:
         ToolkitError, PlanError: whatever can be refused; ``out`` is then not there.
     """
+    processes = processes or Processes()
     source = open_source(model, options)
     session = Session(out)
-    session.check(overwrite, resume=False, source=source.folder, resumable=False)
+    if processes.first:
+        session.check(overwrite, resume=False, source=source.folder, resumable=False)
     step, walked = _checked(source, step)
+    _check_shared(walked, processes)
     source.tell(progress)
     reader, spec = source.reader, source.spec
     tokens = source.windows(progress)
     if options.max_increase is not None:
         held_out = source.windows(progress, seed=options.seed + 1, dataset=options.search_text)
-    session.begin({"sparsify": fingerprint(reader), "method": step.name}, resume=False)
-    with session.unless_done():
+    facts = {"calibration": tokens.source, "method": step.name, "settings": settings_of(step)}
+    forward = f"{source.dtype} on {source.device.type}, {source.batch_size} sequences at a time"
+    refuse_other_models(processes, source.folder, {**facts, "forward": forward}, options.trust_remote_code)
+    tell_idle(processes, -(-len(tokens) // source.batch_size), progress)
+    if processes.first:
+        session.begin({"sparsify": fingerprint(reader), "method": step.name}, resume=False)
+    processes.barrier()
+    with session.unless_done() if processes.first else nullcontext():
         gates = calibrate(
             Base(float_weights(reader, spec), source.config, spec),
             walked,
@@ -96,22 +119,41 @@ def run_sparsify(
             device=source.device,
             batch_size=source.batch_size,
             progress=progress,
+            processes=processes,
         )
         reader.close()
+        processes.mind_first_only()
+        if not processes.first:
+            return cast(Sparsity, processes.agree_at_the_end(None))
         choice = None
         if options.max_increase is not None:
             progress.stage("search", ROUNDS)
             choice = choose(gates, spec, options.max_increase, Increase(source, held_out, progress))
             gates = site_tensors(choice.sites)
-        with disk_errors(session.partial):
-            for path in checkpoint_files(source.folder):
-                if path.name not in NOT_COPIED:
-                    target = session.partial / path.relative_to(source.folder)
-                    target.parent.mkdir(exist_ok=True)
-                    shutil.copyfile(path, target)
+        _copy(source.folder, session.partial)
         sparsity = write(session.partial, [step], gates, tokens.source, source.provenance, choice)
         session.finish()
+    processes.agree_at_the_end(sparsity)
     return sparsity
+
+
+def _check_shared(walked: Pass, processes: Processes) -> None:
+    """Refuse what several processes cannot share."""
+    if processes.size > 1 and isinstance(walked, Profile):
+        raise ToolkitError(
+            f"--max-ppl-increase: {walked.step.name} is searched for in one process",
+            "run the command without torchrun or accelerate launch, or give a --target",
+        )
+
+
+def _copy(folder: Path, partial: Path) -> None:
+    """The files of the checkpoint but those that are made anew."""
+    with disk_errors(partial):
+        for path in checkpoint_files(folder):
+            if path.name not in NOT_COPIED:
+                target = partial / path.relative_to(folder)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
 
 
 def _checked(source: Source, step: GatePass) -> tuple[GatePass, Pass]:

@@ -11,6 +11,7 @@ import torch
 
 from calibration.architectures import ArchitectureSpec
 from calibration.bounds import setting_problems
+from calibration.distributed import Processes
 from calibration.errors import PlanError
 from calibration.model.checkpoint import CheckpointReader, TensorSource
 from calibration.model.opening import weights_fingerprint
@@ -60,13 +61,17 @@ def calibrate(
     device: torch.device,
     batch_size: int,
     progress: Progress,
+    processes: Processes | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Walk through the blocks with one pass, and return its thresholds by their names in the file.
+    """Walk through the blocks with one pass, and return its thresholds by their names in the file, in the first of the
+    processes; in the others nothing.
 
     Args:
         folder: where the walk may keep finished blocks.
         dtype, device: of forward passes.
+        processes: that share the batches; the folder is there.
     """
+    processes = processes or Processes()
     skeleton = Skeleton(base.config, base.spec, dtype, device)
     skeleton.check_complete(base.source.infos)
     walk = Walk(
@@ -74,9 +79,10 @@ def calibrate(
         encode=lambda segment: {},
         restore=lambda tensors, schemes, dtype: {},
         folder=folder,
+        processes=processes,
     )
     walk.run(tokens, progress)
-    return walk.finished.all_gates()
+    return walk.finished.all_gates() if processes.first else {}
 
 
 def write(

@@ -7,7 +7,7 @@ which no threshold prunes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +34,14 @@ class Tally:
     @property
     def share(self) -> float:
         return self.pruned / max(self.values, 1)
+
+
+def total_tallies(parts: Sequence[Mapping[str, Tally]]) -> dict[str, Tally]:
+    """Tallies of several processes with the same sites, added up."""
+    return {
+        name: Tally(sum(part[name].pruned for part in parts), sum(part[name].values for part in parts))
+        for name in parts[0]
+    }
 
 
 @dataclass

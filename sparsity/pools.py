@@ -17,6 +17,7 @@ from calibration.errors import ToolkitError
 from calibration.histogram import Histogram
 from calibration.model.watching import Look, Watch
 from calibration.walk.context import Context
+from calibration.walk.lanes import merge
 from calibration.walk.segment import Segment
 from sparsity.masking import FIRST
 
@@ -52,6 +53,12 @@ class Pool:
         return look
 
 
+@merge.register
+def _(total: Pool, other: Pool) -> None:
+    total.histogram.add(other.histogram)
+    total.tokens += other.tokens
+
+
 @dataclass
 class ChannelMeans:
     """Means over tokens per channel, float64 ``[n]``: of |x|, and of x squared."""
@@ -71,6 +78,13 @@ class ChannelMeans:
 
     def rms(self) -> torch.Tensor:
         return (self.square / max(self.tokens, 1)).sqrt()
+
+
+@merge.register
+def _(total: ChannelMeans, other: ChannelMeans) -> None:
+    total.absolute += other.absolute
+    total.square += other.square
+    total.tokens += other.tokens
 
 
 def calibration_rows(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -96,23 +110,25 @@ def input_pools(
         before: masks of earlier stages.
         importance: float32 ``[in]`` by linear; pools are then of |x| times importance.
     """
-    pools: dict[Hashable, Pool] = {}
+    looks: dict[Hashable, tuple[str, torch.Tensor | None]] = {}
     groups: dict[Hashable, int | None] = {}
     kinds: dict[Hashable, int] = {}
     found: dict[str, Hashable] = {}
-    watches = list(before)
     for linear in linears:
         shared = segment.spec.shared_input(linear)
         weights = None if importance is None else importance[linear]
         key: Hashable = shared if weights is None else linear
-        if key not in pools:
-            pools[key] = Pool()
-            watches.append(Watch(segment.architecture.module_name(linear), pools[key].look(weights)))
+        if key not in looks:
+            looks[key] = segment.architecture.module_name(linear), weights
             kind = (shared.stage, "" if weights is None else linear.rpartition(".")[2])
             groups[key] = None if shared.expert is None else kinds.setdefault(kind, len(kinds))
         found[linear] = key
-    context.watch(watches)
-    shared_pools = checked(segment, pools, groups)
+    earlier = list(before)
+
+    def watches(pools: Mapping[Hashable, Pool]) -> list[Watch]:
+        return earlier + [Watch(path, pools[key].look(weights)) for key, (path, weights) in looks.items()]
+
+    shared_pools = checked(segment, context.sums(lambda: {key: Pool() for key in looks}, watches), groups)
     return {linear: shared_pools[key] for linear, key in found.items()}
 
 

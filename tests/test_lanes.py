@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import time
-from datetime import timedelta
-from pathlib import Path
+import shutil
 
-import forked
 import pytest
-import several_processes
 import torch
-from command import refused
-from tiny_runs import text_file, tiny_checkpoint
+from several_processes import batches_of_two_windows, command_on_a_tiny_llama, digests, together
 
 from calibration.distributed import LANES, Processes, lanes_of, owners_by_cost
 from calibration.nested import moved, nbytes
@@ -29,7 +22,7 @@ from calibration.walk.statistics import (
     Sample,
     TokenMaxima,
 )
-from cli.main import COMMANDS
+from ptq.analysis.activations import SiteStatistics
 
 KINDS = (Gram, Mean, AbsMax, Sample, EqualBins, Extremes, Midpoints, TokenMaxima)
 
@@ -71,6 +64,36 @@ def test_cross_grams_add_up():
     assert torch.equal(one.matrix, 4 * torch.eye(3)) and one.tokens == 6
 
 
+def site_statistics(numbers: range) -> SiteStatistics:
+    """Of sequences with these numbers, of 12."""
+    found = SiteStatistics(8, 12, residual=True, parts=False, device=torch.device("cpu"))
+    for i in numbers:
+        x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(i)) * 0.05
+        x[0, 3, 2] = 300.0 * i
+        found.update(x, torch.arange(16), torch.arange(32).view(2, 16) + i)
+    return found
+
+
+def test_statistics_of_a_site_add_up():
+    whole, total = site_statistics(range(6)), site_statistics(range(3))
+    total.merge(site_statistics(range(3, 6)))
+    for name in ("later", "histogram"):
+        for key, value in vars(getattr(whole, name)).items():
+            torch.testing.assert_close(getattr(getattr(total, name), key), value)
+    for name in ("abs_sum", "low", "high", "first_max", "large", "flagged"):
+        torch.testing.assert_close(getattr(total, name), getattr(whole, name))
+    for name in ("token_max", "sample"):
+        assert torch.equal(torch.cat(getattr(total, name)), torch.cat(getattr(whole, name)))
+    assert (total.extremes, total.largest) == (whole.extremes, whole.largest) and whole.extremes
+    for ours, theirs in ((total.whole, whole.whole), (total.rest, whole.rest)):
+        assert ours.norms.kurtosis == pytest.approx(theirs.norms.kurtosis) and ours.norms.sequences == 12
+        assert (ours.six_sigma.positions, ours.six_sigma.tokens) == (
+            theirs.six_sigma.positions,
+            theirs.six_sigma.tokens,
+        )
+    assert total.massive.positions == whole.massive.positions and total.massive.count == whole.massive.count > 0
+
+
 def test_a_statistic_that_does_not_add_up_is_not_added():
     with pytest.raises(TypeError, match="object"):
         lanes.merge(object(), object())
@@ -88,25 +111,14 @@ def test_results_are_handed_over_without_the_rest_of_what_they_were_cut_from():
     assert cut[0].untyped_storage().nbytes() == 2 * whole.itemsize == nbytes({"codes": cut})
 
 
-def together(size: int, words: list[str], place: Path) -> list[tuple[int | None, str]]:
-    """Exit code and what it printed of every process."""
-    codes = several_processes.wait(several_processes.start(size, words, place), 240)
-    return [(code, (place / f"rank{rank}.log").read_text()) for rank, code in enumerate(codes)]
-
-
 @pytest.fixture(autouse=True)
-def batches_of_two_windows(monkeypatch):
-    """So that a few short windows make enough batches for every lane; processes that are forked have it, too."""
-    monkeypatch.setattr("ptq.planning.source.BATCH_TOKENS", 64)
+def short_batches(monkeypatch):
+    batches_of_two_windows(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory) -> list[str]:
-    folder = tmp_path_factory.mktemp("shared")
-    model = tiny_checkpoint("llama", folder / "model")
-    text = text_file(folder)
-    options = ["--samples", "36", "--seq-len", "32", "--dataset", str(text), "--out", "out"]
-    return ["quantize", str(model), *options]
+    return command_on_a_tiny_llama(tmp_path_factory.mktemp("shared"))
 
 
 @pytest.mark.parametrize(
@@ -124,92 +136,53 @@ def test_several_processes_write_the_bytes_of_one(command, tmp_path, method, sch
         results = together(size, [*command, "--method", method, "--scheme", scheme], tmp_path)
         assert [code for code, _ in results] == [0] * size, results
         assert all(not text for _, text in results[1:]), "only the first process prints"
-        found[size] = several_processes.digests(tmp_path / "out")
+        found[size] = digests(tmp_path / "out")
         (tmp_path / "out").rename(tmp_path / f"out-{size}")
     assert found[1] == found[3] and "report.json" in found[1]
 
 
-def test_a_killed_process_ends_the_others_and_one_process_goes_on(command, tmp_path):
-    words = [*command, "--method", "gptq", "--scheme", "w4a16-g32", "--samples", "200"]
-    expected, _ = several_processes.whole_run(1, words, tmp_path)
-    first, second = several_processes.start(2, words, tmp_path)
-    while not list((tmp_path / "out.partial").glob("blocks/*.json")):
-        assert forked.wait(first, 0) is None
-        time.sleep(0.002)
-    forked.kill(second)
-    assert several_processes.wait([first], several_processes.PATIENCE) == [2]
-    message = (tmp_path / "rank0.log").read_text()
-    assert "another process of this run has ended" in message and "--resume" in message and "Traceback" not in message
-    [(code, text)] = together(1, [*words, "--resume"], tmp_path)
-    assert code == 0, text
-    assert several_processes.digests(tmp_path / "out") == expected
+SHARED = {
+    "scap": ["sparsify", "--method", "scap", "--target", "0.5"],
+    "chess": ["sparsify", "--method", "chess-qo", "--target", "0.5"],
+    "teal": ["sparsify", "--method", "teal", "--target", "0.4"],
+    "gptq+scap": ["quantize", "--method", "gptq+scap", "--scheme", "w4a16-g32", "--target", "0.5"],
+}
 
 
-@pytest.mark.parametrize(
-    ("named", "theirs"),
-    [
-        ("calibration", ["--seed", "1"]),
-        ("recipe", ["--scheme", "w3a16-g32"]),
-        ("weights", ["MODEL"]),
-        ("versions", []),
-    ],
-)
-def test_processes_that_differ_are_refused(command, tmp_path, monkeypatch, named, theirs):
-    words = [*command, "--method", "gptq"]
-    other = [*words, *theirs]
-    if theirs == ["MODEL"]:
-        other = [words[0], str(tiny_checkpoint("llama", tmp_path / "other", seed=7)), *words[2:]]
-    at = several_processes.free_port()
-    first = several_processes.start_one(0, 2, at, words, tmp_path)
-    if named == "versions":
-        monkeypatch.setattr("ptq.run.identity.versions", lambda: {"torch": "1.0"})
-    second = several_processes.start_one(1, 2, at, other, tmp_path)
-    assert several_processes.wait([first, second], 120) == [2, 2]
-    for rank in range(2):
-        error = (tmp_path / f"rank{rank}.log").read_text()
-        assert f"'{named}' differs between the processes" in error and "Traceback" not in error
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) for n in SHARED])
+def test_thresholds_have_the_same_bytes(command, tmp_path, name):
+    kind, *options = SHARED[name]
+    found = []
+    for size in (1, 3):
+        results = together(size, [kind, *command[1:], *options, "--samples", "40"], tmp_path)
+        assert [code for code, _ in results] == [0] * size, results
+        found.append(digests(tmp_path / "out"))
+        shutil.rmtree(tmp_path / "out")
+    assert found[0] == found[1] and "sparsity.safetensors" in found[0]
 
 
-def test_a_port_that_is_taken_is_named(command, tmp_path):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        at = int(taken.getsockname()[1])
-        child = several_processes.start_one(0, 2, at, [*command, "--method", "gptq"], tmp_path)
-        assert several_processes.wait([child], 60) == [2]
-    error = (tmp_path / "rank0.log").read_text()
-    assert f"no connection by 127.0.0.1:{at}" in error and "--master-port" in error and "Traceback" not in error
+@pytest.mark.slow
+def test_an_analysis_has_the_same_bytes(command, tmp_path):
+    found = []
+    for size in (1, 3):
+        results = together(size, ["analyze", *command[1:], "--samples", "40"], tmp_path)
+        assert [code for code, _ in results] == [0] * size, results
+        found.append(digests(tmp_path / "out"))
+        shutil.rmtree(tmp_path / "out")
+    assert found[0] == found[1] and "channels.safetensors" in found[0]
 
 
-def test_a_first_process_that_never_comes_is_not_waited_for(command, tmp_path, monkeypatch):
-    monkeypatch.setattr("calibration.distributed.CONNECTING", timedelta(seconds=2))
-    at = several_processes.free_port()
-    child = several_processes.start_one(1, 2, at, [*command, "--method", "gptq"], tmp_path)
-    assert several_processes.wait([child], 60) == [2]
-    error = (tmp_path / "rank1.log").read_text()
-    assert f"process 2 of 2: no connection by 127.0.0.1:{at}" in error and "Traceback" not in error
-
-
-def test_more_processes_than_windows_is_said(command, tmp_path):
-    words = [*command, "--method", "gptq", "--samples", "4", "--scheme", "w4a16-g32"]
-    results = together(3, words, tmp_path)
-    assert [code for code, _ in results] == [0] * 3, results
-    assert "3 processes, and work for 2" in results[0][1]
-
-
-def launched(monkeypatch, rank: int = 0, size: int = 2) -> None:
-    place = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
-    for name, value in place.items():
-        monkeypatch.setenv(name, str(value))
-
-
-def test_what_cannot_be_shared_is_refused(command, tmp_path, monkeypatch):
-    launched(monkeypatch)
-    for name in sorted({*COMMANDS, "study"} - {"quantize"}):
-        assert f"ptq {name}: started as 2 processes" in refused(name, "demo")
-    assert "ptq eval: started as 2 processes" in refused("--verbose", "eval", "demo")
-    assert "reads no calibration text" in refused(*command, "--method", "rtn", "--out", tmp_path / "out")
-    longer = [*command, "--samples", "40"]
-    assert "scap: looks at" in refused(*longer, "--method", "gptq+scap", "--target", "0.5", "--out", tmp_path / "out")
-    assert os.listdir(tmp_path) == []
+def test_scores_are_the_same_to_the_last_digit(command, tmp_path):
+    sparse, model = tmp_path / "sparse", command[1]
+    text = command[command.index("--dataset") + 1]
+    options = ["--seq-len", "32", "--dataset", text]
+    made = ["sparsify", model, *options, "--method", "cats", "--target", "0.5", "--samples", "40", "--out", str(sparse)]
+    assert together(1, made, tmp_path)[0][0] == 0
+    found = []
+    for size in (1, 3):
+        words = ["eval", str(sparse), "--reference", model, *options, "--json", "scores.json"]
+        results = together(size, words, tmp_path)
+        assert [code for code, _ in results] == [0] * size, results
+        assert "perplexity" in results[0][1] and all(not text for _, text in results[1:])
+        found.append((tmp_path / "scores.json").read_text())
+    assert found[0] == found[1] and "weights_skipped" in found[0] and "kl_p99" in found[0]

@@ -240,7 +240,7 @@ def test_window_limits_and_progress() -> None:
     text = dataclasses.replace(random_text(10 * 32), max_windows=7)
     scoring = Scoring("gptq", 32, batch_size=3)
     result = score(uniform, text, scoring, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(3, 7), (6, 7), (7, 7)] and result.protocol.tokens_scored == 7 * 31
+    assert seen == [(0, 7), (3, 7), (6, 7), (7, 7)] and result.protocol.tokens_scored == 7 * 31
     fewer = score(uniform, text, dataclasses.replace(scoring, max_windows=2))
     assert fewer.protocol.tokens_scored == 2 * 31
     assert (fewer.words, fewer.bytes) == (2 * 31, 3 * 2 * 31)

@@ -53,15 +53,6 @@ def test_progress_is_one_stage_that_ends_with_the_work(place):
     assert sum("head" in detail for *_, detail in told) == 3 * (2 + 6) + 6  # probes; gradients of all windows
 
 
-def stream_behind_blocks(model, ids):
-    found = []
-    hooks = [layer.register_forward_hook(lambda m, a, out: found.append(out)) for layer in model.model.layers]
-    model(ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
 def test_every_linear_against_rounding_it_by_hand(place, found):
     """The objective on all six windows, for all linears of both blocks; KL on the first three, where it was measured,
     and about what was expected."""
@@ -76,20 +67,24 @@ def test_every_linear_against_rounding_it_by_hand(place, found):
     checked = 0
     with torch.no_grad():
         log_p = log_probabilities()
-        streams = [h.flatten(0, 1) for h in stream_behind_blocks(model, ids)]
         for entry in found["schemes"]:
             scheme = parse_scheme(entry["scheme"])
             assert len(entry["linears"]) == 14
             for linear in entry["linears"]:
                 module, inputs = model.get_submodule(linear["name"]), []
-                hook = module.register_forward_pre_hook(lambda m, args, inputs=inputs: inputs.append(args[0]))
+                block, streams = model.get_submodule(linear["name"].rpartition(".")[0].rpartition(".")[0]), []
+                hooks = (
+                    module.register_forward_pre_hook(lambda m, args, inputs=inputs: inputs.append(args[0])),
+                    block.register_forward_hook(lambda m, args, output, to=streams: to.append(output)),
+                )
                 model(ids, use_cache=False)
-                hook.remove()
+                for hook in hooks:
+                    hook.remove()
                 w, x = module.weight.data, inputs[0].flatten(0, -2)
+                weighed = streams[0].flatten(0, -2) if linear["name"].endswith("down_proj") else x
                 rounded = fake_quantize(w, scheme.weights)
                 errors = ((rounded - w) @ x.T).square().sum(dim=0)
-                counted = x if "down" not in linear["name"] else streams[linear["block"]]
-                weights = torch.cat([weights_by_norm(window) for window in counted.split(32)])
+                weights = torch.cat([weights_by_norm(window) for window in weighed.split(32)])
                 objective = float(errors @ weights) / len(x)
                 module.weight.data = rounded
                 kl = float((log_p.exp() * (log_p - log_probabilities())).sum(-1).mean())

@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calibration.distributed import Processes
 from calibration.errors import ToolkitError
 from calibration.record import Divergence, Evaluation, Protocol
-from calibration.scoring.windows import Scoring, batches, cut_windows
+from calibration.scoring.windows import Scoring, Window, batches, cut_windows
 from calibration.text.encoding import EncodedText, begin_with_bos, too_short
 
 # Token ids, int64 [B, L], on the CPU -> logits [B, L, V] in any float type, on any device.
 LogitsModel = Callable[[Tensor], Tensor]
-# Called with (windows done, windows in all).
+# Called with (windows done, windows in all), first of all with 0 done.
 Progress = Callable[[int, int], None]
 
 # Float32 logits held at a time, per model: 64 MiB. Smaller pieces gain nothing, larger ones cost memory at V = 128k.
@@ -45,6 +46,14 @@ class _Sums:
     @property
     def tokens(self) -> int:
         return sum(self.counts)
+
+    def extend(self, other: _Sums) -> None:
+        """Put the windows of another behind one's own."""
+        self.nll += other.nll
+        self.reference_nll += other.reference_nll
+        self.counts += other.counts
+        self.kl += other.kl
+        self.agreed += other.agreed
 
     def divergence(self) -> Divergence:
         kl = torch.cat(self.kl).numpy()
@@ -78,6 +87,7 @@ def score(
     path: str = "float",
     reference_fn: LogitsModel | None = None,
     progress: Progress | None = None,
+    processes: Processes | None = None,
 ) -> Evaluation:
     """Perplexity of a model on a text, and with ``reference_fn`` its divergence from another model.
 
@@ -87,6 +97,7 @@ def score(
     Args:
         logits_fn, reference_fn: see `LogitsModel`; in evaluation mode, and with an empty cache at every call.
         model, path: as in `Evaluation`.
+        processes: that take the batches of windows in turn; all get the result, the same for any number of them.
 
     Raises:
         ToolkitError: the text is shorter than one window, or a model gives NaN or infinite losses.
@@ -96,27 +107,33 @@ def score(
     if len(ids) < scoring.window:
         raise too_short(text.dataset, len(ids), scoring.window)
     windows = cut_windows(scoring, len(ids))
-    sums = _Sums()
-    words = n_bytes = done = 0
+    shared = processes or Processes()
+    parts: dict[int, _Sums] = {}
+    done = 0
+    if progress is not None:
+        progress(0, len(windows))
     with torch.no_grad():
-        for batch in batches(windows, scoring.batch_size):
+        for number, batch in enumerate(batches(windows, scoring.batch_size)):
+            done += len(batch)
+            if number % shared.size != shared.rank:
+                continue
             block = begin_with_bos(torch.stack([ids[w.start : w.stop] for w in batch]), text.bos_id)
-            logits = logits_fn(block)
-            reference = None if reference_fn is None else reference_fn(block)
-            for row, w in enumerate(batch):
-                reference_row = None if reference is None else reference[row, w.first - 1 : -1]
-                _add(sums, logits[row, w.first - 1 : -1], block[row, w.first :], reference_row)
-                if not math.isfinite(sums.nll[-1]):
+            parts[number] = _batch_sums(batch, block, logits_fn(block), reference_fn and reference_fn(block))
+            for w, nll in zip(batch, parts[number].nll, strict=True):
+                if not math.isfinite(nll):
                     raise ToolkitError(
-                        f"model '{model}': the loss of the window at token {w.start} is {sums.nll[-1]}",
+                        f"model '{model}': the loss of the window at token {w.start} is {nll}",
                         f"look for overflow: use float32 or bfloat16 instead of {scoring.dtype}, or check the weights",
                     )
-                scored = slice(w.start + w.first, w.stop)
-                words += int(text.words[scored].sum())
-                n_bytes += int(text.bytes[scored].sum())
-            done += len(batch)
             if progress is not None:
                 progress(done, len(windows))
+    sums = _Sums()
+    found = {number: part for own in shared.all_values(parts) for number, part in own.items()}
+    for number in sorted(found):
+        sums.extend(found[number])
+    scored = [slice(w.start + w.first, w.stop) for w in windows]
+    words = sum(int(text.words[part].sum()) for part in scored)
+    n_bytes = sum(int(text.bytes[part].sum()) for part in scored)
     nll = sum(sums.nll)
     return Evaluation(
         model=model,
@@ -140,6 +157,15 @@ def score(
         path=path,
         windows=len(windows),
     )
+
+
+def _batch_sums(batch: list[Window], block: Tensor, logits: Tensor, reference: Tensor | None) -> _Sums:
+    """Those of the windows of one batch: ids ``[B, L]`` and logits ``[B, L, V]``, also of the reference."""
+    sums = _Sums()
+    for row, w in enumerate(batch):
+        reference_row = None if reference is None else reference[row, w.first - 1 : -1]
+        _add(sums, logits[row, w.first - 1 : -1], block[row, w.first :], reference_row)
+    return sums
 
 
 def _add(sums: _Sums, logits: Tensor, targets: Tensor, reference: Tensor | None) -> None:

@@ -12,13 +12,10 @@ from collections.abc import Callable, Mapping
 import torch
 
 from calibration.model.skeleton import Skeleton
-from calibration.walk.capture import Watcher, accumulate, watch_gradients
-from calibration.walk.context import writing_linears
+from calibration.walk.capture import Watcher, watch_gradients
 from calibration.walk.head import LogProbabilities, pieces
 from calibration.walk.segment import Segment
 from calibration.walk.states import HiddenStates
-from calibration.walk.statistics import Statistic
-from calibration.walk.token_weights import weights_by_norm
 
 
 class WeightGradients:
@@ -69,27 +66,21 @@ def block_backward(
     states: HiddenStates,
     gradients: list[torch.Tensor],
     watchers: Mapping[str, Watcher],
-    statistics: Mapping[str, Statistic],
     advance: Callable[[], None],
 ) -> None:
-    """Carry gradients from behind a block to in front of it, window by window, and gather statistics on the way.
+    """Carry gradients from behind a block to in front of it, window by window.
 
     Args:
         states: that enter the block, one window to a batch.
         gradients: by window, ``[1, L, hidden]``; replaced in place.
         watchers: block-relative name of a linear -> what looks at it.
-        statistics: block-relative name of a linear -> statistic of its input, tokens weighed as in calibration.
     """
-    rename, block = segment.architecture.module_name, segment.module
-    inputs = {rename(name): [statistic] for name, statistic in statistics.items()}
-    with (
-        watch_gradients(block, {rename(name): w for name, w in watchers.items()}),
-        accumulate(block, inputs, weights_by_norm, writes=writing_linears(segment)),
-    ):
+    rename = segment.architecture.module_name
+    with watch_gradients(segment.module, {rename(name): w for name, w in watchers.items()}):
         for window, gradient in enumerate(gradients):
             entering = states.batches[window].requires_grad_()
             with torch.enable_grad():
-                output = states.output(block, segment.index, window)
+                output = states.output(segment.module, segment.index, window)
             (gradients[window],) = torch.autograd.grad(output, entering, gradient)
             states.batches[window] = entering.detach()
             advance()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 
-from calibration.architectures.spec import Residual, SharedInput
+from calibration.architectures.spec import SharedInput
 from calibration.distributed import Processes
 from calibration.errors import ToolkitError
 from calibration.model.watching import Watch, watching
@@ -17,9 +17,11 @@ from calibration.walk.lanes import sum_of_lanes
 from calibration.walk.segment import Segment
 from calibration.walk.states import HiddenStates, Reference
 from calibration.walk.statistics import Gram, Statistic, TwoStreams
-from calibration.walk.token_weights import TokenWeights, weights_by_norm
+from calibration.walk.token_weights import TokenWeights, stream_writers, weights_by_norm
 
 S = TypeVar("S", bound=Statistic)
+A = TypeVar("A")
+K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 
@@ -121,15 +123,43 @@ class Context:
         self.forwards += 1
         return calls
 
-    def watch(self, watches: Iterable[Watch], batches: int | None = None) -> None:
-        """One forward pass of the block as it now is, or only its first batches, with functions that look at what
-        flows between its submodules and may replace it. Only for passes of the quantized stream."""
+    def watch(self, watches: Iterable[Watch], batches: int) -> None:
+        """The block as it now is on the first batches of this process, with functions that look at what flows between
+        its submodules and may replace it. Only for passes of the quantized stream.
+
+        Raises:
+            ToolkitError: of the first batches of the run this process has not all.
+        """
         assert self._states is not None and not self._propagate, "this stream does not keep the inputs of the block"
+        if self._processes.size > 1 and batches > len(self._states.lanes[0]):
+            raise ToolkitError(
+                f"{self.segment.prefix[:-1]}: {batches} batches are searched, {len(self._states.lanes[0])} are here",
+                "use more --samples, or run the command without torchrun or accelerate launch",
+            )
         self.segment.sync()
-        tell = self.advance if batches is None else self.show  # a part of the set is a search, not a step of the run
         with watching(self.segment.module, watches):
-            self._states.run(self.segment.module, self.segment.index, False, tell, batches)
+            self._states.run(self.segment.module, self.segment.index, False, self.show, batches)
         self.forwards += 1
+
+    def sums(
+        self, accumulators: Callable[[], dict[K, A]], watches: Callable[[Mapping[K, A]], Iterable[Watch]]
+    ) -> dict[K, A]:
+        """One forward pass of the block as it now is, whose ``watches`` fold what they see into some ``accumulators``
+        (of kinds that `calibration.walk.lanes.merge` knows). Only for passes of the quantized stream."""
+        states, segment = self._states, self.segment
+        assert states is not None and not self._propagate, "this stream does not keep the inputs of the block"
+        segment.sync()
+
+        def run(lane: range, fresh: Mapping[K, A]) -> None:
+            with watching(segment.module, watches(fresh)):
+                states.run(segment.module, segment.index, False, self.advance, lane=lane)
+
+        self.forwards += 1
+        return sum_of_lanes(states.lanes, self._processes, accumulators, run)
+
+    def by_the_first(self, work: Callable[[], T]) -> T:
+        """What the first process finds, which has the first batches; the others wait for it."""
+        return cast(T, self._processes.agree(work() if self._processes.first else None))
 
     @property
     def batches(self) -> range:
@@ -209,7 +239,7 @@ class Context:
             if any(issubclass(kind, TwoStreams) for kind in kinds):
                 self._run_pairs(states, hooks, lane)
             else:
-                with accumulate(segment.module, hooks, self._weigh, writes=writing_linears(segment)):
+                with accumulate(segment.module, hooks, self._weigh, writes=stream_writers(segment)):
                     states.run(segment.module, segment.index, self._propagate, self.advance, lane=lane)
 
         fresh = sum_of_lanes(states.lanes, self._processes, accumulators, run)
@@ -230,7 +260,7 @@ class Context:
         original = self._float_parameters()
         for batch in lane:
             other = self._float_inputs(batch, hooks, original)
-            with accumulate(self.segment.module, hooks, self._weigh, other, writing_linears(self.segment)):
+            with accumulate(self.segment.module, hooks, self._weigh, other, stream_writers(self.segment)):
                 states.output(self.segment.module, self.segment.index, batch)
             self.advance("forward")
 
@@ -268,11 +298,3 @@ class Context:
                 f"{names}{' ...' if len(unseen) > 4 else ''}: {len(unseen)} inputs saw no calibration tokens",
                 "use more --samples, or --unseen-experts rtn to round these experts without data",
             )
-
-
-def writing_linears(segment: Segment) -> set[str]:
-    """Paths of the feed-forward linears whose output makes what the block returns; none where norms come first."""
-    architecture, spec = segment.architecture, segment.spec
-    if not isinstance(architecture.residual, Residual):
-        return set()
-    return {architecture.module_name(f.down) for f in spec.feed_forward if f.down in spec.writes}

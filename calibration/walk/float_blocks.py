@@ -60,10 +60,13 @@ class FloatBlocks:
                     transform_input(block.get_submodule(path), transform)
 
     @torch.no_grad()
-    def observe(self, tokens: TokenBatches, progress: Progress) -> Iterator[tuple[Segment, HiddenStates]]:
-        """Every block of the model as it is, loaded, with the states entering it; nothing is committed. The caller runs
-        the states through the block, looking at what it wants, before it asks for the next one."""
-        states = self.enter(tokens, progress)
+    def observe(
+        self, tokens: TokenBatches, progress: Progress, processes: Processes | None = None
+    ) -> Iterator[tuple[Segment, HiddenStates]]:
+        """Every block of the model as it is, loaded, with the states (of this process) that enter it; nothing is
+        committed. The caller runs the states through the block, looking at what it wants, before it asks for the next
+        one."""
+        states = self.enter(tokens, progress, processes)
         progress.stage("blocks", self.skeleton.spec.n_blocks * len(states.batches))
         for index in range(self.skeleton.spec.n_blocks):
             segment = self.load(index)

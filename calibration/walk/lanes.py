@@ -19,19 +19,19 @@ from calibration.walk.statistics import (
     Mean,
     Midpoints,
     Sample,
-    Statistic,
     TokenMaxima,
 )
 
 K = TypeVar("K", bound=Hashable)
+A = TypeVar("A")
 
 
 def sum_of_lanes(
     lanes: Sequence[range],
     processes: Processes,
-    accumulators: Callable[[], dict[K, Statistic]],
-    run: Callable[[range, Mapping[K, Statistic]], None],
-) -> dict[K, Statistic]:
+    accumulators: Callable[[], dict[K, A]],
+    run: Callable[[range, Mapping[K, A]], None],
+) -> dict[K, A]:
     """Statistics of the whole calibration set. A process holds the sums of one lane, and the first one the total.
 
     Args:
@@ -42,7 +42,7 @@ def sum_of_lanes(
     Raises:
         ToolkitError: another process has ended.
     """
-    total: dict[K, Statistic] | None = None
+    total: dict[K, A] | None = None
     for lane, batches in enumerate(lanes):
         owner = processes.owner(lane)
         if owner == processes.rank:
@@ -60,7 +60,7 @@ def sum_of_lanes(
             assert total is not None, "the first process has the first lane"
             parts = list(total.values())
 
-            def take(position: int, attributes: dict[str, Any], parts: Sequence[Statistic] = parts) -> None:
+            def take(position: int, attributes: dict[str, Any], parts: Sequence[A] = parts) -> None:
                 other = object.__new__(type(parts[position]))
                 vars(other).update(attributes)
                 merge(parts[position], other)

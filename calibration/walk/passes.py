@@ -85,7 +85,7 @@ class Pass(ABC):
         by_window: it trains on single windows, not on whole batches.
         spreads: several processes share the tasks of its `cost`.
         looks_at_batches: it reads calibration batches themselves and not only sums over them, so that they must all be
-            in one process. (Passes with `references`, and those that make thresholds, do so too.)
+            in one process. (Passes with `references` do so too.)
     """
 
     name: ClassVar[str]
@@ -203,7 +203,7 @@ def watches_float(passes: Sequence[Pass]) -> bool:
 
 def undivided(passes: Sequence[Pass]) -> list[str]:
     """Names of the passes that cannot share the calibration batches with other processes."""
-    return [p.name for p in passes if p.looks_at_batches or p.references or Phase.GATE in p.phases]
+    return [p.name for p in passes if p.looks_at_batches or p.references]
 
 
 def keeps_originals(passes: Sequence[Pass]) -> bool:

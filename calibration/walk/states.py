@@ -29,12 +29,14 @@ class HiddenStates:
 
     Attributes:
         batches: those of this process, in order.
+        numbers: which of the whole calibration set these are, counted from 0.
         lanes: of the whole calibration set, see `calibration.distributed`; which batches of this process each has, none
             where another process has them.
     """
 
     def __init__(self, tuple_output: bool, device: torch.device) -> None:
         self.batches: list[torch.Tensor] = []
+        self.numbers: list[int] = []
         self.lanes: list[range] = []
         self._calls: dict[int, list[Call]] = {}
         self._tuple_output = tuple_output
@@ -78,13 +80,12 @@ class HiddenStates:
         return states
 
     def _own(self, batches: list[torch.Tensor], processes: Processes) -> list[torch.Tensor]:
-        """The batches of this process; fills `lanes`."""
-        own: list[torch.Tensor] = []
+        """The batches of this process; fills `lanes` and `numbers`."""
         for lane, members in enumerate(lanes_of(len(batches))):
-            taken = [batches[i] for i in members] if processes.owner(lane) == processes.rank else []
-            self.lanes.append(range(len(own), len(own) + len(taken)))
-            own += taken
-        return own
+            first = len(self.numbers)
+            self.numbers += members if processes.owner(lane) == processes.rank else ()
+            self.lanes.append(range(first, len(self.numbers)))
+        return [batches[number] for number in self.numbers]
 
     def run(
         self,
@@ -126,7 +127,12 @@ class HiddenStates:
     def copy(self) -> HiddenStates:
         """A stream of its own that starts from the same states. Tensors are shared until a block replaces them."""
         other = HiddenStates(self._tuple_output, self._device)
-        other.batches, other.lanes, other._calls = list(self.batches), self.lanes, self._calls
+        other.batches, other.numbers, other.lanes, other._calls = (
+            list(self.batches),
+            self.numbers,
+            self.lanes,
+            self._calls,
+        )
         return other
 
     def first(self, windows: int) -> HiddenStates:
@@ -135,7 +141,7 @@ class HiddenStates:
         other = self.copy()
         rows = (batch[row : row + 1] for batch in self.batches for row in range(batch.shape[0]))
         other.batches = list(itertools.islice(rows, windows))
-        other.lanes = [range(len(other.batches))]
+        other.numbers, other.lanes = list(range(len(other.batches))), [range(len(other.batches))]
         return other
 
     @property

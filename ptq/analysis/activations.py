@@ -65,6 +65,12 @@ class OutlierCounts:
             if ids is not None:
                 self.tokens[int(ids[row])] += int(rows[row])
 
+    def merge(self, other: OutlierCounts) -> None:
+        self.channels += other.channels
+        self.positions.update(other.positions)
+        self.tokens.update(other.tokens)
+        self.values += other.values
+
     @property
     def count(self) -> int:
         return int(self.channels.sum())
@@ -105,6 +111,12 @@ class SequenceAverages:
         mean, s = deviation(x)
         self.six_sigma.add((x - mean).abs() > SIGMAS * s, first, ids)
         self.norms.add(x)
+
+    def merge(self, other: SequenceAverages) -> None:
+        self.six_sigma.merge(other.six_sigma)
+        self.norms.inf_norm_sum += other.norms.inf_norm_sum
+        self.norms.kurtosis_sum += other.norms.kurtosis_sum
+        self.norms.sequences += other.norms.sequences
 
 
 @dataclass(frozen=True)
@@ -214,6 +226,24 @@ class SiteStatistics:
             known = self.extremes.get(channel)
             if known is None or abs(candidate.value) > abs(known.value):
                 self.extremes[channel] = candidate
+
+    def merge(self, other: SiteStatistics) -> None:
+        """Fold in the statistics of the sequences that follow."""
+        self.later = self.later.merged(other.later)
+        for name in ("abs_sum", "large", "flagged", "token_max", "token_kurtosis"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+        self.first_max = torch.maximum(self.first_max, other.first_max)
+        self.histogram.add(other.histogram)
+        for name in ("whole", "rest", "massive"):
+            getattr(self, name).merge(getattr(other, name))
+        for channel, candidate in other.extremes.items():
+            known = self.extremes.get(channel)
+            if known is None or abs(candidate.value) > abs(known.value):
+                self.extremes[channel] = candidate
+        if abs(other.largest.value) > abs(self.largest.value):
+            self.largest = other.largest
+        self.sample = [torch.cat([*self.sample, *other.sample])[:SAMPLE_ROWS]] if self.sample or other.sample else []
 
     def abs_mean(self) -> torch.Tensor:
         """Mean |x| per channel over later tokens, float64 ``[channels]``."""

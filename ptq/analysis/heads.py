@@ -51,7 +51,7 @@ def head_projections(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 class HeadObserver:
-    """The statistics of one block at a time, filled by `look` while the block runs.
+    """Fills `statistics`, which the caller exchanges, by `look` while a block runs.
 
     Args:
         text: token id to its text.
@@ -68,7 +68,7 @@ class HeadObserver:
     def begin(self, segment: Segment) -> None:
         """The next block; its output projection is the linear behind the attention."""
         (site,) = (s for s in sites_of(segment.architecture, segment.index) if s.role == "o input")
-        self.statistics, self._weight = HeadStatistics(), segment.weight(site.linears[0])
+        self._weight = segment.weight(site.linears[0])
         self._projections: torch.Tensor | None = None
 
     def expect(self, batch: int, hidden: torch.Tensor) -> None:
@@ -118,6 +118,12 @@ class HeadStatistics:
             total = values.sum((0, 2), dtype=torch.float64)
             self.sums[name] = self.sums.get(name, torch.zeros_like(total)) + total
         self.queries += p.shape[0] * p.shape[2]
+
+    def merge(self, other: HeadStatistics) -> None:
+        """Fold in the sums over the batches that follow."""
+        for name, total in other.sums.items():
+            self.sums[name] = self.sums[name] + total if name in self.sums else total
+        self.queries += other.queries
 
     def records(self, block: int) -> list[HeadRecord]:
         means = {name: (total / max(self.queries, 1)).tolist() for name, total in self.sums.items()}

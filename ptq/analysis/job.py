@@ -7,8 +7,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from calibration.distributed import Processes
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import save_tensors, write_atomically
 from calibration.model.contents import check_weights, small_digest
@@ -19,7 +20,7 @@ from calibration.text.crops import TokenBatches
 from calibration.versions import versions
 from ptq.analysis.accepted import refusal_of
 from ptq.analysis.advice import advise
-from ptq.analysis.observe import Subject, observe
+from ptq.analysis.observe import Subject, batch_size_of, observe
 from ptq.analysis.outlook import outlook_of
 from ptq.analysis.parts import Parts, check_parts
 from ptq.analysis.record import AnalysisRecord
@@ -32,6 +33,7 @@ from ptq.planning.job import Options
 from ptq.planning.outlook import Outlook
 from ptq.planning.source import Source, TextOptions, open_source
 from ptq.report import analysis_html, analysis_markdown
+from ptq.run.agreement import refuse_other_models, tell_idle
 from ptq.runtime.dequantized import float_weights
 from ptq.session import Session
 from sparsity.files import SETTINGS_FILE
@@ -71,33 +73,47 @@ def analyze(
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
+    processes: Processes | None = None,
 ) -> AnalysisRecord:
     """Look at a float or quantized checkpoint and write reports into ``out``.
 
     Recipes that are carried out are kept in ``out.partial`` when they are finished, and ``resume`` goes on from there;
     the walk over the blocks, one forward pass, is made again.
 
+    Args:
+        processes: that share the windows of that walk; the first one writes, and all get the record.
+
     Raises:
         ToolkitError: whatever can be refused; ``out`` is then not there.
     """
-    o, progress = options, progress or Silent()
+    o, progress, processes = options, progress or Silent(), processes or Processes()
     source = open_source(model, o)
+    _check_shared(o, source, processes)
     reader, spec = source.reader, source.spec
     session = Session(Path(out))
     _check_resume(o, resume)
-    session.check(overwrite, resume, source=source.folder, resumable=o.try_advice)
+    if processes.first:
+        session.check(overwrite, resume, source=source.folder, resumable=o.try_advice)
     parts, fit = _checked(source)
     source.tell(progress)
     if (source.folder / SETTINGS_FILE).exists():
         progress.message("activation thresholds are not applied: the dense model is analyzed")
     tokens = source.windows(progress)
     text = _token_texts(source.folder, source.dataset, o.trust_remote_code)
+    subject = Subject(float_weights(reader, spec), source.config, spec, source.dtype, source.device)
+    forward = f"{source.dtype} on {source.device.type}"
+    refuse_other_models(processes, source.folder, {"text": tokens.source, "forward": forward}, o.trust_remote_code)
+    tell_idle(processes, -(-len(tokens) // batch_size_of(tokens)), progress)
+    if not processes.first:
+        observe(subject, tokens, text, progress, processes)
+        processes.mind_first_only()
+        return cast(AnalysisRecord, processes.agree_at_the_end(None))
     session.begin(_identity(source, tokens) if o.try_advice else {"analyze": fingerprint(reader)}, resume)
     session.keep(frozenset({TRIALS}))
     with nullcontext() if o.try_advice else session.unless_done():
         softmax = None if o.softmax is None else parts.softmax(tokens, o.softmax, progress)
-        subject = Subject(float_weights(reader, spec), source.config, spec, source.dtype, source.device)
-        found = observe(subject, tokens, text, progress)
+        found = observe(subject, tokens, text, progress, processes)
+        processes.mind_first_only()
         sensitivity, edge = parts.sensitivity(fit, o.sensitivity, tokens, progress)
         refusal = {} if parts.quantized else {"refusal": refusal_of(source.folder, _run_options(source))}
         advice = advise(found.sites, found.weights, **refusal)
@@ -123,7 +139,22 @@ def analyze(
         save_tensors(session.partial / CHANNELS_FILE, found.ranges)
         write_report(record, session.partial)
         session.finish()
+    processes.agree_at_the_end(record)
     return record
+
+
+def _check_shared(options: AnalysisOptions, source: Source, processes: Processes) -> None:
+    """Refuse what several processes cannot share: all but the walk, and that on GPUs."""
+    asked = {
+        "--clipped-softmax": options.softmax is not None,
+        "--sensitivity": bool(options.sensitivity),
+        "--try": options.try_advice,
+        f"--device {source.device.type}": source.device.type != "cpu",
+    }
+    named = [option for option, wanted in asked.items() if wanted]
+    if processes.size > 1 and named:
+        fix = "run the command without torchrun or accelerate launch"
+        raise ToolkitError(f"{named[0]}: not shared by several processes", fix)
 
 
 def _check_resume(options: AnalysisOptions, resume: bool) -> None:

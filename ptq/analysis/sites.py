@@ -125,7 +125,10 @@ class SiteObserver:
     def records(self, text: Text) -> list[SiteRecord]:
         """One record per site that saw tokens. ``text``: token id to its text."""
         found = []
-        for site, statistics in self.statistics.items():
+        for site in self.sites:
+            statistics = self.statistics.get(site)
+            if statistics is None:
+                continue
             reads = () if site.output or site.experts else site.linears
             weights = [self._segment.weight(linear).float() for linear in reads]
             found.append(

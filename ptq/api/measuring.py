@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from calibration.errors import ToolkitError
+from calibration.joining import joined
 from calibration.model.opening import load_tokenizer
+from calibration.progress import Silent
 from calibration.record import Evaluation
 from calibration.scoring.tasks import TaskOptions, TaskRun
 from ptq import evaluation
@@ -82,7 +84,8 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Display | None = None,
 ) -> Evaluation:
-    """Perplexity of a model; with ``reference`` also its KL divergence and top-1 agreement against another.
+    """Perplexity of a model; with ``reference`` also its KL divergence and top-1 agreement against another. Where a
+    launcher has started several processes, they share the windows, and all return the same.
 
     Args:
         model, reference: a folder, a hub id, ``demo``, or a transformers model in memory with its ``tokenizer`` (which
@@ -109,6 +112,7 @@ def evaluate(
     with ExitStack() as files:
         folder = files.enter_context(checkpoint(model, _for(model, tokenizer)))
         other = None if reference is None else files.enter_context(checkpoint(reference, _for(reference, tokenizer)))
+        processes = files.enter_context(joined(device))
         text, searched = files.enter_context(text_file(dataset)), files.enter_context(text_file(calibration))
         return evaluation.evaluate(
             folder,
@@ -127,7 +131,8 @@ def evaluate(
             mlp_values=mlp_values,
             softmax=softmax,
             calibration=searched,
-            progress=display(progress),
+            progress=display(progress) if processes.first else Silent(),
+            processes=processes,
         )
 
 

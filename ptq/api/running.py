@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibration.launcher import launched
+from calibration.joining import joined
+from calibration.progress import Silent
 from calibration.walk.token_weights import TokenWeights
 from ptq.api.inputs import Display, Model, Text, checkpoint, display, text_file
 from ptq.fitting.budget import parse_budget
@@ -14,7 +15,7 @@ from ptq.fitting.result import Fitted, fit_model
 from ptq.planning.job import Job, Options
 from ptq.planning.job import prepare as prepare_job
 from ptq.run.pipeline import look, look_at_texts, run
-from ptq.run.sharing import connect, run_share
+from ptq.run.sharing import check_shared, run_share
 from ptq.session import Session
 from ptq.sparse.methods import Target, sparsifier
 from ptq.sparsification import SparsifyOptions, run_sparsify
@@ -149,9 +150,16 @@ def quantize(
         ToolkitError, PlanError: whatever can be refused; ``out`` is then not there.
     """
     source = Path(model) if isinstance(model, str | Path) and Path(model).is_dir() else None
-    if launched()[0] == 0:
-        Session(Path(out)).check(overwrite, resume, source)
-    with checkpoint(model, tokenizer) as folder, text_file(dataset) as text, text_file(evaluate) as scored:
+    with (
+        joined(device) as processes,
+        checkpoint(model, tokenizer) as folder,
+        text_file(dataset) as text,
+        text_file(evaluate) as scored,
+    ):
+        if processes.first:
+            Session(Path(out)).check(overwrite, resume, source)
+        else:
+            Session(Path(out)).follow()
         options = Options(
             dataset=text,
             samples=samples,
@@ -172,7 +180,7 @@ def quantize(
         job = prepare_job(
             folder, method=method, scheme=scheme, recipe=recipe, format=format, target=target, options=options
         )
-        processes = connect(job)
+        check_shared(job)
         if not processes.first:
             return run_share(job, out, processes)
         if planned is not None:
@@ -268,8 +276,13 @@ def sparsify(
     )
     options.check_goals(target)
     step = sparsifier(method, target)
-    with checkpoint(model, tokenizer) as folder, text_file(dataset) as text:
-        return run_sparsify(folder, step, Path(out), options.on(text), overwrite, display(progress))
+    with (
+        joined(device) as processes,
+        checkpoint(model, tokenizer) as folder,
+        text_file(dataset) as text,
+    ):
+        shown = display(progress) if processes.first else Silent()
+        return run_sparsify(folder, step, Path(out), options.on(text), overwrite, shown, processes)
 
 
 def _name(dataset: str | Path | None) -> str | None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibration.errors import ToolkitError
+from calibration.joining import joined
+from calibration.progress import Silent
 from ptq.analysis import job as analysis
 from ptq.analysis.job import AnalysisOptions
 from ptq.analysis.softmax_sweep import sweep_options
@@ -70,7 +72,11 @@ def analyze(
         ToolkitError, PlanError: whatever can be refused; ``out`` is then not there.
     """
     sweep = sweep_options(clipped_softmax, gated, softmax, head_windows)
-    with checkpoint(model, tokenizer) as folder, text_file(dataset) as text:
+    with (
+        joined(device) as processes,
+        checkpoint(model, tokenizer) as folder,
+        text_file(dataset) as text,
+    ):
         options = AnalysisOptions(
             dataset=text,
             samples=samples,
@@ -87,7 +93,13 @@ def analyze(
             command=command,
         )
         return analysis.analyze(
-            folder, options, out=out, overwrite=overwrite, resume=resume, progress=display(progress)
+            folder,
+            options,
+            out=out,
+            overwrite=overwrite,
+            resume=resume,
+            progress=display(progress) if processes.first else Silent(),
+            processes=processes,
         )
 
 

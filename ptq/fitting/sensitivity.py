@@ -24,12 +24,14 @@ from calibration.model.skeleton import release
 from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
 from calibration.walk.backward import WeightGradients, block_backward, head_gradient
+from calibration.walk.capture import Watcher, accumulate
 from calibration.walk.float_blocks import FloatBlocks
 from calibration.walk.head import head, pieces
 from calibration.walk.kept_states import KeptStates
 from calibration.walk.segment import Segment
 from calibration.walk.states import HiddenStates
 from calibration.walk.statistics import Gram
+from calibration.walk.token_weights import stream_writers, weights_by_norm
 from ptq.fitting.probes import Divergence, Probes
 from ptq.fitting.together import Point, Together
 from ptq.fitting.work import AtHead, InBlock, Work
@@ -179,8 +181,10 @@ class Sweep:
         moments = {name: WeightGradients() for names in inputs.values() for name in names}
         grams = {names[0]: Gram(segment.weight(names[0]).shape[1], device) for names in inputs.values() if names}
 
-        watchers = {name: moment.update for name, moment in moments.items()}
-        block_backward(segment, states, gradients, watchers, grams, tell.backward)
+        paths = {segment.architecture.module_name(name): [gram] for name, gram in grams.items()}
+        watchers: dict[str, Watcher] = {name: moment.update for name, moment in moments.items()}
+        with accumulate(segment.module, paths, weights_by_norm, writes=stream_writers(segment)):
+            block_backward(segment, states, gradients, watchers, tell.backward)
         for names in filter(None, inputs.values()):
             gram = grams.pop(names[0])
             for name in names:

@@ -76,7 +76,8 @@ def expected(job: Job, processes: int | None = None) -> Duration:
     """
     processes = processes or launched()[1]
     rates, passes, dataset = rates_of(job.device, job.dtype), job.plan.recipe.passes, job.options.evaluate
-    seconds, unknown = {}, []
+    seconds: dict[str, float] = {}
+    unknown: list[str] = []
     if job.plan.needs_data:
         seconds, unknown = preparing(job, rates)
     seconds["check weights"] = START + rates.seconds(checking(job))

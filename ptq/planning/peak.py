@@ -27,6 +27,7 @@ STACKED = 14  # bytes per weight of the linears that are rounded together: them,
 BLOCK = 8.0  # bytes per weight of a block while it is rounded: masters, codes, what is packed and written
 LOADED = 6.0  # bytes per weight of a block while it is run: masters, and the stored tensors that they are made of
 DECODED = 2.5  # bytes per weight of a block while it is exported: codes as stored, unpacked, laid out anew
+TURNING = 40  # bytes per value of the rows that are turned at a time: float64, before, behind and on the way
 MASKED = 9  # float32 tensors as large as the widest activation of a batch, while values are counted and pruned
 LIBRARIES = 10_000_000  # code that a run loads
 WITH_TEXT = 25_000_000  # what the allocator keeps of batches, besides
@@ -65,11 +66,14 @@ def peak_by_stage(
     rest = LIBRARIES + (WITH_TEXT if calibration.forwards else 0)
     outside = [n for n, _ in ordered if spec.block_of(n) is None]
     rewritten = {name for p in recipe.passes for name in p.outside(spec, outside)}
-    rewriting = max((_rewriting(reader.infos[n]) for n in rewritten if n in reader.infos), default=0)
+    turned = [reader.infos[n] for n in rewritten if n in reader.infos]
+    rewriting = max((_rewriting(info) for info in turned), default=0)
+    largest = max((info.nbytes for info in turned), default=0)
+    waiting = sum(info.nbytes for info in turned) + largest * len(rewritten - set(reader.infos)) - largest
     stages = {
         "check weights": max((a + b for a, b in pairwise([0, *stored])), default=0),  # one is hashed, the next one read
         "blocks": round(_blocks(spec, layout.linears, recipe.passes, calibration, hidden, block)),
-        "export": max(min(output_bytes, 2 * SHARD_BYTES) + round(DECODED * block), rewriting),
+        "export": max(min(output_bytes, 2 * SHARD_BYTES) + round(DECODED * block), waiting + rewriting),
     }
     if calibration.forwards:
         front = [reader.infos[n] for n in outside if not n.startswith(("lm_head.", f"{spec.blocks}."))]
@@ -93,8 +97,8 @@ def walk_bytes(
 
 
 def _rewriting(info: TensorInfo) -> int:
-    """A matrix outside the blocks that a pass rewrites: what it was, what it becomes and a copy, and float64 rows."""
-    return 3 * info.nbytes + 16 * min(info.numel, CHUNK)
+    """A matrix outside the blocks that a pass rewrites: what it was, what it becomes, and float64 rows."""
+    return 2 * info.nbytes + TURNING * min(info.numel, CHUNK)
 
 
 def _embed(infos: list[TensorInfo], calibration: Calibration, hidden: int) -> int:

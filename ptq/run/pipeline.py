@@ -77,10 +77,11 @@ def run(
     resumed = walk.finished.count()
     with watch("quantize"):
         walk.run(tokens, progress)
+    processes.mind_first_only()
     outcome = _export(job, walk, tokens, session, watch, progress)
     record = write_reports(outcome, session.partial, watch, resumed, progress)
     session.finish()
-    processes.agree(record)
+    processes.agree_at_the_end(record)
     return record
 
 

@@ -29,6 +29,8 @@ from ptq.planning.plan import Plan
 from ptq.report import card, html, markdown
 from ptq.session import SINGLE_FILE
 
+REPORTS = (REPORT_FILE, "report.md", "report.html", "README.md", TIMINGS_FILE)
+
 
 class Stopwatch:
     """Wall time by stage, and memory from here on."""
@@ -153,6 +155,7 @@ def write_reports(outcome: Outcome, folder: Path, watch: Stopwatch, resumed: int
     job = outcome.job
     with watch("evaluate"):
         scores = evaluations(job, folder / SINGLE_FILE if outcome.format.name == "gguf" else folder, progress)
+    progress.stage("report", len(REPORTS))
     record = run_record(outcome, scores)
     counts = {entry.name: entry.notes[SATURATED] for entry in record.linears if SATURATED in entry.notes}
     if counts:
@@ -171,8 +174,10 @@ def write_reports(outcome: Outcome, folder: Path, watch: Stopwatch, resumed: int
         ),
         TIMINGS_FILE: watch.timings(str(job.device), resumed, outcome.walk.processes).to_json(),
     }
+    assert texts.keys() == set(REPORTS)
     for name, text in texts.items():
         write_atomically(folder / name, text.encode("utf-8"))
+        progress.advance(name)
     return record
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from calibration.distributed import LANES, Processes, join
+from calibration.distributed import Processes
 from calibration.errors import ToolkitError
 from calibration.launcher import launched
 from calibration.model.opening import weights_fingerprint
@@ -17,18 +17,19 @@ from calibration.walk.passes import undivided
 from calibration.walk.walk import Walk
 from ptq.committed import Restore, encode_segment, input_quantizers
 from ptq.planning.job import Job
+from ptq.run.agreement import tell_idle
 from ptq.run.identity import run_identity
 from ptq.session import Session
 
 
-def connect(job: Job) -> Processes:
-    """The processes of a run; a run of one without a launcher.
+def check_shared(job: Job) -> None:
+    """Refuse what several processes cannot share.
 
     Raises:
-        ToolkitError: the plan cannot be shared, or no connection comes about.
+        ToolkitError: names the pass.
     """
     if launched()[1] == 1:
-        return Processes()
+        return
     fix = "run the command without torchrun or accelerate launch"
     if not job.plan.needs_data:
         raise ToolkitError(f"{job.plan.recipe.method}: reads no calibration text, which is what processes share", fix)
@@ -37,7 +38,6 @@ def connect(job: Job) -> Processes:
         raise ToolkitError(
             f"{', '.join(alone)}: looks at the calibration windows themselves, which must then be in one process", fix
         )
-    return join(job.device.type == "cuda")
 
 
 def agree(job: Job, tokens: TokenBatches | None, processes: Processes, progress: Progress) -> None:
@@ -50,12 +50,7 @@ def agree(job: Job, tokens: TokenBatches | None, processes: Processes, progress:
         return
     processes.refuse_differences(run_identity(job, tokens, weights_fingerprint(job.reader)))
     assert tokens is not None
-    batches = -(-len(tokens.input_ids) // job.batch_size)
-    busy = min(LANES, batches)
-    if processes.size > busy:
-        progress.message(
-            f"{processes.size} processes, and work for {busy}: {batches} calibration batches in at most {LANES} lanes"
-        )
+    tell_idle(processes, -(-len(tokens) // job.batch_size), progress)
 
 
 def walk_of(job: Job, skeleton: Skeleton, folder: Path, processes: Processes) -> Walk:
@@ -85,5 +80,6 @@ def run_share(job: Job, out: str | Path, processes: Processes) -> RunRecord:
     skeleton = Skeleton(job.plan.model_config(job.config), job.spec, job.dtype, job.device)
     processes.barrier()  # the first one has read the weights, and made the folder
     walk_of(job, skeleton, Session(Path(out)).blocks, processes).run(tokens, silent)
-    record: RunRecord = processes.agree(None)
+    processes.mind_first_only()
+    record: RunRecord = processes.agree_at_the_end(None)
     return record

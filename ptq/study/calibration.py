@@ -34,7 +34,7 @@ from calibration.versions import versions
 from calibration.walk.capture import accumulate
 from calibration.walk.statistics import AbsMax
 from ptq.devices import evaluation_dtype
-from ptq.evaluation import EVAL_TOKENS, logits_of
+from ptq.evaluation import EVAL_TOKENS, logits_of, window_ticks
 from ptq.planning.job import Job, Options, prepare
 from ptq.planning.source import BATCH_TOKENS, cut_to_context, default_dataset
 from ptq.run.pipeline import run as run_job
@@ -106,12 +106,15 @@ class Scorer:
     dtype: torch.dtype
     reference: Loaded
 
-    def evaluation(self, folder: Path, trust_remote_code: bool) -> Evaluation:
+    def evaluation(self, folder: Path, trust_remote_code: bool, progress: Progress) -> Evaluation:
         """A checkpoint's perplexity and divergence."""
         loaded = load_model(folder, dtype=self.dtype, device=self.device, trust_remote_code=trust_remote_code)
         loaded, _ = attach_masks(loaded)
         logits, reference = logits_of(loaded, self.device), logits_of(self.reference, self.device)
-        return score(logits, self.text, self.scoring, model="quantized", path=loaded.path, reference_fn=reference)
+        ticks = window_ticks(progress)
+        return score(
+            logits, self.text, self.scoring, model="quantized", path=loaded.path, reference_fn=reference, progress=ticks
+        )
 
 
 def study_calibration(
@@ -157,7 +160,8 @@ def study_calibration(
     reference = load_model(first.reader.folder, dtype=dtype, device=first.device, trust_remote_code=trust)
     scorer = Scorer(text, scoring, first.device, dtype, reference)
     runs = _measure(jobs, windows, scorer, session, progress)
-    base = score(logits_of(reference, first.device), text, scoring)
+    base = score(logits_of(reference, first.device), text, scoring, progress=window_ticks(Part(progress, "float")))
+    progress.stage("compare texts", 1)
     study = CalibrationStudy(
         model=first.name,
         method=first.plan.recipe.method,
@@ -167,6 +171,7 @@ def study_calibration(
         runs=tuple(runs),
         overlaps=overlaps(_peaks_by_dataset(reference, jobs, windows)),
     )
+    progress.advance("channels")
     write_atomically(session.partial / STUDY_FILE, study.to_json().encode())
     write_atomically(session.partial / "calibration.md", render(study).encode())
     (session.partial / RUNS_FILE).unlink(missing_ok=True)
@@ -231,7 +236,7 @@ def _measure(
         if key not in done:
             part = Part(progress, f"run {number} of {len(jobs)}")
             run_job(job, session.blocks / "run", overwrite=True, tokens=tokens, progress=part)
-            found = scorer.evaluation(session.blocks / "run", o.trust_remote_code)
+            found = scorer.evaluation(session.blocks / "run", o.trust_remote_code, part)
             assert found.divergence is not None
             kl, delta = found.divergence.kl_mean, found.divergence.delta_nll
             done[key] = CalibrationRun(*key[:3], o.seed, int(source["tokens"]), key[3], found.perplexity, kl, delta)

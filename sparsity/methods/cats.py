@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,13 +17,16 @@ from sparsity.pools import Pool, checked, gated
 from sparsity.rules import gate_problems, pool_rule, put, target_problems, token_problems
 
 
-def gate_pools(segment: Segment, context: Context, watches: Iterable[Watch] = ()) -> dict[str, Pool]:
-    """Pools of ``act(gate(x))`` of every feed-forward network, by gate; other watches may join the forward pass."""
+def gate_watches(segment: Segment, pools: Mapping[str, Pool]) -> list[Watch]:
+    """What fills the pools of ``act(gate(x))``, by gate."""
     networks = gated(segment)
-    pools = {gate: Pool() for gate in networks}
-    looking = [Watch(networks[gate].nonlinearity, pool.look(), output=True) for gate, pool in pools.items()]
-    context.watch([*looking, *watches])
-    return pools
+    return [Watch(networks[gate].nonlinearity, pool.look(), output=True) for gate, pool in pools.items()]
+
+
+def gate_pools(segment: Segment, context: Context) -> dict[str, Pool]:
+    """Pools of ``act(gate(x))`` of every feed-forward network, by gate."""
+    gates = gated(segment)
+    return context.sums(lambda: {gate: Pool() for gate in gates}, lambda pools: gate_watches(segment, pools))
 
 
 def gate_groups(segment: Segment) -> dict[str, int | None]:

@@ -6,7 +6,7 @@ layer's threshold T0 is the quantile of all |G_i| a_i, and channel i prunes wher
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +19,7 @@ from calibration.walk.context import Context
 from calibration.walk.passes import PlanView
 from calibration.walk.segment import Segment
 from sparsity.gate import GatePass
-from sparsity.methods.cats import gate_groups, gate_pools
+from sparsity.methods.cats import gate_groups, gate_watches
 from sparsity.pools import MIN_TOKENS, ChannelMeans, Pool, checked, gated
 from sparsity.rules import Rule, gate_problems, pool_rule, put, target_problems, token_problems
 
@@ -64,20 +64,15 @@ class Chess(GatePass):
 
     def apply(self, segment: Segment, context: Context) -> None:
         networks = gated(segment)
-        means = {gate: self._means(segment, network.up) for gate, network in networks.items()}
-        sites = query_and_output(segment.spec) if self.attention else ()
-        inputs = {linear: Pool() for linear in sites}
-        watches = [
-            Watch(segment.architecture.module_name(networks[gate].up), m.look, output=True) for gate, m in means.items()
-        ]
-        watches += [Watch(segment.architecture.module_name(n), pool.look()) for n, pool in inputs.items()]
-        plain = gate_pools(segment, context, watches)
+        plain, means, inputs = self._first_pass(segment, context)
         fallback = checked(segment, plain, gate_groups(segment))
         importance = {gate: self._importance(segment, networks[gate].down, m) for gate, m in means.items()}
-        weighted = {gate: Pool() for gate in networks}
-        context.watch(
-            Watch(networks[gate].nonlinearity, pool.look(importance[gate]), output=True)
-            for gate, pool in weighted.items()
+        weighted = context.sums(
+            lambda: {gate: Pool() for gate in networks},
+            lambda pools: [
+                Watch(networks[gate].nonlinearity, pool.look(importance[gate]), output=True)
+                for gate, pool in pools.items()
+            ],
         )
         rules = [pool_rule(linear, "input", pool) for linear, pool in inputs.items()]
         for gate, network in networks.items():
@@ -86,6 +81,26 @@ class Chess(GatePass):
             else:
                 rules.append(Rule(gate, "output", weighted[gate].histogram, importance[gate]))
         put(segment, rules, {rule.linear: self.target for rule in rules})
+
+    def _first_pass(
+        self, segment: Segment, context: Context
+    ) -> tuple[dict[str, Pool], dict[str, ChannelMeans], dict[str, Pool]]:
+        """By gate the pools of its activations and the means of what it is multiplied by; pools of attention inputs."""
+        networks, name = gated(segment), segment.architecture.module_name
+        sites = query_and_output(segment.spec) if self.attention else ()
+
+        def accumulators() -> dict[tuple[str, str], Any]:
+            pools = {(kind, n): Pool() for kind, names in (("gate", networks), ("input", sites)) for n in names}
+            return {**pools, **{("mean", gate): self._means(segment, n.up) for gate, n in networks.items()}}
+
+        def watches(found: Mapping[tuple[str, str], Any]) -> list[Watch]:
+            up = [Watch(name(n.up), found["mean", gate].look, output=True) for gate, n in networks.items()]
+            read = [Watch(name(linear), found["input", linear].look()) for linear in sites]
+            return [*gate_watches(segment, {gate: found["gate", gate] for gate in networks}), *up, *read]
+
+        found = context.sums(accumulators, watches)
+        plain, means = ({gate: found[kind, gate] for gate in networks} for kind in ("gate", "mean"))
+        return plain, means, {linear: found["input", linear] for linear in sites}
 
     @staticmethod
     def _means(segment: Segment, up: str) -> ChannelMeans:

@@ -15,8 +15,9 @@ import torch
 
 from calibration.architectures import BlockSpec
 from calibration.errors import Problem
-from calibration.model.watching import Watch
+from calibration.model.watching import Look, Watch
 from calibration.walk.context import Context
+from calibration.walk.lanes import merge
 from calibration.walk.passes import PlanView
 from calibration.walk.segment import Segment
 from sparsity.pools import calibration_rows, input_pools
@@ -114,25 +115,35 @@ def _output_errors(
     before: Sequence[Watch],
 ) -> dict[str, list[float]]:
     """Squared error of each linear's output over the calibration tokens, ‖(x - pruned x) Wᵀ‖², per candidate."""
-    errors = {linear: [0.0] * len(rules) for linear, rules in candidates.items()}
-    watches = list(before)
-    for linear, rules in candidates.items():
-        weight = segment.weight(linear).float()
-        thresholds = [rule.threshold(shares[linear]) for rule in rules]
+    earlier, name = list(before), segment.architecture.module_name
 
-        def look(
-            x: torch.Tensor,
-            positions: torch.Tensor,
-            linear: str = linear,
-            weight: torch.Tensor = weight,
-            rules: Sequence[Rule] = rules,
-            thresholds: Sequence[torch.Tensor] = thresholds,
-        ) -> None:
+    def watches(found: Mapping[str, Errors]) -> list[Watch]:
+        looks = {n: found[n].look(segment.weight(n).float(), candidates[n], shares[n]) for n in candidates}
+        return earlier + [Watch(name(linear), look) for linear, look in looks.items()]
+
+    found = context.sums(lambda: {n: Errors([0.0] * len(rules)) for n, rules in candidates.items()}, watches)
+    return {linear: errors.squares for linear, errors in found.items()}
+
+
+@dataclass
+class Errors:
+    """Squared errors of the output of a linear so far, one per candidate."""
+
+    squares: list[float]
+
+    def look(self, weight: torch.Tensor, rules: Sequence[Rule], share: float) -> Look:
+        """What a watch calls. ``weight`` float32 ``[out, in]``."""
+        thresholds = [rule.threshold(share) for rule in rules]
+
+        def look(x: torch.Tensor, positions: torch.Tensor) -> None:
             rows = calibration_rows(x, positions).float()
             for i, (rule, threshold) in enumerate(zip(rules, thresholds, strict=True)):
                 change = rows - prune(rows, threshold, torch.tensor([rule.center], dtype=torch.float32))
-                errors[linear][i] += float((change @ weight.T).square().sum(dtype=torch.float64))
+                self.squares[i] += float((change @ weight.T).square().sum(dtype=torch.float64))
 
-        watches.append(Watch(segment.architecture.module_name(linear), look))
-    context.watch(watches)
-    return errors
+        return look
+
+
+@merge.register
+def _(total: Errors, other: Errors) -> None:
+    total.squares = [a + b for a, b in zip(total.squares, other.squares, strict=True)]

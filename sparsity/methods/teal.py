@@ -187,17 +187,21 @@ class Teal(StagedPass):
         groups = self._groups(segment)
         numel = {key: sum(segment.weight(n).numel() for n in names) for key, names in groups.items()}
         members = {n: key for key, names in groups.items() for n in names}
-        dense = _block_outputs(segment, context, [], self.batches)
 
-        def error(shares: Shares) -> float:
-            # a share of 1 would need an infinite threshold: it is pruned to the last value of the pool
-            sites = [
-                rule.site(segment, min(shares[members[n]], LAST)) for n, rule in rules.items() if shares[members[n]]
-            ]
-            watches = block_watches(Masks(), segment.architecture, segment.index, sites)
-            return float((_block_outputs(segment, context, watches, self.batches) - dense).square().sum())
+        def search() -> list[tuple[float, float, Shares]]:
+            dense = _block_outputs(segment, context, [], self.batches)
 
-        return greedy_shares(numel, error, self.step * query_weights(segment), target)
+            def error(shares: Shares) -> float:
+                # a share of 1 would need an infinite threshold: it is pruned to the last value of the pool
+                sites = [
+                    rule.site(segment, min(shares[members[n]], LAST)) for n, rule in rules.items() if shares[members[n]]
+                ]
+                watches = block_watches(Masks(), segment.architecture, segment.index, sites)
+                return float((_block_outputs(segment, context, watches, self.batches) - dense).square().sum())
+
+            return greedy_shares(numel, error, self.step * query_weights(segment), target)
+
+        return context.by_the_first(search)
 
 
 def query_weights(segment: Segment) -> int:

@@ -1,0 +1,37 @@
+"""Planned memory against the peak of a process of its own, on a model that is large enough to be seen."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from command import process, tiny
+
+from calibration.record import read_timings
+
+WIDE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 2, "vocab_size": 12288}
+HEADS = {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 512}
+NOISE = 12e6  # bytes: what the allocator keeps, and libraries that are read late
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rtn", "awq+gptq", "rotate+gptq", "signround"])
+def test_planned_memory_is_what_a_run_takes(tmp_path, method):
+    """Within 15 per cent, and what a small model has of noise."""
+    tiny(tmp_path / "model", **WIDE, **HEADS)
+    recipe = "".join(f'[[pass]]\nname = "{name}"\n' for name in method.split("+"))
+    (tmp_path / "r.toml").write_text(recipe + ("epochs = 1\n" if method == "signround" else ""))
+    ids = torch.randint(0, 256, (8, 256), generator=torch.Generator().manual_seed(0))
+    from safetensors.torch import save_file
+
+    save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
+    words = ["quantize", tmp_path / "model", "--recipe", tmp_path / "r.toml", "--scheme", "w4a16-g64"]
+    words += ["--dataset", tmp_path / "ids.safetensors", "--samples", "8", "--seq-len", "256", "--format", "native"]
+    result = process(*words, "--out", tmp_path / "out", "--json", tmp_path / "plan.json")
+    assert result.returncode == 0, result.stderr
+    planned = json.loads((tmp_path / "plan.json").read_text())["peak_bytes"]
+    timings = read_timings(tmp_path / "out")
+    assert timings is not None
+    taken = timings.peak_rss_bytes - timings.base_rss_bytes
+    assert abs(planned - taken) <= 0.15 * taken + NOISE, f"{planned / 1e6:.0f} MB planned, {taken / 1e6:.0f} MB taken"
