@@ -102,11 +102,14 @@ class Sweep:
     seed: int = 0
 
     def alone(self) -> dict[str, Mapping[str, QuantScheme]]:
-        """The linears that are checked, spread over the model and the probes: name of the linear -> its scheme."""
+        """The linears that are checked, spread over the model, its roles and the probes: name of the linear -> its
+        scheme."""
         found: dict[str, Mapping[str, QuantScheme]] = {}
         probes, names = list(self.probes.values()), list(self.options)
-        for i in range(min(CHECKED, len(names))):
-            linear = names[(2 * i + 1) * len(names) // (2 * min(CHECKED, len(names)))]
+        count = min(CHECKED, len(names))
+        for i in range(count):
+            # further on in every next share of the list: blocks have the same linears in the same order
+            linear = names[i * len(names) // count + i * (len(names) // count) // count]
             scheme = probes[i % len(probes)].get(linear)
             if scheme is not None:
                 found[linear] = {linear: scheme}
