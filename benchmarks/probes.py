@@ -1,10 +1,11 @@
 """What rounding one linear alone costs, as gradients say it in several ways, beside what it costs.
 
-    python benchmarks/probes.py MODEL --dataset CALIBRATION --eval TEXT --linears 15 --schemes w2a16-g64,w3a16-g64
+    python benchmarks/probes.py MODEL --dataset CALIBRATION --eval TEXT --linears 0.self_attn.q_proj,11.mlp.down_proj
 
-Linears are spread over the model. Each is rounded to nearest alone, and the divergence is measured on windows of
-``--eval``; the gradients are those of labels drawn from the model on calibration windows. With g_t the gradient at the
-output of the linear at token t, e_t the error there, and D = sum_t g_t x_t^T, per window and position:
+Linears are spread over the model where none are named. Each is rounded to nearest alone, and the divergence is measured
+on windows of ``--eval``; the gradients are those of labels drawn from the model on calibration windows. With
+g_t the gradient at the output of the linear at token t, e_t the error there, and D = sum_t g_t x_t^T, per window and
+position:
 
 * ``window``: 1/2 (sum_t g_t . e_t)^2, the Fisher matrix itself, one sample of it per window;
 * ``window, rows``: 1/2 sum_r (sum_t g_tr e_tr)^2, errors of different outputs taken to be uncorrelated;
@@ -108,7 +109,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=4, help="of --eval")
-    parser.add_argument("--linears", type=int, default=15)
+    parser.add_argument("--linears", help="BLOCK.NAME, with commas; default: 15 spread over blocks and roles")
     parser.add_argument("--schemes", default="w2a16-g64-sym,w3a16-g64-sym,w4a16-g64-sym")
     args = parser.parse_args()
 
@@ -118,7 +119,10 @@ def main() -> None:
     folder = Path(args.model)
     tokens = model_tokens(folder, network.config, args.dataset, args.samples, args.seq_len, 0, False).input_ids
     linears = [n for n, m in network.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in f".{n}"]
-    names = [linears[(2 * i + 1) * len(linears) // (2 * args.linears)] for i in range(args.linears)]
+    count = min(15, len(linears))
+    names = [linears[i * len(linears) // count + i * (len(linears) // count) // count] for i in range(count)]
+    if args.linears:
+        names = [next(n for n in linears if n.endswith(f"layers.{end}")) for end in args.linears.split(",")]
     schemes = args.schemes.split(",")
     print(f"{len(names)} of {len(linears)} linears, {tokens.numel()} tokens")
     weights = {name: network.get_submodule(name).weight.data for name in names}

@@ -118,7 +118,8 @@ def score(
             if number % shared.size != shared.rank:
                 continue
             block = begin_with_bos(torch.stack([ids[w.start : w.stop] for w in batch]), text.bos_id)
-            parts[number] = _batch_sums(batch, block, logits_fn(block), reference_fn and reference_fn(block))
+            reference = None if reference_fn is None else reference_fn(block)
+            parts[number] = _batch_sums(batch, block, logits_fn(block), reference)
             for w, nll in zip(batch, parts[number].nll, strict=True):
                 if not math.isfinite(nll):
                     raise ToolkitError(

@@ -247,6 +247,8 @@ class Context:
         self._store.update(fresh)
         self._products.clear()
         for (shared, _), statistic in fresh.items():
+            if self._weigh is not None and isinstance(statistic, Gram):
+                statistic.shrink()
             if not statistic.finite():
                 raise ToolkitError(
                     f"{segment.full_name(shared.linears[0])}: NaN or Inf among its inputs",

@@ -10,7 +10,7 @@ import torch
 from calibration.model.classes import text_config
 from calibration.model.skeleton import Skeleton, load_parameters
 
-PIECE_ELEMENTS = 2**24  # logits that are held at a time; a few such tensors exist beside them
+PIECE_ELEMENTS = 2**23  # logits that are held at a time; a few such tensors exist beside them
 
 LogProbabilities = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Token ids ``[1, L]`` and the hidden states behind the last block ``[1, L, hidden]`` to log-probabilities ``[L, V]``,

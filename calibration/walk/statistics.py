@@ -31,6 +31,9 @@ class Statistic(Protocol):
         """Whether all inputs were free of NaN and Inf."""
 
 
+PSEUDO_TOKENS = 2.0
+
+
 class Gram:
     """G = sum over tokens of weight x^T x, float32 ``[in, in]``.
 
@@ -55,6 +58,14 @@ class Gram:
         if self.matrix.is_contiguous():
             s = s.to(self.matrix.dtype)
             self.matrix.div_(s[:, None]).div_(s[None, :])
+
+    def shrink(self) -> None:
+        """Correlations of a sample are larger than those of the text it stands for: count as if `PSEUDO_TOKENS` times
+        as many tokens as there are channels had come besides, with channels of the same size and without correlation
+        (toward the diagonal, as by Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional covariance
+        matrices"; docs/token_weights.md). In place, once."""
+        if self.tokens and self.matrix.is_contiguous():
+            self.matrix.diagonal().mul_(1 + PSEUDO_TOKENS * self.matrix.shape[0] / self.tokens)
 
     def finite(self) -> bool:
         return bool(torch.isfinite(self.matrix.diagonal()).all())

@@ -14,18 +14,20 @@ from calibration.errors import ToolkitError
 from calibration.memory import return_freed
 from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
+from calibration.walk.kept_states import check_room
 from ptq.analysis.record import Advice, Trial
 from ptq.analysis.softmax_record import SoftmaxSweep
 from ptq.analysis.softmax_sweep import SweepOptions, sweep_softmax
 from ptq.analysis.trial import try_recipes
 from ptq.devices import evaluation_dtype
 from ptq.fitting.job import Fit
+from ptq.fitting.memory import kept_bytes
 from ptq.planning.job import Options
 from ptq.runtime.attention import has_interface
 from ptq.runtime.explicit_attention import parse_softmax
 from ptq.runtime.load import load_model
 from ptq.study.frontier import Point, frontier
-from ptq.study.sensitivity import SchemeSensitivity, measure_sensitivity, prepare_sensitivity
+from ptq.study.sensitivity import SchemeSensitivity, gradient_windows, measure_sensitivity, prepare_sensitivity
 
 
 @dataclass(frozen=True)
@@ -106,4 +108,8 @@ def check_parts(
     if parts.quantized and (sensitivity or try_advice):
         option = "--sensitivity" if sensitivity else "--try"
         raise ToolkitError(f"{option}: {parts.folder.name} is quantized already", "analyze the float model")
-    return prepare_sensitivity(parts.folder, sensitivity, parts.options) if sensitivity else None
+    if not sensitivity:
+        return None
+    fit = prepare_sensitivity(parts.folder, sensitivity, parts.options)
+    check_room(kept_bytes(fit.job, gradient_windows(fit, parts.probe_windows)))
+    return fit

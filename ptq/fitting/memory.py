@@ -10,7 +10,7 @@ from ptq.fitting.sensitivity import Sweep
 from ptq.planning.job import Job
 from ptq.planning.peak import FACTOR, LIBRARIES, LOADED, WITH_TEXT
 
-LOGITS = 6  # pieces of logits that exist at once: of the float model and a probe, and what gradients keep
+LOGITS = 8  # pieces of logits that exist at once: of the float model and a probe, and what gradients keep
 
 
 def kept_bytes(job: Job, windows: int) -> int:

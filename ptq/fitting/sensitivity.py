@@ -102,11 +102,14 @@ class Sweep:
     seed: int = 0
 
     def alone(self) -> dict[str, Mapping[str, QuantScheme]]:
-        """The linears that are checked, spread over the model and the probes: name of the linear -> its scheme."""
+        """The linears that are checked, spread over the model, its roles and the probes: name of the linear -> its
+        scheme."""
         found: dict[str, Mapping[str, QuantScheme]] = {}
         probes, names = list(self.probes.values()), list(self.options)
-        for i in range(min(CHECKED, len(names))):
-            linear = names[(2 * i + 1) * len(names) // (2 * min(CHECKED, len(names)))]
+        count = min(CHECKED, len(names))
+        for i in range(count):
+            # further on in every next share of the list: blocks have the same linears in the same order
+            linear = names[i * len(names) // count + i * (len(names) // count) // count]
             scheme = probes[i % len(probes)].get(linear)
             if scheme is not None:
                 found[linear] = {linear: scheme}
@@ -185,6 +188,9 @@ class Sweep:
         for names in filter(None, inputs.values()):
             gram = grams.pop(names[0])
             for name in names:
+                self._objectives(segment, name, gram, found)
+            gram.shrink()
+            for name in names:
                 self._losses(segment, name, moments.pop(name), gram, positions, found)
                 tell.rounded(segment.full_name(name))
 
@@ -199,10 +205,9 @@ class Sweep:
     ) -> None:
         """Of one linear under every scheme."""
         full, w = segment.full_name(name), segment.weight(name)
-        probed = {schemes[full] for schemes in self.probes.values() if full in schemes}
+        probed = self._probed(full)
         losses = found.losses[full] = dict.fromkeys(self.options[full], 0.0)
         nearest = found.nearest[full] = dict.fromkeys(probed, 0.0)
-        objectives = found.objectives[full] = dict.fromkeys(probed, 0.0)
         if not gram.tokens:
             return  # an expert that no token went through
         shares = moments.rows / (2 * positions * moments.rows.sum().clamp(min=torch.finfo(moments.rows.dtype).tiny))
@@ -213,9 +218,18 @@ class Sweep:
                 losses[scheme] = float(shares @ output_energies(rounded - w, moments.columns))
             if scheme in probed:
                 nearest[scheme] = losses[scheme]
-                objectives[scheme] = float(output_energy(rounded - w, gram.matrix)) / gram.tokens
             if costs is not None:
                 losses[scheme] = float(shares @ feedback_errors(w, rounded, costs))
+
+    def _objectives(self, segment: Segment, name: str, gram: Gram, found: Sensitivities) -> None:
+        """Of one linear under the schemes of probes, on the tokens as they are."""
+        full, w = segment.full_name(name), segment.weight(name)
+        objectives = found.objectives[full] = dict.fromkeys(self._probed(full), 0.0)
+        for scheme in objectives if gram.tokens else ():
+            objectives[scheme] = float(output_energy(fake_quantize(w, scheme.weights) - w, gram.matrix)) / gram.tokens
+
+    def _probed(self, full: str) -> set[QuantScheme]:
+        return {schemes[full] for schemes in self.probes.values() if full in schemes}
 
     def _compare(self, found: Sensitivities, divergences: Mapping[str, Divergence]) -> None:
         """Fill in what was measured."""

@@ -16,9 +16,9 @@ from calibration.walk.head import pieces
 
 UNIT = 10**6
 BACKWARD = 5.0  # of a plain forward pass: the block once more, gradients, and their moments
-ROUNDING = 250  # tokens: a linear under one scheme, and its expected error
+ROUNDING = 500  # tokens: a linear under one scheme, and its expected error
 HEAD = 1.5  # of the product alone: the softmax over the vocabulary
-HEAD_BACKWARD = 3.0
+HEAD_BACKWARD = 3.6
 
 
 @dataclass(frozen=True)
