@@ -157,7 +157,7 @@ def load_libraries(command: str) -> None:
     with TerminalProgress() as progress:
         shown = progress.console.is_terminal
         if shown:
-            progress.stage("load libraries", 5)
+            progress.stage("load libraries", 6)
 
         def done(name: str) -> None:
             if shown:
@@ -169,6 +169,9 @@ def load_libraries(command: str) -> None:
 
         done("torch")
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+        done("configs")
+        import transformers.modeling_utils  # noqa: F401
 
         done("models")
         import ptq.planning.job

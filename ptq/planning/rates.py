@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import mmap
 import os
 import tempfile
 import time
@@ -20,7 +21,8 @@ from calibration.walk.cost import Work
 
 TRIES, LONG_TRIES = 12, 3
 PRODUCT = (256, 1024, 1024)
-CACHED, FRESH = 1 << 18, 1 << 24  # values; what is larger than 32 MiB no allocator keeps
+CACHED, FRESH = 1 << 18, 1 << 21  # values
+LARGE = 1.5  # large tensors get memory so much faster than 8 MB do (which stay below the memory of any run)
 BYTES = 1 << 23  # of a file
 TOKENIZED = 1.5e6  # bytes of text per second: byte-level BPE on one core; not measured
 NO_DISK = 5e8  # bytes per second, where no file can be made to try
@@ -76,12 +78,20 @@ def measure_rates(device: torch.device, dtype: torch.dtype, threads: int) -> Rat
         products=exact if dtype == torch.float32 else product_rate(dtype),
         exact=exact,
         values=4 * CACHED / _best(elementwise, device),
-        fresh=FRESH / _best(lambda: large + 1, device, LONG_TRIES),
+        fresh=LARGE * FRESH / _best(lambda: _fresh(large), device),
         calls=200 / _best(lambda: [small + 1 for _ in range(200)], device),
         read=read,
         written=written,
         hashed=BYTES / _best(lambda: hashlib.sha256(data), torch.device("cpu"), LONG_TRIES),
     )
+
+
+def _fresh(values: torch.Tensor) -> None:
+    """A copy in memory that the process did not have before. (An allocator would give what was freed a moment ago.)"""
+    if values.device.type != "cpu":
+        values.clone()
+        return
+    torch.frombuffer(mmap.mmap(-1, values.nbytes), dtype=values.dtype).copy_(values)
 
 
 def _best(work: Callable[[], object], device: torch.device, tries: int = TRIES) -> float:
