@@ -23,7 +23,7 @@ from calibration.presence_hub import Hub, keep_alive
 
 STUCK = 12.0  # seconds that the working thread has to notice, before the process ends without it
 NAMING = 4.0  # seconds that a failed collective waits for the name of the process that has ended
-ANSWER = 3.0
+ANSWER = 4.0  # seconds that the hub has to say who is to speak
 AGAIN = "start the command again, on any number of processes, with --resume where DIR.partial keeps finished blocks"
 
 
@@ -58,7 +58,8 @@ class Presence:
         self._worker = threading.get_ident()
         self._lock = threading.Lock()
         self._left, self._named, self._answered = threading.Event(), threading.Event(), threading.Event()
-        self._may_speak = self._over = False
+        self._reply: bool | None = None
+        self._over = self._hub_gone = False
         if hub is not None:
             hub.lose = self._lose
             missing: list[int] | None = hub.wait_for_all(patience)
@@ -100,10 +101,12 @@ class Presence:
                 if kind == "lost":
                     self._lose(int(rest[0]))
                 elif kind == "speak":
-                    self._may_speak = rest[0] == "1"
+                    self._reply = rest[0] == "1"
                     self._answered.set()
                 elif kind == "done":
                     self._over = True
+        self._hub_gone = True
+        self._answered.set()
         self._lose(0)
 
     def _lose(self, rank: int) -> None:
@@ -152,10 +155,11 @@ class Presence:
             return self._hub.may_speak(socket.gethostname(), 0)
         with suppress(OSError, AttributeError):  # there may be no connection
             self._say("ask")
-            if self._answered.wait(ANSWER if 0 not in self.lost else 0.2):
-                return self._may_speak
-        local = os.environ.get("LOCAL_RANK")  # no hub is there to ask: the lowest that is left of this machine
-        gone = {rank for rank in self.lost if on_one_machine()}
+            self._answered.wait(ANSWER)
+        if self._reply is not None:
+            return self._reply
+        local = os.environ.get("LOCAL_RANK")  # no hub answers: the lowest that is left of this machine
+        gone = {*self.lost, *((0,) if self._hub_gone else ())} if on_one_machine() else set()
         return local is None or int(local) == min(set(range(self.size)) - gone)
 
     def leave(self) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-LINGER = 5.0  # seconds that the first process, when it ends, waits for the others
+LINGER = 2.0  # seconds that the first process, when it ends, waits for the others
 IDLE, EVERY, TIMES = 8, 4, 3  # seconds and probes until a machine that went dark counts as gone
 
 
@@ -138,9 +138,15 @@ class Hub:
         self.lose(other.rank)
 
     def may_speak(self, host: str, rank: int) -> bool:
-        """Whether a process is the first of its machine that asks."""
+        """Whether a process is the first of its machine that asks; the others there hear at once that it speaks, as
+        they may be stuck in a library until this process has gone."""
         with self._changed:
-            return self._speakers.setdefault(host, rank) == rank
+            if host not in self._speakers:
+                self._speakers[host] = rank
+                for other in self._others.values():
+                    if other.host == host and other.rank != rank:
+                        self._send(other, "speak 0")
+            return self._speakers[host] == rank
 
     def stop_minding(self) -> None:
         """Those that end from here on are not named."""

@@ -125,11 +125,8 @@ class Context:
 
     def watch(self, watches: Iterable[Watch], batches: int) -> None:
         """The block as it now is on the first batches of this process, with functions that look at what flows between
-        its submodules and may replace it. Only for passes of the quantized stream.
-
-        Raises:
-            ToolkitError: of the first batches of the run this process has not all.
-        """
+        its submodules and may replace it. Only for passes of the quantized stream. Refused where the first process has
+        fewer of the first batches."""
         assert self._states is not None and not self._propagate, "this stream does not keep the inputs of the block"
         if self._processes.size > 1 and batches > len(self._states.lanes[0]):
             raise ToolkitError(
