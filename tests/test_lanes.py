@@ -11,17 +11,8 @@ from several_processes import batches_of_two_windows, command_on_a_tiny_llama, d
 from calibration.distributed import LANES, Processes, lanes_of, owners_by_cost
 from calibration.nested import moved, nbytes
 from calibration.walk import lanes
-from calibration.walk.statistics import (
-    AbsMax,
-    CrossGram,
-    EqualBins,
-    Extremes,
-    Gram,
-    Mean,
-    Midpoints,
-    Sample,
-    TokenMaxima,
-)
+from calibration.walk.ranges import EqualBins, Extremes, Midpoints, TokenMaxima
+from calibration.walk.statistics import AbsMax, CrossGram, Gram, Mean, Sample
 from ptq.analysis.activations import SiteStatistics
 
 KINDS = (Gram, Mean, AbsMax, Sample, EqualBins, Extremes, Midpoints, TokenMaxima)

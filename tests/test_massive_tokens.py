@@ -9,7 +9,7 @@ import torch
 from byte_tokenizer import byte_tokenizer
 from tiny_runs import logits, plain_model, quantize, rewrite, tiny_checkpoint
 
-from calibration.walk.statistics import TokenMaxima
+from calibration.walk.ranges import TokenMaxima
 from ptq.planning.job import prepare
 from ptq.runtime.load import load_model
 

@@ -16,7 +16,7 @@ from calibration.architectures import resolve
 from calibration.errors import ToolkitError
 from calibration.record import read_record
 from calibration.walk.context import Context
-from calibration.walk.statistics import Midpoints
+from calibration.walk.ranges import Midpoints
 from ptq.activations import ActivationQuant
 from ptq.formats.loadable import check_keys
 from ptq.methods import OutlierTune

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calibration.walk.statistics import EqualBins, Extremes
+from calibration.walk.ranges import EqualBins, Extremes
 from ptq.activations import ActivationQuant
 from ptq.numerics.activations import fake_quantize_inputs, step_and_zero
 from ptq.numerics.ranges import static_range

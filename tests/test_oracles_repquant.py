@@ -14,7 +14,7 @@ from test_statistics import inputs_of, new_context, open_block
 from tiny_runs import logits, plain_model, quantize, tiny_checkpoint
 
 from calibration.record import read_record
-from calibration.walk.statistics import Extremes
+from calibration.walk.ranges import Extremes
 from ptq.activations import ActivationQuant
 from ptq.methods import RepQuant
 from ptq.numerics.activations import encode, step_and_zero

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from calibration.model.watching import rows_of
-from calibration.walk.statistics import BySequence, Statistic, TwoStreams
+from calibration.walk.ranges import BySequence
+from calibration.walk.statistics import Statistic, TwoStreams
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and the keyword arguments of one call of a module."""

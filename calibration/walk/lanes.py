@@ -10,17 +10,8 @@ import torch
 
 from calibration.distributed import Processes
 from calibration.walk.products import plus
-from calibration.walk.statistics import (
-    AbsMax,
-    CrossGram,
-    EqualBins,
-    Extremes,
-    Gram,
-    Mean,
-    Midpoints,
-    Sample,
-    TokenMaxima,
-)
+from calibration.walk.ranges import EqualBins, Extremes, Midpoints, TokenMaxima
+from calibration.walk.statistics import AbsMax, CrossGram, Gram, Mean, Sample
 
 K = TypeVar("K", bound=Hashable)
 A = TypeVar("A")

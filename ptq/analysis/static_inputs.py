@@ -16,7 +16,7 @@ import torch
 from calibration.architectures import ArchitectureSpec
 from calibration.model.watching import Watch, watching
 from calibration.walk.capture import accumulate
-from calibration.walk.statistics import Extremes
+from calibration.walk.ranges import Extremes
 from ptq.numerics.activations import fake_quantize_inputs, step_and_zero
 from ptq.numerics.grids import fake_quantize
 from ptq.scheme import parse_scheme

@@ -18,8 +18,9 @@ from calibration.architectures import ArchitectureSpec, Balance, BlockSpec
 from calibration.errors import Problem
 from calibration.walk.context import Context
 from calibration.walk.passes import Pass, Phase, PlanView, Stream
+from calibration.walk.ranges import Midpoints
 from calibration.walk.segment import Segment
-from calibration.walk.statistics import Midpoints, Statistic
+from calibration.walk.statistics import Statistic
 from ptq.activations import ActivationQuant
 from ptq.formats.checks import refuse
 from ptq.linears import ModelLayout

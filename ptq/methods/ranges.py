@@ -17,8 +17,8 @@ from calibration.architectures import BlockSpec
 from calibration.errors import Problem, ToolkitError
 from calibration.walk.context import Context
 from calibration.walk.passes import Pass, Phase, PlanView, Stream
+from calibration.walk.ranges import EqualBins, Extremes, TokenMaxima
 from calibration.walk.segment import Segment
-from calibration.walk.statistics import EqualBins, Extremes, TokenMaxima
 from ptq.activations import ActivationQuant
 from ptq.linears import ModelLayout
 from ptq.numerics.activations import step_and_zero

@@ -21,8 +21,9 @@ from calibration.errors import Problem
 from calibration.model.watching import Watch
 from calibration.walk.context import Context
 from calibration.walk.passes import Pass, Phase, PlanView, Stream
+from calibration.walk.ranges import Extremes
 from calibration.walk.segment import Segment
-from calibration.walk.statistics import Extremes, Statistic
+from calibration.walk.statistics import Statistic
 from ptq.activations import ActivationQuant
 from ptq.formats.checks import refuse
 from ptq.linears import ModelLayout
