@@ -189,7 +189,7 @@ def test_oracle_8_queries_and_keys_turn_together(family, tmp_path, monkeypatch):
     quantized = logits(load_model(tmp_path / "kv", dtype=torch.float32).model)
     assert near(quantized, plain) and not torch.equal(quantized, plain)
     cached: list[torch.Tensor] = []
-    monkeypatch.setattr(attention, "fake_quantize_inputs", lambda x, grid: (cached.append(x), x)[1])
+    monkeypatch.setattr(attention, "fake_quantize_inputs", lambda x, grid, step: (cached.append(x), x)[1])
     assert_close(logits(load_model(tmp_path / "kv", dtype=torch.float32).model), plain)
     turned = cached[0]
     monkeypatch.setattr(attention, "hadamard_transform", lambda x, block: x)

@@ -86,7 +86,8 @@ def run(
 
 
 def look(job: Job, out: str | Path, overwrite: bool, resume: bool) -> None:
-    """For a plan: refuse what `run` would refuse before its work, and write nothing. Texts of the hub are not fetched.
+    """For a plan: refuse what `run` would refuse before its work, and write nothing. Texts of the hub are not fetched,
+    and the disk need not be free yet: the plan says what is needed.
 
     Raises:
         ToolkitError: see above.
@@ -94,7 +95,6 @@ def look(job: Job, out: str | Path, overwrite: bool, resume: bool) -> None:
     session = Session(Path(out))
     check_target(session.out, job.plan.format.name)
     session.look(overwrite, resume, job.folder)
-    _check_disk(session, job.plan)
 
 
 def look_at_texts(job: Job) -> None:
