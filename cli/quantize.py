@@ -75,7 +75,8 @@ def quantize(
         str, typer.Option(help="Experts without calibration tokens: error, or rtn to round them without data.")
     ] = "error",
     token_weights: Annotated[
-        str, typer.Option(help="What calibration tokens count: norm (as if all vectors were equally long), or none.")
+        str,
+        typer.Option(help="What calibration tokens count: norm (as if all were equally long), or none (as they are)."),
     ] = "norm",
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from OUT.partial.")] = False,
@@ -138,7 +139,7 @@ def quantize(
     }
     with json_output(json if shared.first() else None) as write:
         _quantize(model, out, options, dry_run, measure, {"overwrite": overwrite, "resume": resume}, write)
-    if push is not None and out is not None and not dry_run:
+    if push is not None and out is not None and not dry_run and shared.first():
         sent = ptq.upload(out, push)
         print(f"{len(sent.files)} files, {sum(sent.files.values()) / 1e9:.2f} GB, sent to {sent.url}")
 

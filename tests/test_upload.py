@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -128,6 +129,21 @@ def test_quantize_pushes_its_result(folder: Path, hub: None, tmp_path: Path, mon
     done = run_ptq(*words, "org/tiny")
     assert done.code == 0 and "sent to https://hub/org/tiny" in done.out
     assert FakeApi.sent["repo"] == "org/tiny" and "model.safetensors" in FakeApi.sent["files"]
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_of_several_processes_the_first_one_pushes(
+    hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str
+) -> None:
+    monkeypatch.setattr(FakeApi, "whoami", lambda self: {"name": "me"}, raising=False)
+    monkeypatch.setattr("cli.quantize._quantize", lambda *args: None)
+    sent: list[object] = []
+    monkeypatch.setattr("ptq.upload", lambda *args: sent.append(args) or SimpleNamespace(files={}, url="hub"))
+    launcher = {"WORLD_SIZE": "2", "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    done = run_ptq("quantize", "demo", "--method", "awq", "--quiet", "--out", tmp_path / "out", "--push", "org/tiny")
+    assert done.code == 0 and len(sent) == (rank == "0")
 
 
 class Forbidden(http.server.BaseHTTPRequestHandler):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from pathlib import Path
 from types import TracebackType
 
 import torch
 
 from calibration.errors import ToolkitError
+from calibration.model.checkpoint import disk_errors
 from calibration.walk.states import HiddenStates
 
 
@@ -46,11 +48,17 @@ class KeptStates:
         self._file.close()
 
     def append(self, states: HiddenStates) -> None:
-        """Keep the states that enter the next block, one window to a batch, as many for every block."""
+        """Keep the states that enter the next block, one window to a batch, as many for every block.
+
+        Raises:
+            ToolkitError: the disk is full.
+        """
         self._windows = len(states.batches)
         self._first = states.batches[0].new_empty(0)
-        for window in states.batches:
-            self._file.write(window.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        with disk_errors(Path(tempfile.gettempdir())):
+            for window in states.batches:
+                self._file.write(window.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            self._file.flush()
 
     def load(self, block: int, states: HiddenStates) -> None:
         """Put the states that enter ``block`` into ``states``, a stream of the same windows."""

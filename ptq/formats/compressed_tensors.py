@@ -217,7 +217,7 @@ class CompressedTensors:
             transformers += "; not with dequantize=True, which takes one scheme for all linears"
         if any(kind.preset is not None for kind in kinds):
             transformers += "; FP4 weights decompress to bfloat16: load with dtype bfloat16"
-        if any(kind.inputs is not None for kind in kinds):
+        if any(kind.inputs is not None and kind.inputs.kind == "int" and kind.inputs.dynamic for kind in kinds):
             transformers += (
                 "; steps of dynamic integer inputs are max / (2^(b-1) - 0.5) there, max / (2^(b-1) - 1) here"
             )

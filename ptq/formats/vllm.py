@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 
+from ptq.activations import BLOCK_FLOATS
 from ptq.formats import checks, packed_floats, plain_codes
 from ptq.formats.readers import quote
 from ptq.linears import ModelLayout, PlannedLinear
@@ -46,9 +47,9 @@ def _refused(scheme: QuantScheme | None) -> str | None:
     if scheme is None:
         return None
     weights, inputs = scheme.weights, scheme.inputs
-    if scheme.cache is not None:
+    if scheme.cache is not None and not scheme.cache.static:
         return "it takes KV caches of one static symmetric scale only (read in its source)"
-    if inputs is None:
+    if inputs is None or inputs.kind in BLOCK_FLOATS:
         return None
     plain = plain_codes.layout_of(scheme)
     if plain == plain_codes.INT and not weights.symmetric:
@@ -64,6 +65,8 @@ def _unknown(scheme: QuantScheme | None) -> str | None:
     """Why it is not known whether vLLM runs a linear of this scheme."""
     if scheme is None:
         return None
+    if scheme.cache is not None:
+        return "a static KV cache was not run"
     weights = scheme.weights
     preset = packed_floats.preset_of(weights)
     if preset is not None:
