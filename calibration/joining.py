@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -66,10 +68,10 @@ def _meet(rank: int, size: int) -> Presence:
             hub = Hub(size, local)
             _store.set(name, f"{hub.port} {hub.key}")
         port, key = _store.get(name).decode().split()
-    except TimeoutError:
+    except (TimeoutError, dist.DistStoreError):
         raise ToolkitError(
-            f"process 1 of {size} ended before the run, or did not come within {patience:.0f} seconds: nobody listens "
-            f"at {place}",
+            f"process 1 of {size} ended before the run, or did not come within {patience:.0f} seconds: it has not been "
+            f"heard of at {place}",
             "start all processes at once, and look at what this one has printed; nothing was begun",
         ) from None
     except (RuntimeError, ValueError, OSError, dist.DistError) as error:
@@ -88,9 +90,26 @@ def _open_store(rank: int, patience: float) -> dist.Store:
     opens = rank == 0 and not theirs
     if not opens:
         _await_port(address, port, patience)  # the store would print its stack where nobody answers
-    store = dist.TCPStore(address, port, None, opens, ANSWERING, wait_for_workers=False)
+    store = _within(patience, lambda: dist.TCPStore(address, port, None, opens, ANSWERING, wait_for_workers=False))
     store.set_timeout(timedelta(seconds=patience))
     return dist.PrefixStore(f"ptq {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _within(seconds: float, connect: Callable[[], dist.Store]) -> dist.Store:
+    """What ``connect`` returns, in a thread: torch waits without end for a listener that accepts and says nothing."""
+    came: Future[dist.Store] = Future()
+
+    def run() -> None:
+        try:
+            came.set_result(connect())
+        except Exception as error:  # noqa: BLE001  (it is raised where the result is asked for)
+            came.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return came.result(seconds)
+    except TimeoutError:
+        raise OSError("what listens there is no store of torch.distributed") from None
 
 
 def _await_port(address: str, port: int, patience: float) -> None:

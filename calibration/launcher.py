@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
+
+STARTED = time.time()
+"""When this process began, nearly: the command line imports this first."""
 
 
 def launched() -> tuple[int, int]:

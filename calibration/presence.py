@@ -20,6 +20,7 @@ from contextlib import suppress
 from calibration.errors import ToolkitError
 from calibration.launcher import launched, local_number, on_one_machine
 from calibration.presence_hub import Hub, keep_alive
+from calibration.speaking import first_to_speak
 
 STUCK = 12.0  # seconds that the working thread has to notice, before the process ends without it
 NAMING = 4.0  # seconds that a failed collective waits for the name of the process that has ended
@@ -177,18 +178,20 @@ class Presence:
 
 
 _current: Presence | None = None
-_alone = False
+_seeking = False
 
 
 def seek() -> None:
-    """This process is about to look for the others: until it has found them, it speaks for itself."""
-    global _alone
-    _alone = True
+    """This process is about to look for the others: until it has found them, it cannot ask who is to speak."""
+    global _seeking
+    _seeking = True
 
 
 def may_speak() -> bool:
     """Whether this process is to print why it ends: where several share a run, one per machine does."""
-    return _alone or local_number() == 0 if _current is None else _current.may_speak()
+    if _current is not None:
+        return _current.may_speak()
+    return first_to_speak() if _seeking else local_number() == 0
 
 
 def end() -> None:

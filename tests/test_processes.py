@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -17,12 +18,14 @@ from command import refused
 from several_processes import batches_of_two_windows, command_on_a_tiny_llama, said, together
 from tiny_runs import tiny_checkpoint
 
+from calibration import speaking
 from cli.main import COMMANDS
 
 
 @pytest.fixture(autouse=True)
-def short_batches(monkeypatch):
+def short_batches(monkeypatch, tmp_path):
     batches_of_two_windows(monkeypatch)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -71,25 +74,39 @@ def test_processes_that_differ_are_refused(command, tmp_path, monkeypatch, named
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
-def test_a_port_that_is_taken_is_named(command, tmp_path):
+def test_a_port_that_is_taken_is_named(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("calibration.joining.TOGETHER", 2.0)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         at = int(taken.getsockname()[1])
-        child = several_processes.start_one(0, 2, at, [*command, "--method", "gptq"], tmp_path)
-        assert several_processes.wait([child], 60) == [2]
-    error = (tmp_path / "rank0.log").read_text()
-    assert f"no connection by 127.0.0.1:{at}" in error and "--master-port" in error and "Traceback" not in error
+        words = [*command, "--method", "gptq"]
+        children = [several_processes.start_one(rank, 2, at, words, tmp_path) for rank in range(2)]
+        assert several_processes.wait(children, 60) == [2, 2]
+    error = said(tmp_path, 0, 1)
+    assert f"no connection by 127.0.0.1:{at}" in error and "--master-port" in error
 
 
-def test_a_first_process_that_never_comes_is_not_waited_for(command, tmp_path, monkeypatch):
+@pytest.mark.parametrize("store", ["of the first process", "of the launcher"])
+def test_a_first_process_that_never_comes_is_not_waited_for(command, tmp_path, monkeypatch, store):
     monkeypatch.setattr("calibration.joining.TOGETHER", 2.0)
     at = several_processes.free_port()
-    child = several_processes.start_one(1, 2, at, [*command, "--method", "gptq"], tmp_path)
-    assert several_processes.wait([child], 60) == [2]
-    error = (tmp_path / "rank1.log").read_text()
-    assert "error: process 1 of 2 ended before the run, or did not come within 2 seconds" in error
-    assert f"127.0.0.1:{at}" in error and "Traceback" not in error
+    if store == "of the launcher":
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        kept = torch.distributed.TCPStore("127.0.0.1", at, None, True, wait_for_workers=False)  # noqa: F841
+    words = [*command, "--method", "gptq"]
+    children = [several_processes.start_one(rank, 3, at, words, tmp_path) for rank in (1, 2)]
+    assert several_processes.wait(children, 60) == [2, 2]
+    error = said(tmp_path, 1, 2)
+    assert "error: process 1 of 3 ended before the run, or did not come within 2 seconds" in error
+    assert f"127.0.0.1:{at}" in error
+
+
+def test_what_an_earlier_run_has_said_silences_no_later_one(monkeypatch):
+    launched(monkeypatch)
+    assert [speaking.first_to_speak() for _ in range(2)] == [True, False]
+    monkeypatch.setattr(speaking, "STARTED", time.time())  # the same command again
+    assert [speaking.first_to_speak() for _ in range(2)] == [True, False]
 
 
 def test_a_process_that_ends_before_all_are_there_is_named(command, tmp_path, monkeypatch):
