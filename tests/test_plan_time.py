@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import fields, replace
 
 import pytest
@@ -13,6 +14,7 @@ import ptq
 from calibration.walk.cost import BlockShape, InputShape, Work
 from calibration.walk.passes import Pass, Phase
 from ptq.methods import METHODS
+from ptq.planning import rates
 from ptq.planning.block_time import block_shapes
 from ptq.planning.duration import block_seconds, expected
 from ptq.planning.job import Options, prepare
@@ -75,9 +77,29 @@ def test_a_new_method_need_not_say_anything():
 
 
 def test_rates_of_this_machine():
-    rates = measure_rates(torch.device("cpu"), torch.float32, torch.get_num_threads())
-    assert 1e8 < rates.exact < 1e14 and rates.products == rates.exact
-    assert rates.fresh > 1e7 and rates.values > 1e7 and rates.calls > 1e3 and rates.written > 1e5
+    found = measure_rates(torch.device("cpu"), torch.float32, torch.get_num_threads())
+    assert 1e8 < found.exact < 1e14 and found.products == found.exact
+    assert found.fresh > 1e7 and found.values > 1e7 and found.calls > 1e3 and found.written > 1e5
+
+
+def test_a_busy_machine_does_not_count(monkeypatch):
+    """Waiting for a core takes no time, and threads that wait for each other are no reason for a rate below one
+    thread's."""
+    assert rates._best(lambda: time.sleep(0.05), torch.device("cpu"), 1) < 0.01
+    before, values = torch.get_num_threads(), {1: 6.0, 2: 2.0}
+    shared = {"products": 9.0, "exact": 9.0, "fresh": 1.0, "calls": 1.0}
+
+    def of_threads(device, dtype):
+        return {**shared, "values": values[torch.get_num_threads()]}
+
+    monkeypatch.setattr(rates, "_processor_rates", of_threads)
+    try:
+        torch.set_num_threads(2)
+        found = measure_rates.__wrapped__(torch.device("cpu"), torch.float32, 2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert (found.values, found.products) == (6.0, 9.0)
 
 
 def test_the_time_of_blocks_follows_the_text_and_the_processes(place):

@@ -27,7 +27,7 @@ class Counted(Silent):
 
 @pytest.mark.parametrize(
     "method",
-    ["rtn", "awq", "gptq", "awq+gptq", "smoothquant+gptq", "adadim+rtn", "fp4", "gptq+norm-tweak", "gptq+lorc"],
+    ["rtn", "awq", "gptq", "awq+gptq", "smoothquant+gptq", "adadim+rtn", "fp4", "gptq+norm-tweak", "signround"],
 )
 def test_stages_end_at_their_totals(tmp_path, method):
     model, progress = tiny_checkpoint("llama", tmp_path / "model"), Counted()

@@ -132,6 +132,11 @@ class Pass(ABC):
         """Forward passes per block beyond the one that gathers the statistics."""
         return 0
 
+    def units(self) -> int:
+        """How often it calls ``context.advance`` per calibration batch: once per forward pass, more often where that
+        takes longer than others."""
+        return self.forwards()
+
     def cost(self, block: BlockShape) -> Sequence[Work]:
         """What its tasks on one block take beyond `forwards` and what `statistics` need: a list entry for each task.
         By default that of rounding to nearest for passes that round, and the backward passes of those that train."""
@@ -240,8 +245,17 @@ def forwards_per_block(passes: Sequence[Pass]) -> int:
     float stream propagates at once), one of the float block beside it where they are of two streams, one of the float
     block per reference, those that passes add, and one that propagates through the quantized block. (A training step
     counts as one; its backward pass comes on top.)"""
+    return _per_block(passes, sum(p.forwards() for p in passes))
+
+
+def units_per_block(passes: Sequence[Pass]) -> int:
+    """The same in units of progress."""
+    return _per_block(passes, sum(p.units() for p in passes))
+
+
+def _per_block(passes: Sequence[Pass], added: int) -> int:
     stream = stream_of(passes)
     if stream == "none":
         return 0
     gathers = any(p.statistics for p in passes) + watches_float(passes)
-    return gathers + len(references_of(passes)) + sum(p.forwards() for p in passes) + (stream == "quantized")
+    return gathers + len(references_of(passes)) + added + (stream == "quantized")

@@ -22,7 +22,7 @@ from calibration.text.crops import TokenBatches
 from calibration.walk.context import Context
 from calibration.walk.finished import Committing, FinishedBlocks
 from calibration.walk.float_blocks import FloatBlocks, Tensors
-from calibration.walk.passes import Phase, forwards_per_block, references_of, stream_of, watches_float
+from calibration.walk.passes import Phase, references_of, stream_of, units_per_block, watches_float
 from calibration.walk.segment import Segment
 from calibration.walk.states import HiddenStates, Reference
 from calibration.walk.statistics import Statistic
@@ -97,8 +97,8 @@ class Walk:
         end = n_blocks if stop is None else min(stop, n_blocks)
         linears = sum(len(self.blocks.schemes(i)) for i in range(done, end))
         batches = len(states.batches) if states else 0
-        forwards = (end - done) * forwards_per_block(passes) - (stream == "quantized" and done < end == n_blocks)
-        progress.stage("blocks", batches * forwards + linears)  # nothing follows the last block: it is not run again
+        units = (end - done) * units_per_block(passes) - (stream == "quantized" and done < end == n_blocks)
+        progress.stage("blocks", batches * units + linears)  # nothing follows the last block: it is not run again
         with Committing() as committing:
             for index in range(done, end):
                 self._block(index, states, model_states, stream, progress, committing)

@@ -32,6 +32,8 @@ from ptq.numerics.signround import Learned, relative_loss
 from ptq.quantized import INPUT_GRID, LORA, QuantizedTensor
 from ptq.scheme import QuantScheme
 
+TRAINING = 8  # units of progress of a batch that is trained on, with its backward pass and all weights rounded anew
+
 
 @dataclass(frozen=True)
 class SignRound(Pass):
@@ -85,6 +87,9 @@ class SignRound(Pass):
 
     def forwards(self) -> int:
         return self.epochs + 1 if self.epochs else 0
+
+    def units(self) -> int:
+        return self.epochs * TRAINING + 1 if self.epochs else 0
 
     def cost(self, block: BlockShape) -> list[Work]:
         """Backward passes, and for every window of every epoch all weights rounded anew and moved."""
@@ -156,7 +161,8 @@ class SignRound(Pass):
                     gradient = weights[n].grad
                     if gradient is not None:
                         state.descend(gradient, self.rate * rate, self.range_rate * rate)
-            context.advance("train")
+            for _ in range(1 if rates is None else TRAINING):
+                context.advance("train")
         return total / context.windows
 
 
