@@ -132,8 +132,7 @@ def float8(tensors, how):
     return stored, meant
 
 
-@pytest.mark.parametrize("how", ["block", "row", "tensor"])
-@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize(("how", "named"), [("block", True), ("row", False), ("tensor", False), ("block", False)])
 def test_float8_sources_are_multiplied_by_their_scales(how, named, tmp_path):
     sizes = {"hidden_size": 192, "intermediate_size": 160}
     coded, plain = (tiny_checkpoint("llama", tmp_path / n, torch.bfloat16, **sizes) for n in ("coded", "plain"))

@@ -116,7 +116,10 @@ def test_later_blocks_are_calibrated_behind_quantized_inputs(model, tmp_path):
 # --- the KV cache -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2", "opt", "gpt_neox", "qwen3_moe"])
+LIKE_LLAMA = [pytest.param(family, marks=pytest.mark.slow) for family in ("qwen2", "opt", "gpt_neox", "qwen3_moe")]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", *LIKE_LLAMA])
 def test_a_quantized_cache_changes_little_at_8_and_more_at_4_bits(family, tmp_path):
     folder = tiny_checkpoint(family, tmp_path / "float")
     results = {}

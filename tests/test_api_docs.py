@@ -49,6 +49,7 @@ def test_signatures_name_keywords_that_exist():
         assert not unknown, f"{name}: {unknown}"
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch):
     """Its code cells in order, as a kernel would; the last expression of a cell must print well."""
     monkeypatch.chdir(tmp_path)

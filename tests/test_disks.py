@@ -101,7 +101,7 @@ def test_a_disk_that_fills_up(place, name):
         assert code == 0, printed
         expected = left(place / out)
         whole = sum(len(data) + 4096 for data in expected.values())
-    for share in (0.0,) if name == "fit" else (0.0, 0.6):
+    for share in {"fit": (0.0,), "quantize": (0.0, 0.6)}.get(name, (0.6,)):
         with small_disk(disk, 4096 + int(share * whole) // 4096 * 4096):
             ballast.write_bytes(bytes(4096))
             code, printed = run(place, words, endless_disk)
