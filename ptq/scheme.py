@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from calibration.errors import ToolkitError, nearest
-from calibration.model.reading import built
+from calibration.model.typed import built
 from ptq.activations import PRESETS, ActivationQuant, CacheQuant, take_activations, with_activations
 from ptq.float_formats import E2M1, E4M3FN, FloatFormat, float_formats
 from ptq.scheme_names import GGUF_BLOCKS, plain_name

@@ -207,13 +207,9 @@ def value(item: Any) -> str:
 
 
 def rules(record: RunRecord) -> list[tuple[str, str]]:
-    """The recipe's scheme rules as (which linears, scheme); a list of them keeps its order."""
-    entries = record.recipe.get("schemes") or {}
-    if isinstance(entries, Mapping):
-        pairs = sorted(entries.items())
-    else:
-        pairs = [(entry["match"], entry["scheme"]) for entry in entries]
-    return [(str(name), "left in float" if rule in (None, "float") else value(rule)) for name, rule in pairs]
+    """The recipe's scheme rules as (which linears, scheme), the first match first."""
+    entries = record.recipe.get("schemes", [])
+    return [(e["match"], "left in float" if e["scheme"] == "float" else e["scheme"]) for e in entries]
 
 
 _CALIBRATION = {
@@ -231,7 +227,7 @@ _CALIBRATION = {
 
 def calibration(record: RunRecord) -> list[tuple[str, str]]:
     """What the calibration text was, empty for a data-free run."""
-    data = record.calibration
+    data: Mapping[str, Any] = record.calibration
     keys = [key for key in _CALIBRATION if key in data] + sorted(
         key for key in data if key not in _CALIBRATION and data[key] != ""
     )
