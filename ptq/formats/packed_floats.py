@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from calibration.errors import Problem
-from ptq.activations import BLOCK_FLOATS, ActivationQuant, take_activations
+from ptq.activations import BLOCK_FLOATS, ActivationQuant, Kind, take_activations
 from ptq.float_formats import E4M3FN
 from ptq.formats import checks
 from ptq.formats.narrow_scales import decode_scale, encode_scale
@@ -24,7 +24,7 @@ from ptq.linears import ModelLayout
 from ptq.quantized import INPUT_GRID, QuantizedTensor
 from ptq.scheme import FLOAT_PRESETS, QuantScheme, TensorQuant
 
-FORMATS: dict[str, str] = {"nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized"}
+FORMATS: dict[Kind, str] = {"nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized"}
 INPUT_SCALE = "input_global_scale"
 SUFFIXES = frozenset({"weight_packed", "weight_scale", "weight_global_scale", INPUT_SCALE})
 
@@ -36,9 +36,9 @@ _ARGS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset_of(weights: TensorQuant) -> str | None:
+def preset_of(weights: TensorQuant) -> Kind | None:
     """``nvfp4`` or ``mxfp4``, or None for any other grid."""
-    return next((name for name, quant in FLOAT_PRESETS.items() if quant == weights), None)
+    return next((name for name in FORMATS if FLOAT_PRESETS[name] == weights), None)
 
 
 def problems(layout: ModelLayout, format_name: str) -> list[Problem]:
@@ -49,14 +49,14 @@ def problems(layout: ModelLayout, format_name: str) -> list[Problem]:
         lambda n: n.scheme.weights.float_format not in (None, E4M3FN) and preset_of(n.scheme.weights) is None,  # type: ignore[union-attr]
     )
     schemes = ", ".join(dict.fromkeys(str(linear.scheme) for linear in other))
-    reason = f"'{format_name}' has no place for {schemes}: of floats it holds nvfp4, mxfp4 and fp8"
+    reason = f"'{format_name}' has no place for {schemes}: of floats it holds nvfp4, mxfp4, mxfp8 and fp8"
     experts = checks.matching(layout, lambda n: n.expert is not None and preset_of(n.scheme.weights) is not None)  # type: ignore[union-attr]
     inputs = checks.matching(
         layout,
         lambda n: (
             n.scheme.inputs is not None  # type: ignore[union-attr]
             and n.scheme.inputs.kind != preset_of(n.scheme.weights)  # type: ignore[union-attr]
-            and n.scheme.inputs.kind in ("fp4-e2m1", *BLOCK_FLOATS)  # type: ignore[union-attr]
+            and n.scheme.inputs.kind in ("fp4-e2m1", *FORMATS)  # type: ignore[union-attr]
         ),
     )
     return [
@@ -108,7 +108,8 @@ def read_inputs(arguments: Mapping[str, Any]) -> ActivationQuant | None:
     """The inverse of `input_arguments`, or None where they are no FP4."""
     if arguments.get("type") != "float" or arguments.get("num_bits") != 4 or not arguments.get("symmetric", True):
         return None
-    for kind, (width, live) in BLOCK_FLOATS.items():
+    for kind in FORMATS:
+        width, live = BLOCK_FLOATS[kind]
         told = arguments.get("dynamic"), arguments.get("group_size"), arguments.get("strategy")
         if told == (True if live else "local", width, _ARGS[kind]["strategy"]):
             return take_activations(f"{kind}-a{kind}")[1]

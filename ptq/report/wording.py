@@ -13,7 +13,7 @@ from calibration.errors import ToolkitError
 from calibration.record import Evaluation, LinearRecord, Protocol, RunRecord
 from ptq import catalogue
 from ptq.report import figures
-from ptq.scheme import SCALE_BITS, SUPER_WIDTH, QuantScheme, parse_scheme
+from ptq.scheme import BLOCK, SCALE_BITS, SUPER_WIDTH, QuantScheme, parse_scheme
 
 FLOAT, QUANTIZED = "float", "quantized"
 
@@ -141,6 +141,7 @@ def scheme_sentence(text: str) -> str:
         run = f"{weights.grouping.size} input columns of a row under float16 ones per {SUPER_WIDTH}"
         return f"{weights.bits}-bit integer weights, one {kind} per {run} (K-quant)"
     share = line if weights.grouping.size is None else f"{weights.grouping.size} {run}"
+    share = f"block of {BLOCK} x {BLOCK} weights" if weights.grouping.kind == "block" else share
     zero = "" if weights.symmetric else f" and one {weights.bits}-bit zero point"
     if weights.float_format is not None:
         kind = _SCALES.get(weights.scale_format, "one 16-bit scale")
