@@ -15,9 +15,15 @@ from calibration.errors import ToolkitError, nearest
 
 Kind = Literal["int", "fp8-e4m3", "fp4-e2m1", "nvfp4", "mxfp4", "mxfp8"]
 Granularity = Literal["tensor", "token", "channel", "group"]
-BLOCK_FLOATS: dict[Kind, tuple[int, bool]] = {"nvfp4": (16, False), "mxfp4": (32, True), "mxfp8": (32, True)}
+BLOCK_FLOATS: dict[str, tuple[int, bool]] = {"nvfp4": (16, False), "mxfp4": (32, True), "mxfp8": (32, True)}
 """Channels of a token that share a step, and whether all of it follows from the live input, by kind of float."""
-FLOAT_KINDS: dict[str, Kind] = {"fp8": "fp8-e4m3", "fp4": "fp4-e2m1", **{kind: kind for kind in BLOCK_FLOATS}}
+FLOAT_KINDS: dict[str, Kind] = {
+    "fp8": "fp8-e4m3",
+    "fp4": "fp4-e2m1",
+    "nvfp4": "nvfp4",
+    "mxfp4": "mxfp4",
+    "mxfp8": "mxfp8",
+}
 """Kinds of floats by what stands behind the a in a scheme."""
 INPUT_BITS = (4, 6, 8)
 CACHE_BITS = (4, 8)

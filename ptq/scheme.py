@@ -169,8 +169,8 @@ class QuantScheme:
         per_group = SCALE_BITS[w.scale_format] + (0 if w.symmetric else 16 if w.float_zeros else w.bits)
         index = 32.0 / out_features if reordered else 0.0
         index += 32.0 / (out_features * in_features) if w.scale_format == "e4m3" else 0.0
-        per_group *= -(-out_features // BLOCK) / out_features if w.grouping.kind == "block" else 1
-        return w.bits + per_group / w.grouping.width(w.grouping.length((out_features, in_features))) + index
+        rows = out_features / -(-out_features // BLOCK) if w.grouping.kind == "block" else 1.0
+        return w.bits + per_group / (rows * w.grouping.width(w.grouping.length((out_features, in_features)))) + index
 
     def to_json(self) -> dict[str, Any]:
         w = self.weights

@@ -78,7 +78,7 @@ def test_a_place_for_the_steps(model, tmp_path):
     recipe = tmp_path / "recipe.toml"
     rules = '[[rule]]\nmatch = "*.k_proj"\nscheme = "float"\n'
     recipe.write_text('scheme = "w8a16kvfp8-g32-kvstatic"\nmethod = "ranges+rtn"\n' + rules)
-    with pytest.raises(PlanError, match="beside quantized keys and values"):
+    with pytest.raises(PlanError, match="beside quantized linears that make keys or values"):
         quantize(model, tmp_path / "ct", method=None, scheme=None, recipe=recipe, format="compressed-tensors")
     quantize(model, tmp_path / "native", method=None, scheme=None, recipe=recipe, format="native")
     assert load_model(tmp_path / "native").caches == ("kvfp8",)

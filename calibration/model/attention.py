@@ -35,9 +35,9 @@ def looking_at_keys(block: torch.nn.Module, look: Keys) -> Iterator[None]:
     config: Any = next(m.config for m in block.modules() if hasattr(m, "layer_idx") and hasattr(m, "config"))
     base = config._attn_implementation
 
-    def attend(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *a: Any, **k: Any):  # type: ignore[no-untyped-def]
+    def attend(module: torch.nn.Module, query: Any, key: Any, value: Any, *args: Any, **options: Any) -> Any:
         look(key, value)
-        return attention_function(base, module)(module, query, key, value, *a, **k)
+        return attention_function(base, module)(module, query, key, value, *args, **options)
 
     AttentionInterface.register(_LOOKING, attend)
     config._attn_implementation = _LOOKING

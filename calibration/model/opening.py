@@ -90,7 +90,7 @@ def open_model(
         said = f"quantization_config is {str(quantized)[:80]!r}, not an object"
         raise ToolkitError(f"{folder}/config.json: {said}", "fetch config.json again, or remove that key")
     floats = quantized is None or (is_float8(quantized) and not (coded and has_whole_blocks(quantized, reader.infos)))
-    if floats or quantized.get("quant_method") == mxfp4.METHOD:
+    if floats or (quantized or {}).get("quant_method") == mxfp4.METHOD:
         reader.infos = with_scales(mxfp4.with_blocks(reader.infos, _named_dtype(data)), _named_dtype(data))
         reader.config = {key: value for key, value in data.items() if key != "quantization_config"}
     check_family(str(data.get("model_type")), reader.infos)

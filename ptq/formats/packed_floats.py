@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from calibration.errors import Problem
-from ptq.activations import BLOCK_FLOATS, ActivationQuant, Kind, take_activations
+from ptq.activations import BLOCK_FLOATS, ActivationQuant, take_activations
 from ptq.float_formats import E4M3FN
 from ptq.formats import checks
 from ptq.formats.narrow_scales import decode_scale, encode_scale
@@ -24,7 +24,7 @@ from ptq.linears import ModelLayout
 from ptq.quantized import INPUT_GRID, QuantizedTensor
 from ptq.scheme import FLOAT_PRESETS, QuantScheme, TensorQuant
 
-FORMATS: dict[Kind, str] = {"nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized"}
+FORMATS: dict[str, str] = {"nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized"}
 INPUT_SCALE = "input_global_scale"
 SUFFIXES = frozenset({"weight_packed", "weight_scale", "weight_global_scale", INPUT_SCALE})
 
@@ -36,7 +36,7 @@ _ARGS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset_of(weights: TensorQuant) -> Kind | None:
+def preset_of(weights: TensorQuant) -> str | None:
     """``nvfp4`` or ``mxfp4``, or None for any other grid."""
     return next((name for name in FORMATS if FLOAT_PRESETS[name] == weights), None)
 

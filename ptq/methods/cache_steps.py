@@ -52,11 +52,11 @@ def calibrate(segment: Segment, context: Context, estimator: Estimator, percenti
                 f"{segment.full_name(linear)}: NaN or Inf among the keys or values of its layer",
                 "the model overflows on this text: try --dtype float32, or check the checkpoint",
             )
-        ends = static_range(seen.counts, seen.limit, seen.low, seen.high, cache.grid, estimator, percentile)
-        step, _ = step_and_zero(*(torch.tensor(end) for end in ends), cache.grid)
+        low, high = static_range(seen.counts, seen.limit, seen.low, seen.high, cache.grid, estimator, percentile)
+        step, _ = step_and_zero(torch.tensor(low), torch.tensor(high), cache.grid)
         segment.parts.setdefault(linear, {})[STORED[suffix]] = round_scale(step).view(1)
         name = STORED[suffix].removesuffix("_scale")
-        segment.note(linear, **{f"ranges.{name}_low": round(ends[0], 6), f"ranges.{name}_high": round(ends[1], 6)})
+        segment.note(linear, **{f"ranges.{name}_low": round(low, 6), f"ranges.{name}_high": round(high, 6)})
 
 
 @contextmanager
