@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from collections.abc import Callable
@@ -99,9 +100,12 @@ def main() -> None:
             print(f"{prefix()}{what_is_kept(sys.argv[1:])}", file=sys.stderr)
         sys.exit(128 + interrupt.number)
     except Exception as error:
-        if not short_of_memory(error):
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # as soon as it is looked for, anywhere
+            print(f"error: {str(error.filename)[:80]}...: {error.strerror}\n    fix: name another one", file=sys.stderr)
+        elif short_of_memory(error):
+            _tell_short_memory(error)
+        else:
             raise
-        _tell_short_memory(error)
         sys.exit(2)
     finally:
         locks = sys.modules.get("ptq.lock")  # the traceback of an error would keep them, and their files, alive

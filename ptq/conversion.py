@@ -14,7 +14,7 @@ from calibration.architectures import ArchitectureSpec
 from calibration.errors import PlanError, ToolkitError, unknown_value
 from calibration.model.checkpoint import CheckpointReader
 from calibration.model.opening import fingerprint, locate, open_model, weights_fingerprint
-from calibration.model.skeleton import build_model
+from calibration.model.skeleton import Skeleton, build_model
 from calibration.progress import Progress, Silent
 from calibration.shown import Shown
 from ptq.formats.adapter import FOLDER, adapter_problems, base_of, read_adapter, without_low_rank, write_adapter
@@ -22,7 +22,7 @@ from ptq.formats.checks import NATIVE
 from ptq.formats.gguf import check_target
 from ptq.formats.gguf_file import check_file
 from ptq.formats.native import WEIGHTS_KEY
-from ptq.formats.reading import quantized_linears, read_linear
+from ptq.formats.reading import Schemes, check_finite, quantized_linears, read_linear
 from ptq.formats.registry import FORMATS, Format, stored_names
 from ptq.formats.write import Origin, copy_small_files, outside_blocks, verify_checkpoint, write_checkpoint
 from ptq.linears import ModelLayout, PlannedLinear, float_linears
@@ -95,6 +95,7 @@ def export_model(
             "export from the native checkpoint that it came from",
         )
     source_format, schemes = found
+    check_rest(reader, config, spec, source_format, schemes)
     layout = quantized_layout(reader, config, spec, source_format, schemes)
     problems = adapter_problems(layout) if adapter else []
     outside = ConvertedOuterTensors(reader, source_format, config, spec, schemes)
@@ -172,6 +173,20 @@ def quantized_layout(
     return ModelLayout(plain, tuple(linears), others, spec.blocks, reordered, dtype, tuple(parts))
 
 
+def check_rest(reader: CheckpointReader, config: Any, spec: ArchitectureSpec, fmt: Format, schemes: Schemes) -> None:
+    """Refuse a source that lacks a tensor beside those of its quantized linears, or has one that the model class has no
+    place for: the copy would lack it, too.
+
+    Raises:
+        ToolkitError: names it.
+    """
+    biases = {bias for name in schemes if (bias := f"{name}.bias") in reader.infos}  # also those that passes added
+    taken = {full for name in schemes for full in stored_names(fmt, name).values()} | biases
+    rest = {name: info for name, info in reader.infos.items() if name not in taken}
+    skeleton = Skeleton(config, spec, torch.float32, torch.device("meta"))
+    skeleton.check_complete(rest, {*(f"{name}.weight" for name in schemes), *biases})
+
+
 class ConvertedOuterTensors:
     """What lies outside the blocks of a quantized checkpoint: floats, and an embedding and head with codes."""
 
@@ -204,7 +219,7 @@ class ConvertedOuterTensors:
         for name, (scheme, shape) in self._schemes.items():
             yield name, read_linear(self._reader, self._format, name, scheme, shape)
         taken = {full for name in self._schemes for full in stored_names(self._format, name).values()}
-        floats = ((n, t) for n, t in outside_blocks(self._reader, self._spec, taken))
+        floats = ((n, check_finite(n, t)) for n, t in outside_blocks(self._reader, self._spec, taken))
         yield from rounded_outside(floats, layout)
 
 
@@ -226,6 +241,6 @@ class QuantizedBlocks:
             }
             taken = {full for name in quantized for full in stored_names(self.format, name).values()}
             prefix = f"{self.layout.blocks}.{index}."
-            others = {n: self.reader.tensor(n) for n in self.reader.infos if n.startswith(prefix) and n not in taken}
-            yield quantized, others
+            others = [n for n in self.reader.infos if n.startswith(prefix) and n not in taken]
+            yield quantized, {name: check_finite(name, self.reader.tensor(name)) for name in others}
             self.reader.close()

@@ -239,3 +239,16 @@ def test_bad_input_of_generate_inspect_and_compare(models, place):
     says(place, ["inspect", place / "none" / "x"], "no such folder")
     says(place, ["compare", place / "none.json"], "none.json")
     says(place, ["compare", models / "llama"], "llama")
+
+
+def test_impossible_names_and_unknown_kernels(tmp_path):
+    """Wherever they stand; a kernel also where no linear would run on it."""
+    model, long = tiny(tmp_path / "model"), "a" * 300
+    quantize = ["quantize", model, "--method", "gptq", "--scheme", "w4a16-g32", "--out", tmp_path / "out"]
+    for words in ([*quantize, "--dataset", long], ["eval", model, "--dataset", long], ["inspect", long],
+                  ["quantize", model, "--recipe", long, "--out", tmp_path / "out"], ["compare", long],
+                  ["eval", model, "--dataset", "builtin", "--reference", long]):  # fmt: skip
+        said = refused(*words)
+        assert "aaaa" in said and not (tmp_path / "out").exists()
+    words = ["generate", model, "--prompt", "1", "--max-new-tokens", "1", "--kernel", "intt4"]
+    assert "did you mean 'int4'" in refused(*words)

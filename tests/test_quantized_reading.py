@@ -83,3 +83,46 @@ def test_float_zero_points(folders, tmp_path):
 def test_group_indices_outside_the_groups(folders, tmp_path, index):
     damaged = changed(folders["gptq"], tmp_path / "q", "g_idx", lambda t: torch.full_like(t, index))
     assert LINEAR in refused("export", damaged, "--format", "native", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("gptq", "g_idx"), ("awq", "scales"), ("native", "scale")])
+def test_a_name_with_a_slip_is_not_carried_along(folders, tmp_path, name, suffix):
+    """A GPTQ file without the group of every column is decoded as if groups were in order."""
+    shutil.copytree(folders[name], tmp_path / "q")
+    file = tmp_path / "q" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{LINEAR}.{suffix}_x"] = tensors[f"{LINEAR}.{suffix}"].clone()
+    save_file(tensors, file, {"format": "pt"})
+    said = refused("export", tmp_path / "q", "--format", "native", "--out", tmp_path / "out")
+    assert f"{LINEAR}.{suffix}_x: no tensor of a linear in" in said
+
+
+def test_reordered_columns_need_their_groups(folders, tmp_path):
+    import json
+
+    shutil.copytree(folders["gptq"], tmp_path / "q")
+    file, config = tmp_path / "q" / "model.safetensors", tmp_path / "q" / "config.json"
+    tensors = load_file(file)
+    del tensors[f"{LINEAR}.g_idx"]
+    save_file(tensors, file, {"format": "pt"})
+    done("export", tmp_path / "q", "--format", "native", "--out", tmp_path / "natural")  # groups in order need none
+    data = json.loads(config.read_text())
+    data["quantization_config"]["desc_act"] = True
+    config.write_text(json.dumps(data))
+    assert "no g_idx" in refused("export", tmp_path / "q", "--format", "native", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_copy_lacks_nothing(folders, tmp_path, name):
+    """Tensors beside the quantized linears are held against the model class, as those of a float model are."""
+    shutil.copytree(folders[name], tmp_path / "q")
+    file, norm = tmp_path / "q" / "model.safetensors", "model.layers.0.post_attention_layernorm.weight"
+    tensors = load_file(file)
+    words = ["export", tmp_path / "q", "--format", "native", "--out", tmp_path / "out"]
+    save_file({**tensors, f"{norm}_x": tensors[norm].clone()}, file, {"format": "pt"})
+    assert f"{norm}_x: in the checkpoint, but" in refused(*words)
+    save_file({n: t for n, t in tensors.items() if n != norm}, file, {"format": "pt"})
+    assert f"{norm}: not in the checkpoint" in refused(*words)
+    for broken in (norm, "model.norm.weight"):
+        save_file({**tensors, broken: tensors[broken] * torch.nan}, file, {"format": "pt"})
+        assert f"{broken}: NaN or Inf" in refused(*words) and not (tmp_path / "out").exists()

@@ -171,6 +171,9 @@ class Gptq:
                 continue
             (words, out), scales = infos[key].shape, infos[f"{name}.scales"].shape
             index = infos.get(f"{name}.g_idx")
+            if index is None and data.get("desc_act"):
+                fix = "fetch the file again: without it every weight gets the step of another group"
+                raise ToolkitError(f"{name}: no g_idx, though desc_act says that columns are in another order", fix)
             columns = 32 * words // int(data["bits"]) if index is None else index.shape[0]
             bits, groups = 32 * words // max(columns, 1), max(scales[0], 1)
             if (

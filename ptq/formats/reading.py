@@ -54,7 +54,17 @@ def quantized_linears(reader: CheckpointReader) -> tuple[Format, dict[str, tuple
         found = fmt.schemes(reader.config, reader.infos, reader.tensor)
         for name, (scheme, shape) in found.items():
             _check_scheme(name, scheme, shape)
+    _check_strangers(reader, fmt, found)
     return fmt, found
+
+
+def _check_strangers(reader: CheckpointReader, fmt: Format, linears: Schemes) -> None:
+    """Refuse what the format has no use for beside the tensors of a linear: a name with a slip in it would be missed
+    without a word, and carried along as if it were a tensor of the model."""
+    for name in reader.infos:
+        linear, _, suffix = name.rpartition(".")
+        if linear in linears and suffix not in {"bias", *fmt.suffixes, *table(fmt.name, *linears[linear])}:
+            raise ToolkitError(f"{name}: no tensor of a linear in '{fmt.name}' files", FIX)
 
 
 def _check_scheme(name: str, scheme: QuantScheme, shape: tuple[int, int]) -> None:
@@ -201,3 +211,14 @@ def check_values(name: str, q: QuantizedTensor, shape: tuple[int, int]) -> None:
     for part, tensor in q.parts.items():
         if part not in PARTS or (tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all())):
             raise ToolkitError(f"{name}.{part}: NaN or Inf", FIX)
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor beside the quantized linears, unless it holds NaN or Inf.
+
+    Raises:
+        ToolkitError: names it.
+    """
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+        raise ToolkitError(f"{name}: NaN or Inf", FIX)
+    return tensor

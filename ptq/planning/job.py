@@ -154,7 +154,8 @@ def prepare(
         plan = replace(plan, sizes=replace(plan.sizes, peak_bytes=peak))
     if options.evaluate is not None:
         check_name(options.evaluate)
-    beside = max(tokenizing_bytes(source, options.evaluate, plan), evaluating_bytes(source, options.evaluate))
+    evaluating = evaluating_bytes(source, options.evaluate, options.eval_windows, plan)
+    beside = max(tokenizing_bytes(source, options.evaluate, plan), evaluating)
     plan = replace(plan, sizes=replace(plan.sizes, peak_bytes=max(plan.sizes.peak_bytes, beside)))
     opened = {field.name: getattr(source, field.name) for field in fields(Source)}
     return Job(**{**opened, "options": options}, plan=plan)

@@ -13,6 +13,7 @@ from calibration.scoring.perplexity import CHUNK_ELEMENTS
 from calibration.text.pieces import PIECE, folder_cuts_freely
 from ptq.devices import evaluation_dtype
 from ptq.evaluation import EVAL_TOKENS
+from ptq.planning.peak import LIBRARIES, WITH_TEXT
 from ptq.planning.plan import Plan
 from ptq.planning.source import Source
 from ptq.planning.texts import CALIBRATED, text_bytes
@@ -20,6 +21,7 @@ from ptq.planning.texts import CALIBRATED, text_bytes
 TOKENIZING = 95  # bytes per byte of text, measured with a byte-level BPE of 49 thousand words on wikitext
 HOLDING = 12  # bytes per byte of text that is tokenized in pieces: file, rows, one string, tokens
 SCORING = 6  # pieces of float32 logits of both models, their log-probabilities and products
+CODES = 1.1  # bytes per weight of a quantized linear as it is loaded: codes and float32 steps
 
 
 def tokenizing_bytes(source: Source, evaluate: str | None, plan: Plan) -> int:
@@ -36,16 +38,24 @@ def text_bytes_held(source: Source, names: Sequence[str]) -> int:
     return TOKENIZING * largest
 
 
-def evaluating_bytes(source: Source, evaluate: str | None) -> int:
-    """What ``--eval`` holds: the float model and the quantized one, both in the dtype of the evaluation, and the logits
-    of both for a batch of windows."""
+def evaluating_bytes(source: Source, evaluate: str | None, windows: int | None, plan: Plan) -> int:
+    """What ``--eval`` holds: the float model and the quantized one, its linears as codes of a byte (the kernel that all
+    machines have), logits of both for a batch of windows, and the larger of a forward pass and of a comparison.
+
+    Args:
+        windows: at most so many are scored.
+    """
     if evaluate is None:
         return 0
-    itemsize = evaluation_dtype("auto", source.device).itemsize
-    models = 2 * itemsize * sum(info.numel for info in source.reader.infos.values())
-    tokens = max(1, EVAL_TOKENS // source.seq_len) * source.seq_len
-    logits = 2 * tokens * int(text_config(source.config).vocab_size)
-    return models + itemsize * logits + 4 * min(SCORING * CHUNK_ELEMENTS, logits)
+    itemsize, config = evaluation_dtype("auto", source.device).itemsize, text_config(source.config)
+    weights, quantized = sum(info.numel for info in source.reader.infos.values()), plan.sizes.quantized_weights
+    models = itemsize * (2 * weights - quantized) + round(CODES * quantized)
+    tokens = max(1, min(EVAL_TOKENS // source.seq_len, windows or EVAL_TOKENS)) * source.seq_len
+    logits = tokens * int(config.vocab_size)
+    widest = max((max(linear.shape) for linear in plan.layout.linears), default=0)
+    forward = itemsize * tokens * (3 * widest + 4 * int(config.hidden_size))
+    comparing = 4 * SCORING * min(CHUNK_ELEMENTS, source.seq_len * int(config.vocab_size))
+    return models + 2 * itemsize * logits + max(forward, comparing) + LIBRARIES + WITH_TEXT
 
 
 def tell_short_memory(plan: Plan, device: torch.device, progress: Progress) -> None:

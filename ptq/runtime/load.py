@@ -23,6 +23,7 @@ from ptq.formats.registry import format_of, stored_names
 from ptq.quantized import CACHE_STEPS, QuantizedTensor
 from ptq.runtime.attention import cache_layers, quantize_cache
 from ptq.runtime.embedding import is_embedding, quantize_embedding
+from ptq.runtime.kernels.dispatch import check_kernel
 from ptq.runtime.linear import QuantLinear
 from ptq.scheme import QuantScheme
 
@@ -124,6 +125,7 @@ def load_model(
     Raises:
         ToolkitError: broken or unknown checkpoint, a foreign quantization, tensors that are missing or do not fit.
     """
+    check_kernel(kernel)
     folder, device = locate(model), torch.device(device)
     reader, config, spec = open_model(folder, trust_remote_code, coded=True)
     with reader:

@@ -232,7 +232,7 @@ def committed(place: Path, rng: random.Random, words: Words) -> tuple[Damage, Wo
 def _same_json(before: bytes, path: Path) -> bool:
     """Whether a file says what it said, however it is laid out."""
     try:
-        return bool(json.loads(before) == json.loads(path.read_bytes()))
+        return bool(json.loads(before) == json.loads(path.read_text(encoding="utf-8")))  # bytes may be UTF-16
     except ValueError:
         return False
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import gc
 import os
 import resource
@@ -29,6 +30,7 @@ from fuzz.mutations import DONE, REFUSED, Damage
 
 SECONDS = 10  # of processor time
 BLOCKED = 60.0  # seconds on the clock, for what waits and computes nothing
+ROUNDS = 5  # times BLOCKED, for what computes on a machine that has other work
 ROOM = 8 << 30  # bytes of addresses: more than any case needs
 MEMORY = Path("/dev/shm")  # files of cases, where the system has it
 
@@ -48,6 +50,7 @@ Left = dict[str, bytes]
 
 
 def limits() -> None:
+    faulthandler.dump_traceback_later(BLOCKED - 5, repeat=True, file=2)  # where it waits
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
     resource.setrlimit(resource.RLIMIT_AS, (ROOM, ROOM))
 
@@ -57,11 +60,23 @@ def run_forked(words: Words, place: Path) -> tuple[int, str]:
     ``ptq WORDS...`` in a forked process."""
     log = place / "log"
     child = start(list(words), place, log, before=limits)
-    code = wait(child, BLOCKED)
+    code, rounds, spent = None, 0, -1
+    while code is None and rounds < ROUNDS and spent < (now := processor_time(child)):
+        spent, rounds = now, rounds + 1
+        code = wait(child, BLOCKED)
     if code is None:
         kill(child)
         code = -1
     return code, log.read_text(errors="replace") if log.exists() else ""
+
+
+def processor_time(child: int) -> int:
+    """Of a process, in ticks; 0 where the system does not say."""
+    try:
+        fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return int(fields[11]) + int(fields[12])
 
 
 def left(place: Path, printed: str) -> Left:
@@ -75,7 +90,7 @@ def left(place: Path, printed: str) -> Left:
 def judge(damage: Damage, code: int, printed: str, place: Path, expected: Left) -> str:
     """What is wrong with an ending, or an empty string."""
     if code < 0:
-        return f"hang (signal {-code}): {printed[-300:]}"
+        return f"hang (signal {-code}): {printed[-2500:]}"
     if code not in (DONE, REFUSED):
         return f"exit code {code}: {printed[-1500:]}"
     if "Traceback" in printed:

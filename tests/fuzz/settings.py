@@ -32,7 +32,7 @@ OPTIONS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
         "--seq-len": {GOOD: ("2", "8", "64", "4096"), BAD: ("0", "1", "-4", "x", "99999999999")},
         "--seed": {GOOD: ("0", "1", "123456"), BAD: ("x", "1.5", "9" * 30, "nan")},
         "--method": {
-            GOOD: ("rtn", "hqq", "awq", "equalize+rtn"),
+            GOOD: ("rtn", "gptq", "awq", "equalize+rtn"),
             BAD: ("", "nope", "rtn+", "+", "rtn+gptq+rtn"),
         },
         "--scheme": {
@@ -47,7 +47,7 @@ OPTIONS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
             BAD: ("", "nope", "nope.txt", ".", "/dev/zero", "a" * 300),
         },
         "--embeddings": {GOOD: ("float",), BAD: ("nope", "")},
-        "--out": {GOOD: ("deep/er/out",), BAD: ("text.txt", "/", "model", "a" * 300, "/dev/null/x")},
+        "--out": {GOOD: ("deep/er/out",), BAD: ("model/config.json", "/", "model", "a" * 300, "/dev/null/x")},
     },
     "eval": {
         "--seq-len": {GOOD: ("2", "8", "64", "4096"), BAD: ("0", "1", "-4", "x")},

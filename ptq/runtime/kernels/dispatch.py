@@ -19,6 +19,16 @@ def _names() -> list[str]:
     return [kernel.name for kernel in KERNELS]
 
 
+def check_kernel(name: str | None) -> None:
+    """Refuse a name that is no kernel's, also where no linear would run on it.
+
+    Raises:
+        ToolkitError: with the nearest name.
+    """
+    if name is not None and name not in _names():
+        raise unknown_value("kernel", name, _names())
+
+
 def select(query: KernelQuery, prefer: str | None = None) -> Kernel:
     """The first kernel that supports ``query``, or the kernel called ``prefer``.
 
@@ -27,9 +37,8 @@ def select(query: KernelQuery, prefer: str | None = None) -> Kernel:
     """
     if prefer is None:
         return next(k for k in KERNELS if k.refusal(query) is None and query.device_type not in k.on_request)
-    chosen = next((kernel for kernel in KERNELS if kernel.name == prefer), None)
-    if chosen is None:
-        raise unknown_value("kernel", prefer, _names())
+    check_kernel(prefer)
+    chosen = next(kernel for kernel in KERNELS if kernel.name == prefer)
     reason = chosen.refusal(query)
     if reason is not None:
         able = [kernel.name for kernel in KERNELS if kernel.refusal(query) is None]
