@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from calibration.errors import ToolkitError, foreign
-from calibration.model.reading import built, read_json
+from calibration.model.reading import read_json
+from calibration.model.typed import Count, Positive, Size, built
+from calibration.recorded import CalibrationFacts, LeftFacts, ModelFacts, RecipeFacts, ResultFacts
 from calibration.shown import Shown
 
 SCHEMA_VERSION = 1
@@ -132,10 +134,10 @@ class LinearRecord:
     """
 
     name: str
-    block: int
-    shape: tuple[int, int]
+    block: Count
+    shape: tuple[Size, Size]
     scheme: str
-    bits_per_weight: float
+    bits_per_weight: Positive
     weight_error: float
     relative_error: float | None = None
     notes: dict[str, float | str] = field(default_factory=dict)
@@ -143,26 +145,20 @@ class LinearRecord:
 
 @dataclass(frozen=True, repr=False)
 class RunRecord(Shown):
-    """The whole run. Every field is plain JSON or one of the dataclasses above.
+    """The whole run. Every field is plain JSON (`calibration.recorded`) or one of the dataclasses above.
 
     Attributes:
-        model: ``name``, ``architecture``, ``parameters``, ``dtype``, ``fingerprint`` (of config and headers),
-            ``bytes`` (of all tensors of the float checkpoint).
-        recipe: the resolved recipe: passes with all their settings, schemes, format.
-        calibration: dataset, samples, seq_len, seed, join, special_tokens, tokens, fingerprint; empty if data-free.
-        result: ``format``, ``bytes`` (of all tensors written), ``quantized_bytes``, ``bits_per_weight``,
-            ``quantized_linears``, ``quantized_weights``, ``forward_passes`` (per block), ``loads_in``
-            (program -> "yes" or the reason why not), ``verified`` (linears read back and compared).
-        left: ``{"what", "why", "count"}`` for everything that stayed in float.
+        model, recipe, calibration, result: what was quantized, how, on which text (empty if data-free), to what.
+        left: everything that stayed in float.
         versions: of this toolkit and the libraries below it.
     """
 
-    model: dict[str, Any]
-    recipe: dict[str, Any]
-    calibration: dict[str, Any]
-    result: dict[str, Any]
+    model: ModelFacts
+    recipe: RecipeFacts
+    calibration: CalibrationFacts
+    result: ResultFacts
     linears: tuple[LinearRecord, ...]
-    left: tuple[dict[str, Any], ...]
+    left: tuple[LeftFacts, ...]
     evaluations: tuple[Evaluation, ...]
     versions: dict[str, str]
     schema_version: int = SCHEMA_VERSION
@@ -214,19 +210,6 @@ class Timings:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
 
 
-def evaluation_from_json(data: dict[str, Any]) -> Evaluation:
-    """The inverse of ``dataclasses.asdict`` for one `Evaluation`."""
-    divergence = data.get("divergence")
-    return built(
-        Evaluation,
-        {
-            **data,
-            "protocol": built(Protocol, data["protocol"]),
-            "divergence": None if divergence is None else built(Divergence, divergence),
-        },
-    )
-
-
 def read_record(run: Path) -> RunRecord:
     """``report.json`` of a run (its folder, or the file itself).
 
@@ -241,9 +224,7 @@ def read_record(run: Path) -> RunRecord:
             "compare runs written by the same version of ptq, or repeat the run",
         )
     with foreign(f"{path}: damaged", _NO_RUN):
-        linears = tuple(built(LinearRecord, {**entry, "shape": tuple(entry["shape"])}) for entry in data["linears"])
-        evaluations = tuple(evaluation_from_json(entry) for entry in data["evaluations"])
-        return built(RunRecord, {**data, "linears": linears, "left": tuple(data["left"]), "evaluations": evaluations})
+        return built(RunRecord, data)
 
 
 def read_timings(run: Path) -> Timings | None:

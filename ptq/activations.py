@@ -13,11 +13,18 @@ from typing import Literal
 
 from calibration.errors import ToolkitError, nearest
 
-Kind = Literal["int", "fp8-e4m3", "fp4-e2m1", "nvfp4", "mxfp4"]
+Kind = Literal["int", "fp8-e4m3", "fp4-e2m1", "nvfp4", "mxfp4", "mxfp8"]
 Granularity = Literal["tensor", "token", "channel", "group"]
-FLOAT_KINDS: dict[str, Kind] = {"fp8": "fp8-e4m3", "fp4": "fp4-e2m1", "nvfp4": "nvfp4", "mxfp4": "mxfp4"}
-BLOCK_FLOATS: dict[str, tuple[int, bool]] = {"nvfp4": (16, False), "mxfp4": (32, True)}
+BLOCK_FLOATS: dict[str, tuple[int, bool]] = {"nvfp4": (16, False), "mxfp4": (32, True), "mxfp8": (32, True)}
 """Channels of a token that share a step, and whether all of it follows from the live input, by kind of float."""
+FLOAT_KINDS: dict[str, Kind] = {
+    "fp8": "fp8-e4m3",
+    "fp4": "fp4-e2m1",
+    "nvfp4": "nvfp4",
+    "mxfp4": "mxfp4",
+    "mxfp8": "mxfp8",
+}
+"""Kinds of floats by what stands behind the a in a scheme."""
 INPUT_BITS = (4, 6, 8)
 CACHE_BITS = (4, 8)
 FLOAT_INPUTS = 16  # "a16": inputs stay in the model's dtype
@@ -49,7 +56,8 @@ class ActivationQuant:
     Attributes:
         bits: of a code.
         kind: integers, or the floats E4M3 (8 bits, largest value 448) or E2M1 (4 bits, 6). "nvfp4" is E2M1 in groups of
-            16 channels with E4M3 steps under a calibrated one for the tensor, "mxfp4" in groups of 32 with powers of 2.
+            16 channels with E4M3 steps under a calibrated one for the tensor, "mxfp4" in groups of 32 with powers of 2,
+            "mxfp8" E4M3 in such groups.
         granularity: what shares a step: all of X, a token, an input channel, or ``group_size`` channels of a token.
         dynamic: ranges of the live input; otherwise calibrated ones, stored as the parts ``input_scale`` and
             ``input_zero``.
@@ -72,7 +80,7 @@ class ActivationQuant:
 
     @property
     def number(self) -> str:
-        """``a8``, ``afp8``, ``afp4``, ``anvfp4`` or ``amxfp4``"""
+        """``a8``, ``afp8``, ``afp4``, ``anvfp4``, ``amxfp4`` or ``amxfp8``"""
         if self.kind in BLOCK_FLOATS:
             return f"a{self.kind}"
         return f"a{self.bits}" if self.kind == "int" else f"afp{self.bits}"
@@ -124,7 +132,7 @@ SHARED: dict[str, tuple[Granularity, bool]] = {
 STATIC_CACHE = "kvstatic"
 WEIGHT_SYNONYMS = {"wtensor": "gtensor", "wchannel": "gchannel"}
 PRESETS = ("w8a8", "w6a6", "w4a8", "w4a4", "w4a4kv4", "fp8")
-_INPUTS = r"a(\d+|fp8|fp4|nvfp4|mxfp4)"
+_INPUTS = r"a(\d+|fp8|fp4|nvfp4|mxfp4|mxfp8)"
 _HEAD = re.compile(rf"(w\d+){_INPUTS}(?:kv(\d+|fp8))?")
 _FLOAT = re.compile(r"e\dm\d")
 _WIDTH = re.compile(rf"{_INPUTS}|kv(\d+|fp8)")
@@ -193,12 +201,13 @@ def _inputs(text: str, number: str, suffixes: list[str]) -> ActivationQuant:
         if suffixes:
             reason = f"'{suffixes[0]}' says what shares a step, and {number} inputs have fixed groups"
             raise ToolkitError(f"scheme: '{text}': {reason}", f"leave '{suffixes[0]}' out, or use afp4")
-        width, live = BLOCK_FLOATS[number]
-        return ActivationQuant(4, FLOAT_KINDS[number], "group", live, True, width)
+        kind = FLOAT_KINDS[number]
+        width, live = BLOCK_FLOATS[kind]
+        return ActivationQuant(int(number[-1]), kind, "group", live, True, width)
     floats = number.startswith("fp")
     if not floats and int(number) not in INPUT_BITS:
         choices = ", ".join(map(str, INPUT_BITS))
-        fix = f"use {choices}, fp8, fp4, nvfp4, mxfp4, or 16 for none"
+        fix = f"use {choices}, {', '.join(FLOAT_KINDS)}, or 16 for none"
         raise ToolkitError(f"scheme: '{text}' asks for {number}-bit inputs", fix)
     shared = [w for w in suffixes if w in SHARED or _GROUP.fullmatch(w)]
     smooth = [found for w in suffixes if (found := _SMOOTH.fullmatch(w))]

@@ -83,7 +83,7 @@ def export_model(
     folder = locate(model)
     session = Session(Path(out))
     session.check(overwrite, resume=False, source=folder, resumable=False)
-    reader, config, spec = open_model(folder, trust_remote_code)
+    reader, config, spec = open_model(folder, trust_remote_code, coded=True)
     found = quantized_linears(reader)
     if found is None:
         raise ToolkitError(

@@ -38,7 +38,7 @@ def export_float(
     folder, progress = locate(model), progress or Silent()
     session = Session(Path(out))
     session.check(overwrite, resume=False, source=folder, resumable=False)
-    reader, _, spec = open_model(folder, trust_remote_code)
+    reader, _, spec = open_model(folder, trust_remote_code, coded=True)
     if "quantization_config" not in reader.config and not isinstance(reader, GgufReader):
         raise ToolkitError(f"{folder}: a float checkpoint already", "copy the folder")
     sparsity = load_sparsity(folder)

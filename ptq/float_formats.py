@@ -32,6 +32,11 @@ class FloatFormat:
         """(2 - 2^-M) 2^(2^E - 1 - bias), or the value below where that code is NaN"""
         return (2 - (1 + self.has_nan) * 2.0**-self.mantissa_bits) * 2.0 ** (2**self.exponent_bits - 1 - self.bias)
 
+    @property
+    def top_binade(self) -> float:
+        """The power of two at or below the largest value."""
+        return 2.0 ** (2**self.exponent_bits - 1 - self.bias)
+
     def __str__(self) -> str:
         return f"e{self.exponent_bits}m{self.mantissa_bits}" + "fn" * self.has_nan
 

@@ -37,7 +37,7 @@ def describe(model: str | Path, device: str = "auto", trust_remote_code: bool = 
         ToolkitError: broken or unknown checkpoint.
     """
     folder = locate(model)
-    reader, config, spec = open_model(folder, trust_remote_code)
+    reader, config, spec = open_model(folder, trust_remote_code, coded=True)
     quantized = quantized_linears(reader)
     parameters = sum(i.numel for i in reader.infos.values())
     yield f"{folder.name}: {spec.family}, {spec.n_blocks} blocks, context {context_length(config)}"

@@ -135,8 +135,8 @@ def _card(path: Path, readme: Path | None, facts: Facts) -> bytes:
         record = path.with_suffix(".report.json")
         if path.suffix == ".gguf" and record.is_file():
             run = read_record(record)
-            name = str(run.model["name"])
-            base = name if run.model["source"] == "hub" else f"./{name}"
+            name = run.model["name"]
+            base = name if run.model.get("source") == "hub" else f"./{name}"
             return model_card(run, base, {path.name: path.stat().st_size}, facts).encode()
         text = f"---\ntags: [quantized, ptq]\n---\n\n# {path.stem}\n\nQuantized weights, written by ptq.\n"
     else:

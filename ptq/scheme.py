@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from calibration.errors import ToolkitError, nearest
-from calibration.model.reading import built
+from calibration.model.typed import built
 from ptq.activations import PRESETS, ActivationQuant, CacheQuant, take_activations, with_activations
 from ptq.float_formats import E2M1, E4M3FN, FloatFormat, float_formats
 from ptq.scheme_names import GGUF_BLOCKS, plain_name
@@ -28,6 +28,8 @@ QUANTIZERS: tuple[str, ...] = get_args(IntegerQuantizer)
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 SCALE_BITS: dict[ScaleFormat, int] = {"half": 16, "bf16": 16, "e8m0": 8, "e4m3": 8, "k4": 4, "k6": 6, "k8": 8}
+BLOCK = 128
+"""Rows, and columns, of a block of weights that share a step."""
 SUPER_WIDTH = 256
 """Weights of a row that share a float16 scale (and minimum) over their groups' integer ones, in K-quants."""
 NARROW_SCALES: tuple[ScaleFormat, ...] = ("e8m0", "e4m3")
@@ -49,10 +51,11 @@ class Grouping:
     Along ``axis`` "in", as usual, a line is a row and a group is a run of input columns. Along "out" a line is an
     input column and a group is a run of output rows (per-IC grouping, Heo et al. 2023, arXiv 2309.15531): a column
     with large inputs then has steps of its own. Scales are ``[lines, groups per line]`` either way. A step of the whole
-    tensor (``tensor``) is stored once per row, all of them equal, so that every reader of rows reads it.
+    tensor (``tensor``) is stored once per row, all of them equal, so that every reader of rows reads it. ``block`` is
+    a group that ``size`` rows share (DeepSeek's FP8); their scales are equal here and stored once.
     """
 
-    kind: Literal["tensor", "channel", "group"]
+    kind: Literal["tensor", "channel", "group", "block"]
     size: int | None = None
     axis: Axis = "in"
 
@@ -74,14 +77,15 @@ class Grouping:
         return shape[0] * shape[1] // length, self.count(length)
 
     def __str__(self) -> str:
-        return ("g" if self.axis == "in" else "ic") + (self.kind if self.size is None else str(self.size))
+        size = self.kind if self.size is None or self.kind == "block" else str(self.size)
+        return ("g" if self.axis == "in" else "ic") + size
 
 
 @dataclass(frozen=True)
 class TensorQuant:
     """A grid for one tensor: integer, integer with zero points that are not ("asym_float", for HQQ), the values of a
-    small float format (``quantizer`` is then "float"), one bit a
-    weight with 4 bits in ``salient_percent`` of the columns ("binary", see `ptq.numerics.binary`)."""
+    small float format (``quantizer`` is then "float"), one bit a weight with 4 bits in ``salient_percent`` of the
+    columns ("binary", see `ptq.numerics.binary`)."""
 
     bits: int
     grouping: Grouping
@@ -97,7 +101,6 @@ class TensorQuant:
 
     @staticmethod
     def of_floats(number: FloatFormat, grouping: Grouping, scale_format: ScaleFormat = "bf16") -> TensorQuant:
-        """A grid of floats."""
         return TensorQuant(number.bits, grouping, "float", number, scale_format)
 
     @property
@@ -166,12 +169,13 @@ class QuantScheme:
         per_group = SCALE_BITS[w.scale_format] + (0 if w.symmetric else 16 if w.float_zeros else w.bits)
         index = 32.0 / out_features if reordered else 0.0
         index += 32.0 / (out_features * in_features) if w.scale_format == "e4m3" else 0.0
-        return w.bits + per_group / w.grouping.width(w.grouping.length((out_features, in_features))) + index
+        rows = out_features / -(-out_features // BLOCK) if w.grouping.kind == "block" else 1.0
+        return w.bits + per_group / (rows * w.grouping.width(w.grouping.length((out_features, in_features)))) + index
 
     def to_json(self) -> dict[str, Any]:
         w = self.weights
         data = {"bits": w.bits, "group_size": w.grouping.size, "axis": w.grouping.axis, "quantizer": w.quantizer}
-        told = w.grouping.kind != "tensor" and w.salient_percent is None and not w.superblocks
+        told = w.grouping.kind in ("channel", "group") and w.salient_percent is None and not w.superblocks
         if str(self) != self.weights_text or not told:
             return {**data, "scheme": str(self)}
         if w.float_format is None:
@@ -194,16 +198,17 @@ class QuantScheme:
             raise TypeError(f"{data['bits']} bits in groups of {size}")
         if data["quantizer"] == "float":
             number = built(FloatFormat, data["float_format"])
-            scheme = QuantScheme(TensorQuant.of_floats(number, grouping, data["scale_format"]))
+            weights = TensorQuant.of_floats(number, grouping, data["scale_format"])
         else:
-            scheme = QuantScheme(TensorQuant(data["bits"], grouping, data["quantizer"]))
-        built(TensorQuant, dict(vars(scheme.weights)))
-        return scheme
+            weights = TensorQuant(data["bits"], grouping, data["quantizer"])
+        built(TensorQuant, dict(vars(weights)))
+        return QuantScheme(weights)
 
 
 FLOAT_PRESETS: dict[str, TensorQuant] = {
     "mxfp4": TensorQuant.of_floats(E2M1, Grouping("group", 32), "e8m0"),
     "nvfp4": TensorQuant.of_floats(E2M1, Grouping("group", 16), "e4m3"),
+    "mxfp8": TensorQuant.of_floats(E4M3FN, Grouping("group", 32), "e8m0"),
 }
 FLOAT_BITS = (4, 5, 6, 7, 8)
 K_QUANTS: dict[str, TensorQuant] = {
@@ -233,8 +238,7 @@ def parse_scheme(text: str, default: Kind = "sym") -> QuantScheme:
     """
     choices = f"w{{{','.join(map(str, BITS))}}}a16-{{{','.join(f'g{g}' for g in GROUP_SIZES)},gchannel}}[-sym|-asym]"
     choices += f", {', '.join(FLOAT_PRESETS)}, fp4-e2m1-g128 or w1a16-salient20"
-    choices += f"; for GGUF {', '.join([*GGUF_BLOCKS, *K_QUANTS])}"
-    choices += "; ic instead of g groups along the outputs"
+    choices += f"; for GGUF {', '.join([*GGUF_BLOCKS, *K_QUANTS])}; ic instead of g groups along the outputs"
     choices += f"; with quantized activations {', '.join(PRESETS)}; or int4, int8"
     weights_text, inputs, cache = take_activations(plain_name(text))
     plain = _grouping_first(weights_text.strip().lower())
@@ -257,11 +261,10 @@ def parse_scheme(text: str, default: Kind = "sym") -> QuantScheme:
     bits, kind = int(match[1]), match[3]
     if bits not in BITS:
         raise ToolkitError(f"scheme: '{text}' asks for {bits}-bit weights", f"use one of {choices}")
-    grouping = _parse_grouping(text, match[2], choices)
     kinds: dict[str, Quantizer] = {"sym": integer_quantizer(bits, "sym"), "asym": integer_quantizer(bits, "asym")}
     kinds |= {name: name for name in (*get_args(IntegerQuantizer), "asym_float")}
-    quantizer = kinds[kind or default]
-    return QuantScheme(TensorQuant(bits, grouping, quantizer), inputs, cache)
+    weights = TensorQuant(bits, _parse_grouping(text, match[2], choices), kinds[kind or default])
+    return QuantScheme(weights, inputs, cache)
 
 
 def _parse_grouping(text: str, group: str | None, choices: str) -> Grouping:
@@ -280,12 +283,13 @@ def _parse_grouping(text: str, group: str | None, choices: str) -> Grouping:
 
 def _parse_floats(text: str, plain: str, choices: str) -> TensorQuant:
     """``fp4-e2m1-g128`` and its relatives, with bf16 scales."""
+    if plain == f"fp8-{E4M3FN}-gblock":
+        return TensorQuant.of_floats(E4M3FN, Grouping("block", BLOCK))
     known = [f"fp{bits}-{number}" for bits in FLOAT_BITS for number in float_formats(bits)] + [f"fp8-{E4M3FN}"]
     match = _FLOAT_SCHEME.fullmatch(plain)
     if match is None or f"fp{match[1]}-e{match[2]}m{match[3]}{match[4] or ''}" not in known:
-        closest = nearest(plain, known)
         reason = "is not a float scheme (1 + E + M bits, E from 1 to 5)"
-        raise ToolkitError(f"scheme: '{text}' {reason}", f"{closest}use one of {', '.join(known)}")
+        raise ToolkitError(f"scheme: '{text}' {reason}", f"{nearest(plain, known)}use one of {', '.join(known)}")
     grouping = _parse_grouping(text, match[5], choices)
     return TensorQuant.of_floats(FloatFormat(int(match[2]), int(match[3]), bool(match[4])), grouping)
 

@@ -23,17 +23,19 @@ NAMES = {
     "fp8-dynamic": "fp8",
     "nvfp4a16": "nvfp4",
     "mxfp4a16": "mxfp4",
+    "mxfp8a16": "mxfp8",
+    "fp8_block": "fp8-gblock-ag128",
     "o1": "w8a8-wtensor-atoken",
     "o2": "w8a8-wtensor-atensor",
     "o3": "w8a8-wtensor-astatic",
 }
 """Names that llm-compressor (presets, there in capitals), llama.cpp (the block size and the kind of grid of its plain
-types) and SmoothQuant (the efficiency levels of Xiao et al. 2022) use. Case does not count. W4A16, W8A8, FP8, NVFP4 and
-MXFP4 need no entry: they are schemes here. NVFP4 and MXFP4 quantize weights alone, like llm-compressor's NVFP4A16; FP8
-has a step per row and per token, like its FP8_DYNAMIC."""
+types) and SmoothQuant (the efficiency levels of Xiao et al. 2022) use. Case does not count. W4A16, W8A8, FP8, NVFP4,
+MXFP4 and MXFP8 need no entry: they are schemes here. The last three quantize weights alone, like llm-compressor's
+NVFP4A16; FP8 has a step per row and per token, like its FP8_DYNAMIC."""
 
-_GROUP = re.compile(r"(g|ic)(\d+|channel|tensor)|w(tensor|channel)|salient\d+")
-_FIXED = ("mxfp4", "nvfp4", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+_GROUP = re.compile(r"(g|ic)(\d+|channel|tensor|block)|w(tensor|channel)|salient\d+")
+_FIXED = ("mxfp4", "nvfp4", "mxfp8", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 
 
 def plain_name(text: str) -> str:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
 from safetensors.torch import load_file
@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from calibration.errors import ToolkitError, foreign
 from calibration.model.checkpoint import CheckpointReader, save_tensors, write_atomically
 from calibration.model.opening import weights_fingerprint
-from calibration.model.reading import built, read_json
+from calibration.model.reading import read_json
+from calibration.model.typed import Finite, built
+from calibration.recorded import CalibrationFacts
 from calibration.shown import Shown
 from sparsity.sites import MODES, Mode, Site
 
@@ -68,6 +70,33 @@ class Sparsity(Shown):
             **({} if mean is None else {"reached": f"{mean:.2%} of values, the mean over sites"}),
             **({} if found is None else {"perplexity": f"{found['perplexity_increase']:+.2%} on the search text"}),
         }
+
+
+class _SiteEntry(TypedDict):
+    linear: str
+    mode: str
+    reached: Finite | None
+    shared: bool
+
+
+class _Search(TypedDict):
+    perplexity_increase: Finite
+
+
+class _Settings(TypedDict):
+    search: NotRequired[_Search]
+
+
+class _File(TypedDict):
+    """`SETTINGS_FILE`, as `save_sparsity` writes it; settings of the methods stay as they are."""
+
+    method: str
+    target: Finite
+    base: str
+    settings: _Settings
+    calibration: CalibrationFacts
+    model: NotRequired[dict[str, str]]
+    sites: list[_SiteEntry]
 
 
 def site_tensors(sites: Iterable[Site]) -> dict[str, torch.Tensor]:
@@ -151,41 +180,43 @@ def load_sparsity(folder: Path) -> Sparsity | None:
     if not path.exists():
         return None
     data = read_json(path, AGAIN)
+    version = data.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise ToolkitError(
+            f"{path}: schema version {version}, this version reads {SCHEMA_VERSION}", "use the ptq that wrote it"
+        )
     with foreign(f"{path}: damaged", AGAIN):
-        version = data["schema_version"]
-        if version != SCHEMA_VERSION:
-            raise ToolkitError(
-                f"{path}: schema version {version}, this version reads {SCHEMA_VERSION}", "use the ptq that wrote it"
-            )
-        listed = {f"{s['linear']}.{s['mode']}": s["reached"] for s in data["sites"]}
-        shared = tuple(f"{s['linear']}.{s['mode']}" for s in data["sites"] if s["shared"])
-        settings = {key: data[key] for key in ("method", "target", "base", "settings", "calibration")}
-        settings["model"] = data.get("model", {})
+        read = built(_File, data)
     with CheckpointReader(folder) as reader:
         found = weights_fingerprint(reader)
-    if found != settings["base"]:
+    if found != read["base"]:
         raise ToolkitError(
-            f"{path}: thresholds for the weights {settings['base']}, those in the folder are {found}",
+            f"{path}: thresholds for the weights {read['base']}, those in the folder are {found}",
             f"{AGAIN}, or remove {SETTINGS_FILE} and {TENSORS_FILE} to run it dense",
         )
     sites = {site.name: site for site in sites_from(_tensors(folder / TENSORS_FILE))}
+    listed = {f"{entry['linear']}.{entry['mode']}": entry for entry in read["sites"]}
     if set(sites) != set(listed):
         raise ToolkitError(f"{folder}: {SETTINGS_FILE} and {TENSORS_FILE} name different sites", AGAIN)
-    reached = {name: share for name, share in listed.items() if share is not None}
-    with foreign(f"{path}: damaged", AGAIN):
-        given = {"sites": tuple(sites[name] for name in listed), "reached": reached, "shared": shared}
-        if not all(isinstance(share, int | float) for share in reached.values()):
-            raise TypeError("'reached' is no number")
-        return built(Sparsity, {**given, **settings})
+    return Sparsity(
+        method=read["method"],
+        target=read["target"],
+        base=read["base"],
+        sites=tuple(sites[name] for name in listed),
+        settings={**read["settings"]},
+        calibration={**read["calibration"]},
+        reached={name: entry["reached"] for name, entry in listed.items() if entry["reached"] is not None},
+        shared=tuple(name for name, entry in listed.items() if entry["shared"]),
+        model=read.get("model", {}),
+    )
 
 
 def made_of(folder: Path) -> dict[str, str]:
     """`Sparsity.model` of a sparse checkpoint, without a look at its weights; empty where it is not known."""
     try:
-        found = read_json(folder / SETTINGS_FILE).get("model", {})
-    except ToolkitError:
+        return built(dict[str, str], read_json(folder / SETTINGS_FILE).get("model", {}))
+    except (ToolkitError, TypeError):
         return {}  # no sparse checkpoint, or a damaged file, which `load_sparsity` refuses
-    return found if isinstance(found, dict) else {}
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Inputs in NVFP4 and MXFP4, beside weights of the same kind: against the library that the files belong to."""
+"""Inputs in NVFP4, MXFP4 and MXFP8, beside weights of the same kind: against the library that the files belong to."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from transformers import AutoModelForCausalLM
 
 import ptq
 from calibration.errors import PlanError, ToolkitError
-from ptq.formats.packed_floats import input_arguments
+from ptq.formats.config_groups import input_arguments
 from ptq.numerics.activations import fake_quantize_inputs, step_and_zero
 from ptq.numerics.bitstream import unpack
 from ptq.runtime.load import load_model
 from ptq.scheme import QuantScheme, parse_scheme
 
 SCHEMES = {"nvfp4-anvfp4": "ranges+rtn", "mxfp4-amxfp4": "rtn"}
+VALUES = (*SCHEMES, "mxfp8-amxfp8", "fp8-gblock-ag128")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def wide_inputs() -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", VALUES)
 def test_every_value_is_the_library_s(scheme):
     quant, x = parse_scheme(scheme).inputs, wide_inputs()
     arguments = QuantizationArgs.model_validate(input_arguments(quant))

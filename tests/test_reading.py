@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,8 @@ from calibration.errors import ToolkitError
 from calibration.model.checkpoint import write_atomically
 from calibration.model.contents import small_files
 from calibration.model.headers import INDEX_FILE, read_header, shards_of
-from calibration.model.reading import built, read_json, read_toml
-from calibration.record import Protocol, read_record
+from calibration.model.reading import file_digest, read_json, read_toml
+from calibration.record import Protocol
 from ptq.methods import METHODS
 from ptq.report.compare import read_evaluations
 
@@ -78,7 +77,7 @@ def test_an_index_names_files_beside_it_only(tmp_path, name):
 def test_what_is_no_file_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, said in ((tmp_path / "pipe", "a pipe"), (tmp_path, "a folder"), (Path("/dev/zero"), "a device")):
-        for read in (read_json, read_toml, read_header):
+        for read in (read_json, read_toml, read_header, file_digest):
             with pytest.raises(ToolkitError, match=f"is {said}, not a file"):
                 read(path)
     with pytest.raises(ToolkitError, match="cannot be opened"):
@@ -92,31 +91,6 @@ def test_json_that_is_no_config(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ToolkitError, match=r"a\.json"):
         read_json(tmp_path / "a.json")
-
-
-@pytest.mark.parametrize(
-    "change", [{"evaluations": 3}, {"linears": [{}]}, {"evaluations": [{}]}, {"more": 1}, {"left": 5}]
-)
-def test_damaged_records(tmp_path, change):
-    whole = {"schema_version": 1, "linears": [], "evaluations": [], "left": [], "versions": {}}
-    whole |= {"model": {}, "recipe": {}, "calibration": {}, "result": {}}
-    (tmp_path / "report.json").write_text(json.dumps(whole))
-    assert read_record(tmp_path).linears == ()
-    (tmp_path / "report.json").write_text(json.dumps(whole | change))
-    with pytest.raises(ToolkitError, match=r"report\.json: damaged"):
-        read_record(tmp_path)
-
-
-@dataclass(frozen=True)
-class Shaped:
-    shape: tuple[int, int]
-
-
-def test_tuples_have_their_length_and_types():
-    assert built(Shaped, {"shape": (1, 2)}).shape == (1, 2)
-    for wrong in ((1,), (1, 2, 3), (1, "x"), (1, True), [1, 2]):
-        with pytest.raises(TypeError, match="shape"):
-            built(Shaped, {"shape": wrong})
 
 
 def test_damaged_evaluations(tmp_path):

@@ -69,7 +69,7 @@ def test_steps_that_are_missing_or_of_another_shape_are_named(folder, tmp_path):
             load_model(tmp_path)
 
 
-def test_texts_hold_it_and_no_pass_makes_one(folder, tmp_path):
+def test_texts_hold_it_and_some_pass_has_to_calibrate_it(folder, tmp_path):
     for text in ("w8a16kvfp8-g32-sym-kvstatic", "w8a8kv8-gchannel-sym-atoken-kvstatic", "nvfp4-anvfp4-kvfp8-kvstatic"):
         assert str(parse_scheme(text)) == text and QuantScheme.from_json(parse_scheme(text).to_json()) == parse_scheme(
             text

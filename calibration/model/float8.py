@@ -35,6 +35,18 @@ def is_float8(settings: Mapping[str, Any]) -> bool:
     return not settings.get("kv_cache_scheme") and all(blocks)
 
 
+def has_whole_blocks(settings: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> bool:
+    """Whether a ``quantization_config`` that `is_float8` is of compressed-tensors, and its blocks divide the inputs of
+    all float8 weights. (Groups of inputs that do not are run by nobody.)"""
+    if settings.get("quant_method") != "compressed-tensors":
+        return False
+    shapes = [info.shape for info in infos.values() if info.dtype in CODES]
+    square = all(
+        group["weights"].get("block_structure") == [BLOCK, BLOCK] for group in settings["config_groups"].values()
+    )
+    return square and all(len(shape) == 2 and shape[1] % BLOCK == 0 for shape in shapes)
+
+
 def with_scales(infos: Mapping[str, TensorInfo], dtype: torch.dtype) -> dict[str, TensorInfo]:
     """Headers as seen by a reader of float weights: float8 codes that have scales beside them count as ``dtype``.
 

@@ -15,7 +15,7 @@ from calibration.errors import ToolkitError, foreign
 from calibration.model import mxfp4
 from calibration.model.checkpoint import CheckpointReader, read_config
 from calibration.model.classes import empty_model, joined, renaming, text_config
-from calibration.model.float8 import FLOATS, check_dtypes, is_float8, with_scales
+from calibration.model.float8 import FLOATS, check_dtypes, has_whole_blocks, is_float8, with_scales
 from calibration.model.gguf import SUFFIX, folder_of, open_reader
 
 META = torch.device("meta")
@@ -61,8 +61,14 @@ def _download(model: str) -> Path:
         ) from None
 
 
-def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[CheckpointReader, Any, ArchitectureSpec]:
+def open_model(
+    folder: Path, trust_remote_code: bool = False, coded: bool = False
+) -> tuple[CheckpointReader, Any, ArchitectureSpec]:
     """Headers, transformers config and architecture of a checkpoint; no tensor is read.
+
+    Args:
+        coded: float8 blocks of compressed-tensors stay the codes of a quantized checkpoint, where whole blocks divide
+            the rows; otherwise they count as the float weights that they stand for.
 
     Raises:
         ToolkitError: broken folder, unknown architecture, code of the checkpoint's own without permission.
@@ -83,7 +89,8 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[Checkpoin
     if not isinstance(quantized, dict | None):
         said = f"quantization_config is {str(quantized)[:80]!r}, not an object"
         raise ToolkitError(f"{folder}/config.json: {said}", "fetch config.json again, or remove that key")
-    if quantized is None or is_float8(quantized) or quantized.get("quant_method") == mxfp4.METHOD:
+    floats = quantized is None or (is_float8(quantized) and not (coded and has_whole_blocks(quantized, reader.infos)))
+    if floats or (quantized or {}).get("quant_method") == mxfp4.METHOD:
         reader.infos = with_scales(mxfp4.with_blocks(reader.infos, _named_dtype(data)), _named_dtype(data))
         reader.config = {key: value for key, value in data.items() if key != "quantization_config"}
     check_family(str(data.get("model_type")), reader.infos)

@@ -8,15 +8,12 @@ import os
 import stat
 import tomllib
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from calibration.errors import ToolkitError
 
 LARGEST_JSON = 500_000_000  # bytes: the tokenizer of a large vocabulary has 30 million
 DEEPEST_JSON = 64  # levels: what a config nests
-
-_T = TypeVar("_T")
 
 
 def regular_file(path: Path, fix: str = "name a file") -> Path:
@@ -71,6 +68,8 @@ def read_json(path: Path, fix: str = "fetch this file again", missing: str = "")
     try:
         data = json.loads(text)
         too_deep = _depth(data) > DEEPEST_JSON
+        if "\\ud" in text.lower():  # half a character, which nobody can print or write
+            json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ToolkitError(f"{path}: not readable as JSON ({reason})", fix) from error
@@ -79,36 +78,6 @@ def read_json(path: Path, fix: str = "fetch this file again", missing: str = "")
     if too_deep:
         raise ToolkitError(f"{path}: nested too deeply", fix)
     return data
-
-
-def built(kind: type[_T], data: Any) -> _T:
-    """A dataclass from what was read for its fields, nested ones made already.
-
-    Raises:
-        TypeError: unknown or missing fields, or a value that is not of the type of its field.
-    """
-    made = kind(**data)
-    hints = get_type_hints(kind)
-    for name, hint in hints.items():
-        if not _fits(value := getattr(made, name), hint):
-            raise TypeError(f"'{name}' is {str(value)[:80]!r}")
-    return made
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON is of a field's type; what lists and objects of any length hold is not looked at."""
-    if hint is Any:
-        return True
-    if get_origin(hint) is tuple and get_args(hint)[-1] is not Ellipsis:
-        types = get_args(hint)
-        return isinstance(value, tuple) and len(value) == len(types) and all(map(_fits, value, types))
-    if get_origin(hint) is Literal:
-        return value in get_args(hint) and not isinstance(value, bool)
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, one) for one in get_args(hint))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, get_origin(hint) or hint) and (hint is bool or not isinstance(value, bool))
 
 
 def _depth(data: Any) -> int:
@@ -147,6 +116,10 @@ def inside(path: Path, folder: Path) -> bool:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file, in hex digits."""
-    with path.open("rb") as file:
+    """sha256 of a file, in hex digits.
+
+    Raises:
+        ToolkitError: not a regular file: to read a pipe can wait for ever.
+    """
+    with regular_file(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,10 @@ class Watch:
     def transforming(path: str, transform: Callable[[torch.Tensor], torch.Tensor]) -> Watch:
         """What enters the submodule is replaced by ``transform(x)``, of the same shape and dtype."""
         return Watch(path, lambda x, positions: transform(x))
+
+
+Watches = Iterable[Watch] | AbstractContextManager[None]
+"""Some, or what looks elsewhere than at submodules while it is open."""
 
 
 def place(block: nn.Module, watches: Iterable[Watch]) -> list[RemovableHandle]:
@@ -76,8 +80,12 @@ def place(block: nn.Module, watches: Iterable[Watch]) -> list[RemovableHandle]:
 
 
 @contextmanager
-def watching(block: nn.Module, watches: Iterable[Watch]) -> Iterator[None]:
+def watching(block: nn.Module, watches: Watches) -> Iterator[None]:
     """`place` for the length of a ``with``."""
+    if isinstance(watches, AbstractContextManager):
+        with watches:
+            yield
+        return
     handles = place(block, watches)
     try:
         yield

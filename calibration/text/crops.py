@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader
+from calibration.recorded import CalibrationFacts
 from calibration.text.chats import as_text
 from calibration.text.corpora import Corpus
 from calibration.text.encoding import begin_with_bos, token_ids, too_short, wanted_bos
@@ -44,7 +45,7 @@ class TokenBatches:
     """
 
     input_ids: Tensor
-    source: dict[str, Any]
+    source: CalibrationFacts
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -114,7 +115,7 @@ def calibration_tokens(
         ids = _text_crops(corpus, tokenizer, samples, seq_len, random.Random(seed))
     bos = wanted_bos(tokenizer)
     ids = begin_with_bos(ids, bos)
-    source = {
+    source: CalibrationFacts = {
         "dataset": corpus.source,
         "split": corpus.split,
         "revision": corpus.revision,
@@ -167,7 +168,7 @@ def read_tokens(path: Path, samples: int, seq_len: int, vocab_size: int) -> Toke
         ToolkitError: no such tensor, too few or too short windows, ids outside the vocabulary.
     """
     ids = read_ids(path, samples, seq_len, vocab_size)[:samples, :seq_len].contiguous()
-    source = {
+    source: CalibrationFacts = {
         "dataset": path.name,
         "builder": "tokens",
         "samples": samples,

@@ -13,6 +13,7 @@ from calibration.architectures.spec import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader
 from calibration.model.classes import rope_switch
+from calibration.recorded import CalibrationFacts
 from calibration.text.crops import TokenBatches, tokens_fingerprint
 from calibration.text.encoding import wanted_bos
 
@@ -101,7 +102,7 @@ def generate_tokens(
         rows.append(_write(model, ids, greedy, seq_len, text, lambda: rng.choice(allowed), generator))
         advance("write")
     ids = torch.cat(rows)
-    source = {
+    source: CalibrationFacts = {
         "dataset": GENERATED,
         "builder": "generated",
         "samples": samples,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from calibration.recorded import CalibrationFacts
 from calibration.text.crops import TokenBatches, tokens_fingerprint
 from calibration.text.encoding import begin_with_bos, wanted_bos
 
@@ -24,7 +25,7 @@ def random_tokens(tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int
     draws = torch.randint(0, len(text), (samples, seq_len), generator=torch.Generator().manual_seed(seed))
     bos = wanted_bos(tokenizer)
     ids = begin_with_bos(text[draws], bos)
-    source = {
+    source: CalibrationFacts = {
         "dataset": RANDOM,
         "builder": "random tokens",
         "samples": samples,

@@ -10,7 +10,7 @@ import torch
 from calibration.architectures.spec import SharedInput
 from calibration.distributed import Processes
 from calibration.errors import ToolkitError
-from calibration.model.watching import Watch, watching
+from calibration.model.watching import Watch, Watches, watching
 from calibration.nested import moved
 from calibration.walk.capture import Call, Inputs, accumulate, record_calls, record_inputs
 from calibration.walk.lanes import sum_of_lanes
@@ -138,9 +138,7 @@ class Context:
             self._states.run(self.segment.module, self.segment.index, False, self.show, batches)
         self.forwards += 1
 
-    def sums(
-        self, accumulators: Callable[[], dict[K, A]], watches: Callable[[Mapping[K, A]], Iterable[Watch]]
-    ) -> dict[K, A]:
+    def sums(self, accumulators: Callable[[], dict[K, A]], watches: Callable[[Mapping[K, A]], Watches]) -> dict[K, A]:
         """One forward pass of the block as it now is, whose ``watches`` fold what they see into some ``accumulators``
         (of kinds that `calibration.walk.lanes.merge` knows). Only for passes of the quantized stream."""
         states, segment = self._states, self.segment

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -19,9 +19,26 @@ from calibration.architectures.spec import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, save_tensors, write_atomically
 from calibration.model.reading import file_digest, read_json
+from calibration.model.typed import Count, built
 from calibration.walk.segment import Segment
 
 DIGESTS = "sha256"
+
+
+class LinearEntry(TypedDict):
+    """What is recorded of a linear: its scheme, its errors (``weight``, ``output``), what passes reported."""
+
+    scheme: str
+    errors: dict[str, float]
+    notes: dict[str, float | str]
+
+
+class BlockRecord(TypedDict):
+    """``block-00007.json``: forward passes that the block took, its linears by their names in it."""
+
+    forwards: Count
+    linears: dict[str, LinearEntry]
+    sha256: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -44,11 +61,13 @@ class FinishedBlocks:
         if not (self.tensors_path(index).exists() and self.record_path(index).exists()):
             return False
         try:
-            record = read_json(self.record_path(index))
-        except ToolkitError:
+            record: dict[str, Any] = {**self._record(index)}
+            return bool(record.pop(DIGESTS) == self._digests(index, record))
+        except (ToolkitError, TypeError):
             return False
-        digests = record.pop(DIGESTS, None)
-        return digests == self._digests(index, record)
+
+    def _record(self, index: int) -> BlockRecord:
+        return built(BlockRecord, read_json(self.record_path(index)))
 
     def _digests(self, index: int, record: Mapping[str, Any]) -> dict[str, str]:
         """sha256 of everything that is kept of a block: its record and its files."""
@@ -83,10 +102,9 @@ class FinishedBlocks:
         """`gates` of every block."""
         return {name: t for index in range(self.spec.n_blocks) for name, t in self.gates(index).items()}
 
-    def linears(self, index: int) -> dict[str, Any]:
-        """What is recorded of a block's linears, by full name: ``{"scheme", "errors", "notes"}``."""
-        data = json.loads(self.record_path(index).read_text(encoding="utf-8"))["linears"]
-        return {self.spec.prefix(index) + name: entry for name, entry in data.items()}
+    def linears(self, index: int) -> dict[str, LinearEntry]:
+        """What is recorded of a block's linears, by full name."""
+        return {self.spec.prefix(index) + name: entry for name, entry in self._record(index)["linears"].items()}
 
     def commit(self, segment: Segment, tensors: Mapping[str, torch.Tensor], forwards: int) -> Callable[[], None]:
         """What commits one block when it is called; it holds the tensors, and nothing else of the segment.

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from calibration.recorded import CalibrationFacts
 from calibration.shown import Shown
 from ptq.analysis.softmax_record import SoftmaxSweep
 from ptq.study.frontier import Point
@@ -237,7 +238,7 @@ class AnalysisRecord(Shown):
     """
 
     model: dict[str, Any]
-    calibration: dict[str, Any]
+    calibration: CalibrationFacts
     summary: dict[str, Any]
     sites: tuple[SiteRecord, ...]
     weights: tuple[WeightRecord, ...]

@@ -14,7 +14,8 @@ import torch
 from calibration.errors import ToolkitError, foreign
 from calibration.memory import return_freed
 from calibration.model.checkpoint import write_atomically
-from calibration.model.reading import built, read_json
+from calibration.model.reading import read_json
+from calibration.model.typed import built
 from calibration.progress import Part, Progress
 from calibration.scoring.perplexity import score
 from calibration.scoring.windows import Scoring

@@ -23,10 +23,10 @@ from ptq.fitting.units import Unit, check_mixing, units_of
 from ptq.formats.registry import FORMATS, PREFERRED, Format
 from ptq.planning.job import Job, Options, prepare
 from ptq.planning.plan import Plan
-from ptq.scheme import BITS, FLOAT_PRESETS, GROUP_SIZES, QuantScheme, parse_scheme
+from ptq.scheme import BITS, GROUP_SIZES, QuantScheme, parse_scheme
 from ptq.scheme_names import names_group
 
-OFFERED = (*(f"w{bits}a16-g{size}-sym" for bits in BITS for size in GROUP_SIZES), *FLOAT_PRESETS)
+OFFERED = (*(f"w{bits}a16-g{size}-sym" for bits in BITS for size in GROUP_SIZES), "mxfp4", "nvfp4")
 WHOLE_ROWS = tuple(f"w{bits}a16-gchannel-sym" for bits in BITS)
 """For linears whose inputs no group size divides."""
 

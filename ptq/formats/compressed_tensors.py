@@ -91,9 +91,14 @@ class CompressedTensors:
         makers = [linear for linear in layout.quantized if linear.scheme is not None and linear.scheme.cache]
         caches = {linear.scheme.cache for linear in layout.quantized if linear.scheme is not None}
         reason = f"has a KV cache that other linears have not, and '{self.name}' describes one for all layers"
-        return (
-            checks.refuse(makers, reason, f"give every rule the same kv, or {checks.NATIVE}") if len(caches) > 1 else []
+        fix = f"give every rule the same kv, or {checks.NATIVE}"
+        if len(caches) > 1:
+            return checks.refuse(makers, reason, fix)
+        unnamed = static_cache.without_place(makers)
+        reason = (
+            f"has a static KV cache, whose steps '{self.name}' keeps beside quantized linears that make keys or values"
         )
+        return checks.refuse(unnamed, reason, f"quantize those too, leave kvstatic out, or {checks.NATIVE}")
 
     def for_grid(self, symmetric: bool) -> CompressedTensors:
         """Any zero point can be stored."""

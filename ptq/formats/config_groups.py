@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from calibration.errors import ToolkitError
-from ptq.activations import BLOCK_FLOATS, ActivationQuant
+from ptq.activations import ActivationQuant
 from ptq.formats import packed_floats, plain_codes
 from ptq.linears import ModelLayout, PlannedLinear
 from ptq.scheme import BITS, Grouping, QuantScheme, TensorQuant, integer_quantizer
@@ -61,7 +61,7 @@ def describe(layout: ModelLayout) -> dict[str, Any]:
         groups[f"group_{i}"] = {
             "targets": targets,
             "weights": weights,
-            "input_activations": _input_arguments(kind.inputs),
+            "input_activations": input_arguments(kind.inputs),
             "output_activations": None,
             # without it readers guess, and guess 8 bits per row wrong
             "format": kind.plain or packed_floats.FORMATS.get(kind.preset or "", PACKED),
@@ -84,9 +84,9 @@ def describe(layout: ModelLayout) -> dict[str, Any]:
     return config
 
 
-def _input_arguments(inputs: ActivationQuant | None) -> dict[str, Any] | None:
+def input_arguments(inputs: ActivationQuant | None) -> dict[str, Any] | None:
     """``input_activations`` of a group, None where inputs stay as they are."""
-    if inputs is not None and inputs.kind in BLOCK_FLOATS:
+    if inputs is not None and inputs.kind in packed_floats.FORMATS:
         return packed_floats.input_arguments(inputs)
     return plain_codes.input_arguments(inputs)
 
@@ -116,15 +116,17 @@ def scheme_of(data: Mapping[str, Any], name: str, plain: bool) -> QuantScheme:
         return QuantScheme(floats.weights, block_inputs)
     strategy = w.get("strategy") or ("group" if size and size > 0 else "channel" if size == -1 else "tensor")
     inputs = plain_codes.read_inputs(chosen.get("input_activations"), name)
-    if plain and w["num_bits"] == 8 and strategy in ("tensor", "channel") and not w.get("dynamic"):
-        return QuantScheme(plain_codes.read_weights(w), inputs)
+    octets = plain_codes.read_weights(w, strategy) if plain and w["num_bits"] == 8 else None
+    if octets is not None:
+        return QuantScheme(octets, inputs)
     integers = (PACKED, None, plain_codes.INT) if plain else (PACKED, None)
     wrong = w.get("type", "int") != "int" or kind not in integers or w["num_bits"] not in BITS
     if wrong or strategy not in ("group", "channel"):
         raise ToolkitError(
             f"{name}: '{kind}' with {w['num_bits']}-bit {w.get('type', 'int')} weights per {strategy}",
             f"only '{PACKED}' integer weights of {', '.join(map(str, BITS))} bits per group or channel, plain "
-            f"codes of 8 bits per tensor or channel, and {' and '.join(map(repr, packed_floats.FORMATS.values()))}",
+            f"codes of 8 bits per tensor, channel or block of 128 x 128, {plain_codes.MX!r}, and "
+            f"{' and '.join(map(repr, packed_floats.FORMATS.values()))}",
         )
     bits = int(w["num_bits"])
     grouping = Grouping("group", int(size)) if strategy == "group" else Grouping("channel")

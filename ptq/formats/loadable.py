@@ -28,7 +28,7 @@ def check_keys(out: Path, source: Collection[str], trust_remote_code: bool = Fal
     Raises:
         ToolkitError: a tensor without a place, or a parameter without a tensor.
     """
-    reader, config, spec = open_model(out, trust_remote_code)
+    reader, config, spec = open_model(out, trust_remote_code, coded=True)
     fmt, schemes = quantized_linears(reader) or (None, {})
     reader.close()
     model = build_model(config, spec, torch.float32, torch.device("meta"))

@@ -7,7 +7,8 @@ groups along the outputs:
 suffix           dtype      shape                       content
 ===============  =========  ==========================  ====================================================
 ``codes``        int32      ``[out, ceil(in*b/32)]``    dense stream along each row; b = 8: uint8 ``[out, in]``
-``scale``        bfloat16   ``[lines, G]``              the step (float16 where only that is exact)
+``scale``        bfloat16   ``[lines, G]``              the step (float16 where only that is exact); of blocks one
+                                                        line for all rows of a block
                  uint8                                  powers of two (MX formats): exponent + 127
                  float8     (E4M3)                      two-level formats (NVFP4): step times global scale
                  int8                                   integers of groups in super-blocks (K-quants)
@@ -42,6 +43,7 @@ from ptq.formats.narrow_scales import decode_scale, encode_scale
 from ptq.linears import ModelLayout
 from ptq.numerics.binary import SALIENT_BITS, unpack_mask
 from ptq.numerics.bitstream import pack, unpack, words_per_row
+from ptq.numerics.groups import for_every_row, once_per_block
 from ptq.quantized import PARTS, QuantizedTensor
 from ptq.scheme import NARROW_SCALES, QuantScheme
 
@@ -83,7 +85,8 @@ class Native:
             tensors["scale"] = encode_scale(q.scale, kind)
         else:
             exact = torch.equal(q.scale.to(torch.bfloat16).float(), q.scale)
-            tensors["scale"] = stored_scale(q.scale, torch.bfloat16 if exact else torch.float16)
+            stored = once_per_block(q.scale, q.scheme.weights.grouping)
+            tensors["scale"] = stored_scale(stored, torch.bfloat16 if exact else torch.float16)
         if q.global_scale is not None:
             tensors["global_scale"] = q.global_scale.clone()  # linears of one input share it
         if q.zero is not None and q.scheme.weights.float_zeros:
@@ -99,7 +102,8 @@ class Native:
         self, tensors: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int]
     ) -> QuantizedTensor:
         """The inverse of `encode`, bit for bit."""
-        bits, scale = scheme.weights.bits, decode_scale(tensors["scale"])
+        bits = scheme.weights.bits
+        scale = for_every_row(decode_scale(tensors["scale"]), scheme.weights.grouping, shape[0])
         codes, zero = tensors["codes"], tensors.get("zero")
         if scheme.weights.salient_percent is not None:
             codes, bits = _mixed_codes(tensors, shape), SALIENT_BITS

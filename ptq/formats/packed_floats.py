@@ -38,7 +38,7 @@ _ARGS: dict[str, dict[str, Any]] = {
 
 def preset_of(weights: TensorQuant) -> str | None:
     """``nvfp4`` or ``mxfp4``, or None for any other grid."""
-    return next((name for name, quant in FLOAT_PRESETS.items() if quant == weights), None)
+    return next((name for name in FORMATS if FLOAT_PRESETS[name] == weights), None)
 
 
 def problems(layout: ModelLayout, format_name: str) -> list[Problem]:
@@ -49,14 +49,14 @@ def problems(layout: ModelLayout, format_name: str) -> list[Problem]:
         lambda n: n.scheme.weights.float_format not in (None, E4M3FN) and preset_of(n.scheme.weights) is None,  # type: ignore[union-attr]
     )
     schemes = ", ".join(dict.fromkeys(str(linear.scheme) for linear in other))
-    reason = f"'{format_name}' has no place for {schemes}: of floats it holds nvfp4, mxfp4 and fp8"
+    reason = f"'{format_name}' has no place for {schemes}: of floats it holds nvfp4, mxfp4, mxfp8 and fp8"
     experts = checks.matching(layout, lambda n: n.expert is not None and preset_of(n.scheme.weights) is not None)  # type: ignore[union-attr]
     inputs = checks.matching(
         layout,
         lambda n: (
             n.scheme.inputs is not None  # type: ignore[union-attr]
             and n.scheme.inputs.kind != preset_of(n.scheme.weights)  # type: ignore[union-attr]
-            and n.scheme.inputs.kind in ("fp4-e2m1", *BLOCK_FLOATS)  # type: ignore[union-attr]
+            and n.scheme.inputs.kind in ("fp4-e2m1", *FORMATS)  # type: ignore[union-attr]
         ),
     )
     return [
@@ -108,7 +108,8 @@ def read_inputs(arguments: Mapping[str, Any]) -> ActivationQuant | None:
     """The inverse of `input_arguments`, or None where they are no FP4."""
     if arguments.get("type") != "float" or arguments.get("num_bits") != 4 or not arguments.get("symmetric", True):
         return None
-    for kind, (width, live) in BLOCK_FLOATS.items():
+    for kind in FORMATS:
+        width, live = BLOCK_FLOATS[kind]
         told = arguments.get("dynamic"), arguments.get("group_size"), arguments.get("strategy")
         if told == (True if live else "local", width, _ARGS[kind]["strategy"]):
             return take_activations(f"{kind}-a{kind}")[1]

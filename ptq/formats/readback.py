@@ -14,7 +14,7 @@ import torch
 
 from calibration.errors import ToolkitError
 from ptq.quantized import QuantizedTensor
-from ptq.scheme import QuantScheme
+from ptq.scheme import BLOCK, QuantScheme
 
 Codes = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
@@ -147,6 +147,8 @@ def compare(name: str, q: QuantizedTensor, format_name: str, tensors: Mapping[st
     if "weight_shape" in tensors:
         _first_difference("weight_shape", name, tensors["weight_shape"].numpy(), np.array(q.shape))
     codes, scale, zero = read_codes(format_name, tensors, q.scheme, q.shape)
+    if q.scheme.weights.grouping.kind == "block":  # one line of scales for all rows of a block
+        scale = scale[np.arange(q.shape[0]) // BLOCK]
     _first_difference("code", name, codes, q.codes.cpu().numpy())
     _first_difference("scale", name, scale, q.scale.cpu().numpy())
     if q.global_scale is not None:

@@ -19,7 +19,7 @@ from calibration.model.headers import TensorInfo
 from ptq.formats.registry import Format, format_of, stored_names
 from ptq.numerics.bitstream import words_per_row
 from ptq.quantized import PARTS, QuantizedTensor
-from ptq.scheme import BITS, SUPER_WIDTH, QuantScheme
+from ptq.scheme import BITS, BLOCK, SUPER_WIDTH, QuantScheme
 
 Shape = tuple[int, ...]
 Schemes = Mapping[str, tuple[QuantScheme, tuple[int, int]]]
@@ -129,6 +129,8 @@ def table(fmt: str, scheme: QuantScheme, shape: tuple[int, int]) -> dict[str, St
     halves = (torch.uint8,) if scheme.weights.float_format is not None else WORDS
     widths = ((out, columns // 2),) if scheme.weights.float_format is not None else None
     rows = (scales, (out,), (1,), ()) if groups == 1 else (scales,)
+    if scheme.weights.grouping.kind == "block":
+        rows = ((-(-out // BLOCK), groups),)
     zeros = Stored((*WORDS, torch.int8), (*rows, (words_per_row(out, bits), groups), (-(-out // (32 // bits)), groups)))
     return {
         "weight": Stored((torch.int8, torch.float8_e4m3fn), (shape,)),
@@ -148,7 +150,8 @@ def table(fmt: str, scheme: QuantScheme, shape: tuple[int, int]) -> dict[str, St
 
 def _native(scheme: QuantScheme, shape: tuple[int, int], scales: tuple[int, int]) -> dict[str, Stored]:
     (out, columns), w = shape, scheme.weights
-    scale = Stored((*FLOATS, *BYTES), (scales,))
+    stored = (-(-out // BLOCK), scales[1]) if w.grouping.kind == "block" else scales
+    scale = Stored((*FLOATS, *BYTES), (stored,))
     if w.salient_percent is not None:
         salient = w.salient_count(columns)
         return {

@@ -7,10 +7,11 @@ they are the parts ``key_scale`` and ``value_scale`` of the linear that makes th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
+from ptq.linears import PlannedLinear
 from ptq.quantized import CACHE_STEPS
 
 FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "W_pack", "att_proj")
@@ -22,6 +23,16 @@ def names(linear: str) -> dict[str, str]:
     """Suffix -> full name of the steps that belong to a linear; empty for one that makes neither keys nor values."""
     attention, _, leaf = linear.rpartition(".")
     return {suffix: f"{attention}.{suffix}" for suffix, makers in MAKERS.items() if leaf in makers}
+
+
+def without_place(linears: Iterable[PlannedLinear]) -> list[PlannedLinear]:
+    """Of linears with caches the first of every block where none of them makes keys, or none values, by its name."""
+    blocks: dict[int, list[PlannedLinear]] = {}
+    for linear in linears:
+        if linear.scheme is not None and linear.scheme.cache is not None and linear.scheme.cache.static:
+            blocks.setdefault(linear.block, []).append(linear)
+    wanted = set(MAKERS)
+    return [found[0] for found in blocks.values() if {s for linear in found for s in names(linear.name)} != wanted]
 
 
 def encode(parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -54,7 +54,7 @@ def _refused(scheme: QuantScheme | None) -> str | None:
     plain = plain_codes.layout_of(scheme)
     if plain == plain_codes.INT and not weights.symmetric:
         return "it has no scheme for asymmetric 8-bit weights with quantized inputs"
-    if inputs.granularity == "group":
+    if inputs.granularity == "group" and inputs.kind == "int":
         return "it has no scheme for integer inputs with a step per group (read in its source)"
     if plain is None and not inputs.dynamic:
         return "it has no scheme for static inputs of packed weights (read in its source)"
@@ -71,6 +71,8 @@ def _unknown(scheme: QuantScheme | None) -> str | None:
     preset = packed_floats.preset_of(weights)
     if preset is not None:
         return f"{preset} has no CPU kernel there, and was not run on a GPU"
+    if weights == plain_codes.MXFP8 or weights.grouping.kind == "block":
+        return f"{'MXFP8' if weights == plain_codes.MXFP8 else 'FP8 in blocks'} was not run"
     if weights.float_format is not None or scheme.inputs is not None:
         return "4-bit inputs were not run" if scheme.inputs is not None and scheme.inputs.bits < 8 else None
     if weights.bits not in (4, 8):

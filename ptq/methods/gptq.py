@@ -153,12 +153,12 @@ class Gptq(Pass):
 
     def _stacks(self, segment: Segment, linears: Sequence[str]) -> list[list[str]]:
         """Linears of one input by scheme: their rows go through one column loop. A whole column that shares a step is
-        one of one linear, and so is a step of a whole tensor: such linears stay alone. Grids that were chosen and
-        grids that the loop takes do not go together."""
+        one of one linear, and so is a step of a whole tensor or of a block: such linears stay alone. Grids that were
+        chosen and grids that the loop takes do not go together."""
         stacks: dict[tuple[QuantScheme, str, bool], list[str]] = {}
         for name in linears:
             grouping = segment.schemes[name].weights.grouping
-            alone = (grouping.axis == "out" and grouping.size is None) or grouping.kind == "tensor"
+            alone = (grouping.axis == "out" and grouping.size is None) or grouping.kind in ("tensor", "block")
             static = name in segment.grids or (self.static_groups and grouping.axis == "in")
             stacks.setdefault((segment.schemes[name], name if alone else "", static), []).append(name)
         return list(stacks.values())

@@ -1,4 +1,5 @@
-"""Static ranges of inputs (``-astatic``, ``-achannel``), calibrated after everything that rescales them.
+"""Static ranges of inputs (``-astatic``, ``-achannel``) and of KV caches (``-kvstatic``), calibrated after everything
+that rescales them.
 
 Most language models have a few inputs in which one token holds values hundreds of times those of all others (Sun et al.
 2024, arXiv 2402.17762): a range that covers it leaves the others a code or two, and one that does not makes another
@@ -21,10 +22,11 @@ from calibration.walk.ranges import EqualBins, Extremes, TokenMaxima
 from calibration.walk.segment import Segment
 from ptq.activations import ActivationQuant
 from ptq.linears import ModelLayout
+from ptq.methods.cache_steps import calibrate, static_cache
 from ptq.numerics.activations import step_and_zero
 from ptq.numerics.integers import round_scale
 from ptq.numerics.ranges import Estimator, static_range
-from ptq.quantized import INPUT_GRID
+from ptq.quantized import CACHE_STEPS, INPUT_GRID
 from ptq.scheme import QuantScheme
 
 MASSIVE = 20.0
@@ -33,7 +35,8 @@ MASSIVE = 20.0
 
 @dataclass(frozen=True)
 class Ranges(Pass):
-    """Steps and zero points of static inputs that no earlier pass gave any, as parts beside the codes.
+    """Steps and zero points of static inputs that no earlier pass gave any, and the steps of static caches, as parts
+    beside the codes.
 
     Statistics are gathered when the pass runs, not with those of the other passes: balancing changes the inputs.
 
@@ -49,10 +52,10 @@ class Ranges(Pass):
     massive: Literal["token", "float", "static"] = "token"
 
     name: ClassVar[str] = "ranges"
-    summary: ClassVar[str] = "calibrates the ranges of static inputs"
+    summary: ClassVar[str] = "calibrates the ranges of static inputs and caches"
     phases: ClassVar[tuple[Phase, ...]] = (Phase.CHOOSE,)
     stream: ClassVar[Stream] = "quantized"
-    parts: ClassVar[tuple[str, ...]] = ("input_scale", "input_zero")
+    parts: ClassVar[tuple[str, ...]] = ("input_scale", "input_zero", *CACHE_STEPS)
 
     def check(self, view: PlanView[ModelLayout]) -> Iterable[Problem]:
         if not 50 < self.percentile <= 100:
@@ -61,9 +64,11 @@ class Ranges(Pass):
         schemes = [linear.scheme for linear in view.layout.quantized if linear.scheme is not None]
         grids = [scheme.inputs for scheme in schemes if scheme.inputs is not None]
         static = [grid for grid in grids if not grid.dynamic]
+        static += [cache.grid for scheme in schemes if (cache := static_cache(scheme)) is not None]
         if view.layout.quantized and not static:
-            fix = "leave 'ranges' out, or use a scheme with -astatic, for example w8a8-astatic"
-            yield Problem("ranges", "no scheme has static inputs, so there is nothing to calibrate", fix)
+            fix = "leave 'ranges' out, or use a scheme with -astatic or -kvstatic, for example w8a8-astatic"
+            reason = "no scheme has static inputs or a static KV cache, so there is nothing to calibrate"
+            yield Problem("ranges", reason, fix)
         if self.estimator != "minmax" and any(grid.granularity == "channel" for grid in static):
             reason = f"'{self.estimator}' needs a histogram, and -achannel keeps the extremes of each channel only"
             yield Problem("ranges.estimator", reason, 'use "minmax", or -astatic')
@@ -95,6 +100,7 @@ class Ranges(Pass):
         return block.linears
 
     def apply(self, segment: Segment, context: Context) -> None:
+        calibrate(segment, context, self.estimator, self.percentile)
         grids = {
             linear: scheme.inputs
             for linear, scheme in segment.schemes.items()

@@ -6,8 +6,8 @@ Symmetric integers (Xiao et al. 2022, arXiv 2211.10438, with clamping): ``s = ma
 ``s = max|x| / 448``, "codes" are the float8 values of ``x / s``, which do not overflow; E2M1 likewise with 6. Where a
 range is empty, s is ``SMALLEST_STEP``. NVFP4: groups have ``s = S * E4M3(max|x| / 6 / S)`` under a calibrated S, the
 largest input over 6 * 448. MXFP4: s is the power of two at or below ``max|x| / 4``, or the next one where that is at
-least 1.75 times as much, so that less is clipped (compressed-tensors 0.20, ``quantization/utils``). Everything is
-computed in float32.
+least 1.75 times as much, so that less is clipped (compressed-tensors 0.20, ``quantization/utils``). MXFP8: the same of
+``max|x| / 256``, and codes are E4M3. Everything is computed in float32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from ptq.activations import BLOCK_FLOATS, ActivationQuant
-from ptq.float_formats import E2M1
+from ptq.float_formats import E2M1, E4M3FN, FloatFormat
 from ptq.numerics import floats
 from ptq.numerics.smooth import channel_groups, channel_maxima, smoothing_scales
 
@@ -26,6 +26,7 @@ LARGEST_FLOAT: dict[str, float] = {
     "nvfp4": E2M1.largest * E4M3_LARGEST,  # of what a step for the whole tensor has above it
 }
 SMALLEST_STEP = 1e-8  # of an input that is zero everywhere; SmoothQuant's floor of 1e-5 on the range is about this
+MX_NUMBERS: dict[str, FloatFormat] = {"mxfp4": E2M1, "mxfp8": E4M3FN}
 WITHOUT_STEP = 0.125  # of groups below the smallest E4M3, whose codes all become 0 by it
 
 
@@ -50,8 +51,8 @@ def step_and_zero(
     """Step and zero point (None for symmetric grids) of ranges of any shape; float32, the zero an integer."""
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     lowest, highest = quant.bounds
-    if quant.kind == "mxfp4":
-        return _power_of_two(torch.maximum(-low, high)), None
+    if quant.kind in MX_NUMBERS:
+        return _power_of_two(torch.maximum(-low, high), MX_NUMBERS[quant.kind]), None
     if quant.symmetric:
         largest = LARGEST_FLOAT.get(quant.kind, highest)
         return (torch.maximum(-low, high) / largest).clamp(min=SMALLEST_STEP), None
@@ -59,11 +60,11 @@ def step_and_zero(
     return scale, (lowest - low / scale).round().clamp(lowest, highest)
 
 
-def _power_of_two(largest: torch.Tensor) -> torch.Tensor:
-    """The step of an MXFP4 group, by its largest magnitude; float32."""
-    quarter = largest / 4  # 4 is the top binade of E2M1
-    power = floats.round_scale(quarter.clamp(min=SMALLEST_STEP), "e8m0")
-    return torch.where(quarter >= 1.75 * power, 2 * power, power)
+def _power_of_two(largest: torch.Tensor, number: FloatFormat) -> torch.Tensor:
+    """The step of an MX group of such numbers, by its largest magnitude; float32."""
+    reached = largest / number.top_binade
+    power = floats.round_scale(reached.clamp(min=SMALLEST_STEP), "e8m0")
+    return torch.where(reached >= 1.75 * power, 2 * power, power)
 
 
 def _group_step(x: torch.Tensor, tensor_step: torch.Tensor) -> torch.Tensor:
@@ -79,7 +80,7 @@ def encode(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, quan
     if quant.kind == "fp8-e4m3":
         return codes.clamp_(-E4M3_LARGEST, E4M3_LARGEST).to(torch.float8_e4m3fn).float()
     if quant.kind == "fp4-e2m1" or quant.kind in BLOCK_FLOATS:
-        return floats.nearest(codes, E2M1)
+        return floats.nearest(codes, MX_NUMBERS.get(quant.kind, E2M1))
     codes = codes.round_()
     return (codes if zero is None else codes.add_(zero)).clamp_(*quant.bounds)
 

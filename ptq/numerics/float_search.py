@@ -30,7 +30,7 @@ def _bound_of(scale: torch.Tensor, quant: TensorQuant, global_scale: torch.Tenso
     """What the largest level stands for with this stored scale, as `floats.scales` takes it."""
     assert quant.float_format is not None
     number = quant.float_format
-    top = 2.0 ** (2**number.exponent_bits - 1 - number.bias) if quant.scale_format == "e8m0" else number.largest
+    top = number.top_binade if quant.scale_format == "e8m0" else number.largest
     return step_of(scale, global_scale) * top
 
 

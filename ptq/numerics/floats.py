@@ -15,7 +15,7 @@ import math
 import torch
 
 from ptq.float_formats import FloatFormat
-from ptq.numerics.groups import join, split
+from ptq.numerics.groups import join, shared_maxima, split
 from ptq.scheme import ScaleFormat, TensorQuant
 
 LARGEST_E4M3 = 448.0  # with scales the code above it is NaN
@@ -130,19 +130,20 @@ def scales(
         units: ``[..., g]`` float32 or float64.
         bound: ``[...]`` what the largest level shall stand for; infinite or None: the largest magnitude of the unit.
             It may exceed that. For powers of two the largest level is that of the top binade (4 for E2M1), so that
-            the bound itself may be clipped, as the OCP specification has it.
+            the bound itself may be clipped, as the OCP specification has it; not of E4M3, which has one bit more.
         global_scale: ``[1]``, for two-level formats only.
     """
     number = quant.float_format
     assert number is not None
     largest = units.abs().amax(dim=-1)
-    if quant.grouping.kind == "tensor":  # units are [..., lines, 1, in]
-        largest = largest.amax((-2, -1), True).expand_as(largest)
     if bound is not None:
         largest = torch.where(torch.isfinite(bound), bound.to(largest.dtype), largest)
+    largest = shared_maxima(largest, quant.grouping)
     largest = torch.where(largest == 0, 1.0, largest) if quant.scale_format == "bf16" else largest
     if quant.scale_format == "e8m0":
-        return round_scale(largest / 2.0 ** (2**number.exponent_bits - 1 - number.bias), "e8m0")
+        power = round_scale(largest / number.top_binade, "e8m0")
+        # where the top code is no number, the top binade ends at 1.75 times its power
+        return torch.where(largest > number.largest * power, 2 * power, power) if number.has_nan else power
     if global_scale is not None:
         return round_scale(largest / number.largest * global_scale.to(largest.dtype), "e4m3")
     return round_scale(largest / number.largest, quant.scale_format)

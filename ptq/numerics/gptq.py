@@ -135,16 +135,17 @@ class _Grids:
             return self.scale[visited].repeat_interleave(width), zero
         width = grouping.width(len(self.group_of))
         if not self.fixed and visited % width == 0:
-            self._take(group, rest[:width].T)
+            self._take(group, rest[:width].T.unsqueeze(1))
         step = step_of(self.scale[group], self.global_scale)
         return step, None if self.zero is None else self.zero[group]
 
     def _take(self, group: int, units: torch.Tensor) -> None:
-        """Take the grid of these ``units [..., width]``."""
+        """Take the grid of these ``units``, a group of all rows ``[out, 1, width]`` or of a column ``[groups,
+        width]``."""
         scale, zero = grid_parameters(units, self.quant, None, self.global_scale)
-        self.scale[group] = scale
+        self.scale[group] = scale.flatten()
         if self.zero is not None and zero is not None:
-            self.zero[group] = zero
+            self.zero[group] = zero.flatten()
 
 
 def column_loop_cost(rows: int, columns: int) -> float:

@@ -19,11 +19,36 @@ def join(units: torch.Tensor, grouping: Grouping) -> torch.Tensor:
     return lines if grouping.axis == "in" else lines.transpose(-1, -2)
 
 
+def shared_maxima(largest: torch.Tensor, grouping: Grouping) -> torch.Tensor:
+    """Largest magnitudes ``[..., lines, G]`` of units, those that share a step beyond their line all alike: of the
+    whole tensor, or of a run of rows from the first one on."""
+    if grouping.kind == "tensor":  # G is 1
+        return largest.amax((-2, -1), True).expand_as(largest)
+    if grouping.kind != "block":
+        return largest
+    height, lines = grouping.size or 1, largest.shape[-2]
+    padded = torch.nn.functional.pad(largest, (0, 0, 0, -lines % height))
+    found = padded.unflatten(-2, (-1, height)).amax(dim=-2)
+    return found.repeat_interleave(height, dim=-2)[..., :lines, :]
+
+
+def once_per_block(scale: torch.Tensor, grouping: Grouping) -> torch.Tensor:
+    """Scales ``[lines, G]`` as files hold them: of blocks the first line of each, ``[ceil(lines / size), G]``."""
+    return scale[:: grouping.size].contiguous() if grouping.kind == "block" else scale
+
+
+def for_every_row(stored: torch.Tensor, grouping: Grouping, rows: int) -> torch.Tensor:
+    """The inverse of `once_per_block`."""
+    return stored.repeat_interleave(grouping.size or 1, dim=0)[:rows] if grouping.kind == "block" else stored
+
+
 def rows_per_group(quant: TensorQuant, rows: int) -> int:
-    """Rows that must stay together when W is handled in chunks of rows: a group of them for axis "out", all of them
-    where the whole tensor shares a step, else 1."""
+    """Rows that must stay together when W is handled in chunks of rows: a group of them for axis "out", a block, all of
+    them where the whole tensor shares a step, else 1."""
     if quant.grouping.kind == "tensor":
         return rows
+    if quant.grouping.kind == "block":
+        return quant.grouping.size or 1
     return quant.grouping.width(rows) if quant.grouping.axis == "out" else 1
 
 

@@ -10,6 +10,8 @@ from calibration.errors import Problem
 from calibration.walk.passes import Pass, PlanView
 from ptq.formats.checks import matching, refuse
 from ptq.linears import ModelLayout
+from ptq.methods.cache_steps import static_cache
+from ptq.quantized import CACHE_STEPS
 from ptq.runtime.attention import cache_layers, has_interface
 from ptq.scheme import QuantScheme
 
@@ -32,9 +34,10 @@ def activation_problems(view: PlanView[ModelLayout]) -> Iterable[Problem]:
     except ValueError as error:
         yield Problem(str(error), "disagree about the KV cache of their layer", "give them the same kv in their rules")
         return
-    static = matching(layout, lambda n: n.scheme is not None and n.scheme.cache is not None and n.scheme.cache.static)
-    reason = "has a static KV cache, whose steps no pass calibrates; only those of others' files are read"
-    yield from refuse(static, reason, "leave kvstatic out: the cache then has a step per token and head")
+    if not any(CACHE_STEPS[0] in step.parts for step in view.passes):
+        static = matching(layout, lambda linear: static_cache(linear.scheme) is not None)
+        fix = "put 'ranges' in front of the rounding, as in --method ranges+rtn, or leave kvstatic out"
+        yield from refuse(static, "has a static KV cache, and no pass calibrates its steps", fix)
     if layers and not has_interface(view.config):
         reason = f"the KV cache of '{spec.family}' cannot be quantized: its attention is not exchangeable"
         yield Problem("kv", reason, "leave kv out of the scheme")

@@ -31,6 +31,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from calibration.errors import ToolkitError, nearest, unknown_value
 from calibration.model.reading import read_toml
+from calibration.recorded import RecipeFacts
 from calibration.walk.passes import Pass, Phase
 from ptq.methods import COMBINATIONS
 from ptq.scheme import Kind, QuantScheme, parse_scheme
@@ -67,7 +68,7 @@ class Recipe:
         """``awq+gptq``"""
         return "+".join(p.name for p in self.passes)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> RecipeFacts:
         """Everything that decides the result, defaults included."""
         return {
             "method": self.method,

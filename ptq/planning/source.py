@@ -7,6 +7,7 @@ and prepare.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from calibration.model.opening import (
     open_model,
 )
 from calibration.progress import Progress, Silent
-from calibration.record import REPORT_FILE, read_record
+from calibration.record import read_record
 from calibration.text.chats import check_template
 from calibration.text.corpora import BUILTIN, KNOWN_NAMES, check_name, load_corpus
 from calibration.text.crops import TokenBatches, check_tokenizer, read_ids
@@ -244,6 +245,7 @@ def is_of_demo(folder: Path) -> bool:
     """Whether a folder is the demo, or a quantized or sparsified copy of it."""
     if folder.resolve() == DEMO_FOLDER.resolve():
         return True
-    if (folder / REPORT_FILE).exists() and read_record(folder).model.get("source") == DEMO:
-        return True
+    with suppress(ToolkitError):  # no record, or a report.json of another program
+        if read_record(folder).model.get("source") == DEMO:
+            return True
     return made_of(folder).get("source") == DEMO

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from calibration.errors import ToolkitError, foreign
 from calibration.model.reading import read_json
-from calibration.record import Evaluation, Protocol, RunRecord, Timings, evaluation_from_json, read_record, read_timings
+from calibration.model.typed import built
+from calibration.record import Evaluation, Protocol, RunRecord, Timings, read_record, read_timings
 from ptq.report import figures, wording
 from ptq.report.figures import plain, table
 
@@ -129,7 +130,7 @@ def is_evaluations(path: Path) -> bool:
     return "evaluations" in data and "linears" not in data
 
 
-def read_evaluations(path: Path) -> list[Evaluation]:
+def read_evaluations(path: Path) -> tuple[Evaluation, ...]:
     """The evaluations of a file written by ``ptq eval --json``.
 
     Raises:
@@ -140,7 +141,7 @@ def read_evaluations(path: Path) -> list[Evaluation]:
         version = data.get("schema_version")
         raise ToolkitError(f"{path}: schema version {version}, this version reads {EVALUATIONS_VERSION}", fix)
     with foreign(f"{path}: not a list of evaluations", fix):
-        return [evaluation_from_json(entry) for entry in data["evaluations"]]
+        return built(tuple[Evaluation, ...], data["evaluations"])
 
 
 def _measured(label: str, record: RunRecord) -> list[Protocol]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from importlib import resources
 from typing import Any
 
@@ -15,9 +16,9 @@ def _source(name: str) -> str:
     return resources.files("ptq.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def render_page(template: str, **values: Any) -> str:
-    """A template of this package; a value that it uses and does not get is an error."""
-    environment = jinja2.Environment(
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
         loader=jinja2.FunctionLoader(_source),
         autoescape=True,
         trim_blocks=True,
@@ -25,4 +26,8 @@ def render_page(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template(template).render(heat_steps=range(HEAT_STEPS), **values)
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A template of this package; a value that it uses and does not get is an error."""
+    return _environment().get_template(template).render(heat_steps=range(HEAT_STEPS), **values)

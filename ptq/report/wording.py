@@ -13,7 +13,7 @@ from calibration.errors import ToolkitError
 from calibration.record import Evaluation, LinearRecord, Protocol, RunRecord
 from ptq import catalogue
 from ptq.report import figures
-from ptq.scheme import SCALE_BITS, SUPER_WIDTH, QuantScheme, parse_scheme
+from ptq.scheme import BLOCK, SCALE_BITS, SUPER_WIDTH, QuantScheme, parse_scheme
 
 FLOAT, QUANTIZED = "float", "quantized"
 
@@ -141,6 +141,7 @@ def scheme_sentence(text: str) -> str:
         run = f"{weights.grouping.size} input columns of a row under float16 ones per {SUPER_WIDTH}"
         return f"{weights.bits}-bit integer weights, one {kind} per {run} (K-quant)"
     share = line if weights.grouping.size is None else f"{weights.grouping.size} {run}"
+    share = f"block of {BLOCK} x {BLOCK} weights" if weights.grouping.kind == "block" else share
     zero = "" if weights.symmetric else f" and one {weights.bits}-bit zero point"
     if weights.float_format is not None:
         kind = _SCALES.get(weights.scale_format, "one 16-bit scale")
@@ -207,13 +208,9 @@ def value(item: Any) -> str:
 
 
 def rules(record: RunRecord) -> list[tuple[str, str]]:
-    """The recipe's scheme rules as (which linears, scheme); a list of them keeps its order."""
-    entries = record.recipe.get("schemes") or {}
-    if isinstance(entries, Mapping):
-        pairs = sorted(entries.items())
-    else:
-        pairs = [(entry["match"], entry["scheme"]) for entry in entries]
-    return [(str(name), "left in float" if rule in (None, "float") else value(rule)) for name, rule in pairs]
+    """The recipe's scheme rules as (which linears, scheme), the first match first."""
+    entries = record.recipe.get("schemes", [])
+    return [(e["match"], "left in float" if e["scheme"] == "float" else e["scheme"]) for e in entries]
 
 
 _CALIBRATION = {
@@ -231,7 +228,7 @@ _CALIBRATION = {
 
 def calibration(record: RunRecord) -> list[tuple[str, str]]:
     """What the calibration text was, empty for a data-free run."""
-    data = record.calibration
+    data: Mapping[str, Any] = record.calibration
     keys = [key for key in _CALIBRATION if key in data] + sorted(
         key for key in data if key not in _CALIBRATION and data[key] != ""
     )

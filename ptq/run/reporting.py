@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,6 +17,7 @@ from calibration.model.checkpoint import write_atomically
 from calibration.model.opening import fingerprint
 from calibration.progress import Progress
 from calibration.record import REPORT_FILE, TIMINGS_FILE, Evaluation, LinearRecord, RunRecord, Timings
+from calibration.recorded import LeftFacts
 from calibration.text.crops import TokenBatches
 from calibration.versions import versions
 from calibration.walk.walk import Walk
@@ -104,10 +104,10 @@ def linear_records(walk: Walk, plan: Plan) -> tuple[LinearRecord, ...]:
     return tuple(records)
 
 
-def left_in_float(job: Job, plan: Plan) -> tuple[dict[str, Any], ...]:
+def left_in_float(job: Job, plan: Plan) -> tuple[LeftFacts, ...]:
     """What stayed in float, by reason."""
     reasons = Counter((linear.why, "linears of the blocks") for linear in plan.layout.left)
-    entries = [{"what": what, "why": why, "count": n} for (why, what), n in sorted(reasons.items())]
+    entries: list[LeftFacts] = [{"what": what, "why": why, "count": n} for (why, what), n in sorted(reasons.items())]
     blocks, chosen = plan.spec.blocks + ".", plan.layout.outside
     outside = sum(not n.startswith(blocks) for n in job.reader.infos) - len(chosen)
     why = "not asked for with --embeddings or --head" if chosen else "embeddings, norms and head stay as they are"
@@ -195,7 +195,7 @@ def run_record(outcome: Outcome, scores: tuple[Evaluation, ...]) -> RunRecord:
             "bytes": plan.sizes.float_bytes,
         },
         recipe={**plan.recipe.to_json(), "command": job.options.command},
-        calibration=dict(tokens.source) if tokens else {},
+        calibration=tokens.source if tokens else {},
         result={
             "format": fmt.name,
             "format_reason": plan.format_reason,

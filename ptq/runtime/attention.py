@@ -8,8 +8,7 @@ model's dtype, so this simulates the numbers and saves no memory.
 from __future__ import annotations
 
 import itertools
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 
 from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
+from calibration.model.attention import attention_function
 from ptq.activations import CacheQuant
 from ptq.numerics.activations import fake_quantize_inputs
 from ptq.numerics.hadamard import hadamard_transform
@@ -91,17 +91,7 @@ def _attention(
             fake_quantize_inputs(x, quant.grid, step)
             for x, step in zip((key, value), steps.get(layer, (None, None)), strict=True)
         )
-    return _function(base, module)(module, query, key, value, *args, **options)
-
-
-def _function(base: str, module: torch.nn.Module) -> Callable[..., Any]:
-    """The attention function of this name; the eager one lies beside the model class."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if base != "eager":
-        return ALL_ATTENTION_FUNCTIONS[base]
-    function: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
-    return function
+    return attention_function(base, module)(module, query, key, value, *args, **options)
 
 
 def cache_layers(spec: ArchitectureSpec, schemes: Mapping[str, QuantScheme | None]) -> dict[int, CacheQuant]:

@@ -98,7 +98,7 @@ def checkpoint_dtype(reader: CheckpointReader, spec: ArchitectureSpec) -> torch.
 
 def stored_dtype(folder: Path, trust_remote_code: bool = False) -> torch.dtype:
     """`checkpoint_dtype` of a folder."""
-    reader, _, spec = open_model(folder, trust_remote_code)
+    reader, _, spec = open_model(folder, trust_remote_code, coded=True)
     with reader:
         return checkpoint_dtype(reader, spec)
 
@@ -125,7 +125,7 @@ def load_model(
         ToolkitError: broken or unknown checkpoint, a foreign quantization, tensors that are missing or do not fit.
     """
     folder, device = locate(model), torch.device(device)
-    reader, config, spec = open_model(folder, trust_remote_code)
+    reader, config, spec = open_model(folder, trust_remote_code, coded=True)
     with reader:
         fmt, schemes = quantized_linears(reader) or (None, {})
         dtype = dtype or checkpoint_dtype(reader, spec)

@@ -21,7 +21,8 @@ from calibration.errors import ToolkitError, foreign
 from calibration.model.checkpoint import write_atomically
 from calibration.model.contents import check_weights, small_digest
 from calibration.model.opening import load_tokenizer
-from calibration.model.reading import built, read_json
+from calibration.model.reading import read_json
+from calibration.model.typed import built
 from calibration.progress import Part, Progress, Silent
 from calibration.record import Evaluation, Protocol
 from calibration.scoring.perplexity import score

@@ -61,15 +61,28 @@ def _read_run(path: Path, tokens: float | None) -> tuple[Measurement, str]:
         )
     if tokens is None:
         raise ToolkitError(f"{path}: a run does not say what its model was trained on", "add --tokens, e.g. 15e12")
-    measured = Measurement(
+    measured = _measurement(
         label=path.parent.name if path.suffix == ".json" else path.name,
-        parameters=float(record.result["quantized_weights"]),
+        parameters=record.result["quantized_weights"],
         tokens=tokens,
-        bits=float(record.result["bits_per_weight"]),
+        bits=record.result["bits_per_weight"],
         increase=quantized.divergence.delta_nll,
         noise=quantized.divergence.delta_nll_se,
     )
-    return measured, str(record.model["fingerprint"])
+    return measured, record.model["fingerprint"]
+
+
+def _measurement(
+    label: str, parameters: float, tokens: float, bits: float, increase: float, noise: float
+) -> Measurement:
+    """One whose numbers the law can be fitted to."""
+    if not all(0 < value < math.inf for value in (parameters, tokens, bits)):
+        raise ToolkitError(f"{label}: params, tokens and bits must be positive numbers", "correct it or leave it out")
+    if not (math.isfinite(increase) and 0 <= noise < math.inf):
+        raise ToolkitError(
+            f"{label}: delta and noise must be finite, and noise not negative", "correct it or leave it out"
+        )
+    return Measurement(label, float(parameters), tokens, bits, increase, noise)
 
 
 def _read_table(path: Path) -> list[Measurement]:
@@ -88,9 +101,5 @@ def _read_table(path: Path) -> list[Measurement]:
             noise = float(row.get("noise") or 0)
         except ValueError as error:
             raise ToolkitError(f"{label}: {error}", "write plain numbers such as 8e9") from None
-        if not all(0 < value < math.inf for value in (params, tokens, bits)):
-            raise ToolkitError(f"{label}: params, tokens and bits must be positive numbers", "correct that line")
-        if not (math.isfinite(delta) and 0 <= noise < math.inf):
-            raise ToolkitError(f"{label}: delta and noise must be finite, and noise not negative", "correct that line")
-        found.append(Measurement(label, params, tokens, bits, delta, noise))
+        found.append(_measurement(label, params, tokens, bits, delta, noise))
     return found

@@ -13,12 +13,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import write_atomically
 from calibration.model.opening import fingerprint
 from calibration.progress import Progress, Silent
+from calibration.recorded import CalibrationFacts
 from calibration.shown import Shown
 from calibration.text.crops import TokenBatches
 from ptq.fitting.job import Fit, prepare_fit
@@ -76,7 +76,7 @@ class SensitivityStudy(Shown):
 
     model: str
     fingerprint: str
-    calibration: dict[str, Any]
+    calibration: CalibrationFacts
     gradient_tokens: int
     probe_tokens: int
     schemes: tuple[SchemeSensitivity, ...]
