@@ -7,7 +7,8 @@
 ``--command`` names another than ``quantize``. In ``bytes`` the bytes on the wire are those of the loopback interface:
 run it where nothing else uses that, such as in ``unshare --net bash -c 'ip link set lo up; ...'``. In ``kills`` the
 points are spread over the time of a run; the processes left must end within 30 seconds with one message, and one
-process with ``--resume`` must end in the bytes of a run that nobody killed. Ends with code 1 where one of that fails.
+process with ``--resume`` must end in the bytes of a run that nobody killed; with ``--overwrite`` the folder of an
+earlier run is there, and must stay as it is until the new one is whole. Ends with code 1 where one of that fails.
 """
 
 from __future__ import annotations
@@ -149,6 +150,9 @@ def kill_every_rank(
 ) -> bool:
     """``points`` kills of every process, or of some, spread over a run, or over its first seconds; a row for each."""
     words = [*words, "--method", method]
+    if "--overwrite" in words and not (place / "old").exists():
+        wait(start(1, [*(word for word in words if word != "--overwrite"), "--seed", "7"], place))
+        shutil.copytree(place / "out", place / "old")
     expected, length = whole_run(size, words, place)
     print(f"{method}, {size} processes, {length:.1f} s")
     print("| rank | at | blocks | others ended | resumed |\n| ---: | ---: | ---: | --- | --- |")
@@ -162,6 +166,9 @@ def kill_every_rank(
 
 def one_kill(rank: int, at: float, size: int, words: list[str], place: Path, expected: dict[str, str]) -> bool:
     """Kill one process ``at`` seconds after the start."""
+    old = digests(place / "old")
+    if old:
+        shutil.copytree(place / "old", place / "out")
     children = start(size, words, place)
     time.sleep(at)
     early = forked.wait(children[rank], 0)
@@ -175,8 +182,10 @@ def one_kill(rank: int, at: float, size: int, words: list[str], place: Path, exp
     told = set(codes) <= {0, 2} and sum(text.count("error: ") for text in texts) == (2 in codes)
     told &= not any("Traceback" in text for text in texts)
     blocks = len(list((place / "out.partial" / "blocks").glob("block-*.json")))
-    finished = (place / "out").exists()
+    left = digests(place / "out")
+    finished = bool(left) and left != old
     if not finished:
+        told &= left == old
         partial = (place / "out.partial").exists()
         again = wait(start(1, [*words, *(["--resume"] if partial else [])], place, "again"))
         finished = again == [0]

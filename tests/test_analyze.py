@@ -8,7 +8,7 @@ import pytest
 import torch
 from command import done, refused, text_file, tiny
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, save_tiny
+from tiny_models import EVERY_FAMILY, save_tiny
 from transformers import AutoModelForCausalLM
 
 from calibration.errors import ToolkitError
@@ -27,7 +27,7 @@ def findings(folder, tmp_path, ids=IDS):
     return observe(subject, TokenBatches(ids, {}), str, Silent())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_every_family_and_the_residual_stream_is_that_of_the_model(family, tmp_path):
     folder = save_tiny(family, tmp_path / "model")
     found = findings(folder, tmp_path)

@@ -73,6 +73,47 @@ def test_shards_and_index(tmp_path):
         assert all(torch.equal(reader.tensor(name), tensor) for name, tensor in tensors.items())
 
 
+KINDS = (torch.bfloat16, torch.uint8, torch.float32, torch.int64, torch.float8_e4m3fn)
+
+
+def of_all_kinds(count: int) -> dict[str, torch.Tensor]:
+    """Of sizes that are no multiples of 8 bytes, too."""
+    return {f"{i}.\u00e9": torch.arange(i % 11 + 1).to(KINDS[i % 5]).view(1, -1) for i in range(count)}
+
+
+@pytest.mark.parametrize("shard_bytes", [700, 10**6])
+def test_shards_that_are_written_while_they_fill(tmp_path, monkeypatch, shard_bytes):
+    """Pieces of a shard leave memory before it is full; the library and our reader find the same tensors."""
+    monkeypatch.setattr("calibration.model.shards.PIECE_BYTES", 64)
+    monkeypatch.setattr("calibration.model.shards.SPARE", 300)
+    tensors, writer = of_all_kinds(100), ShardWriter(tmp_path, shard_bytes)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+        assert sum(t.nbytes for t in writer._pending.values()) < 64 + 88
+    names = writer.finish()
+    assert (len(names) == 1) == (shard_bytes == 10**6)
+    found = {name: tensor for file in names for name, tensor in load_file(tmp_path / file).items()}
+    (tmp_path / "config.json").write_text("{}")
+    with CheckpointReader(tmp_path) as reader:
+        assert reader.infos.keys() == found.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
+            assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+            assert torch.equal(reader.tensor(name).view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def test_a_disk_that_fills_up_while_a_shard_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("calibration.model.shards.PIECE_BYTES", 64)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("calibration.model.streamed.os.fsync", full)
+    with pytest.raises(ToolkitError, match="the disk is full"):
+        write(tmp_path / "a", of_all_kinds(100), shard_bytes=700)
+    assert not list((tmp_path / "a").glob("*.safetensors"))
+
+
 def test_a_tensor_larger_than_a_shard_has_its_own(tmp_path):
     sizes = {"small": torch.zeros(2), "large": torch.zeros(1000), "last": torch.zeros(2)}
     assert len(write(tmp_path / "a", sizes, shard_bytes=100)) == 3

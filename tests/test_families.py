@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny_models import FAMILIES
+from tiny_models import EVERY_FAMILY
 from tiny_runs import assert_close, dense, logits, plain_model, quantize, tiny_checkpoint
 from transformers import CompressedTensorsConfig
 
@@ -29,7 +29,7 @@ def plain_logits(folder, family):
     return logits(plain_model(folder, **options, **attention_of(family)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_awq_into_the_default_format(family, tmp_path):
     source, out = tiny_checkpoint(family, tmp_path / "float"), tmp_path / "out"
     record = quantize(source, out)
@@ -47,7 +47,7 @@ def test_awq_into_the_default_format(family, tmp_path):
         assert_close(logits(load_model(tmp_path / "native").model), expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_gptq_into_the_native_format(family, tmp_path):
     out, packed = tmp_path / "out", tmp_path / "packed"
     record = quantize(tiny_checkpoint(family, tmp_path / "float"), out, method="gptq", format="native")

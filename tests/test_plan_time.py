@@ -82,6 +82,13 @@ def test_rates_of_this_machine():
     assert found.fresh > 1e7 and found.values > 1e7 and found.calls > 1e3 and found.written > 1e5
 
 
+def test_what_takes_long_is_tried_once(monkeypatch):
+    tries = []
+    monkeypatch.setattr(rates, "LONG", 0.0)
+    rates._best(lambda: tries.append(sum(range(10**4))), torch.device("cpu"))
+    assert len(tries) == 2  # the first one is not counted
+
+
 def test_a_busy_machine_does_not_count(monkeypatch):
     """Waiting for a core takes no time, and threads that wait for each other are no reason for a rate below one
     thread's."""

@@ -25,6 +25,8 @@ from ptq.session import PLAN_FILE, Session
 
 METHODS = ("rtn", "gptq", "gptaq", "awq", "awq+gptq")
 MODELS = ("llama", "qwen3_moe")
+QUICK = (("llama", "gptaq"), ("qwen3_moe", "rtn"), ("qwen3_moe", "awq+gptq"))
+"""A float stream beside the quantized one, no text at all, statistics of experts; the others are slow."""
 
 
 class Killed(BaseException):
@@ -53,7 +55,14 @@ def command(place: Path, method: str, model: str, out: Path) -> list[str | Path]
     return [*words, "--dataset", place / "text.txt", "--samples", "4", "--seq-len", "24"]
 
 
-@pytest.fixture(scope="module", params=[(model, method) for model in MODELS for method in METHODS], ids="-".join)
+CASES = [
+    pytest.param((model, method), marks=() if (model, method) in QUICK else pytest.mark.slow, id=f"{model}-{method}")
+    for model in MODELS
+    for method in METHODS
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest, place: Path) -> tuple[str, str, dict[str, bytes]]:
     """Model, method, and the files of an uninterrupted run."""
     model, method = request.param

@@ -10,7 +10,7 @@ import torch
 from command import done, products, refused, run_ptq, text_file, tiny
 from safetensors.torch import load_file
 from sparse_runs import TOKENS, make_sparse
-from tiny_models import FAMILIES
+from tiny_models import EVERY_FAMILY, FAMILIES
 from transformers import AutoConfig
 
 from calibration.architectures import resolve
@@ -41,7 +41,14 @@ def perplexity(output: str) -> str:
     return output.splitlines()[-1]
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("fatrelu", "chess-qo")])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(m, marks=pytest.mark.slow) if m == "wina" else m
+        for m in METHODS
+        if m not in ("fatrelu", "chess-qo")
+    ],
+)
 def test_thresholds_beside_a_copy_of_the_weights(method, llama, text, tmp_path):
     out = tmp_path / "out"
     printed = done("sparsify", llama, "--method", method, "--out", out, "--dataset", text, *FEW)
@@ -221,7 +228,7 @@ def has_own_gate(family: str) -> bool:
     return any(f.gate not in (None, f.up) for f in spec.block(0).feed_forward)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_every_family(family):
     """Every linear's input can be pruned, gates where there are some; little pruning is a small change."""
     for step in (Scap(target=0.3, linears="all"), Teal(target=0.3, allocation="uniform"), Cats(0.3), Chess(0.3)):

@@ -39,7 +39,10 @@ def test_no_budget_prunes_nothing(cats):
     assert choose(profile, sparse.spec, 0.0, lambda sites: float(len(sites))).sites == ()
 
 
-@pytest.mark.parametrize("step", [Cats(), Scap(centering="every"), Teal(allocation="uniform")])
+@pytest.mark.parametrize(
+    "step",
+    [Cats(), pytest.param(Scap(centering="every"), marks=pytest.mark.slow), Teal(allocation="uniform")],
+)
 def test_a_larger_budget_prunes_more(step):
     profile, sparse = make_profile(step)
     before = dict[str, torch.Tensor]()

@@ -153,6 +153,7 @@ def test_a_run_of_the_study_is_that_of_ptq_quantize(place, whole, tmp_path):
     assert evaluation["perplexity"] == pytest.approx(mine["perplexity"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed(place, whole, monkeypatch):
     """A study killed after five runs goes on from the sixth, and ends in the same bytes."""
     calls = []

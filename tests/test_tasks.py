@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command import done, refused
 
 from calibration.errors import PlanError, ToolkitError
 from calibration.scoring.tasks import check_task_names, lm_eval_tasks, read_scores
@@ -58,7 +58,7 @@ STUB = """
 import os, subprocess, sys
 __version__ = "9"
 def simple_evaluate(model, tasks, num_fewshot, limit, task_manager, **rest):
-    print("a bar", file=sys.stderr)
+    os.write(2, b"a bar")
     subprocess.run([sys.executable, "-c", "import os; os.write(2, b'fatal: not a git repository')"])
     items = limit or 10
     return {
@@ -84,8 +84,8 @@ class HFLM:
 
 
 @pytest.fixture
-def harness(tmp_path: Path) -> dict[str, str]:
-    """An environment in which a stand-in for lm-eval is found: what it is asked, and what it writes to stderr."""
+def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A stand-in for lm-eval is found: what it is asked, and what it writes to stderr."""
     package = tmp_path / "stub" / "lm_eval"
     (package / "models").mkdir(parents=True)
     (package / "__init__.py").write_text(STUB)
@@ -93,33 +93,34 @@ def harness(tmp_path: Path) -> dict[str, str]:
     (package / "models" / "huggingface.py").write_text(MODEL)
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "mine.yaml").write_text("task: mine\n")
-    path = os.pathsep.join([str(tmp_path / "stub"), str(Path(__file__).parents[1])])
-    return {**os.environ, "PYTHONPATH": path}
+    monkeypatch.syspath_prepend(tmp_path / "stub")
+    real = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "lm_eval"}
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        del sys.modules[name]
+    sys.modules.update(real)
 
 
-def run_eval(harness: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "cli.main", "eval", *options]
-    return subprocess.run(command, env=harness, capture_output=True, text=True, check=False)
-
-
-def test_tasks_alone_need_no_perplexity_and_are_quiet(harness: dict[str, str], tmp_path: Path) -> None:
+def test_tasks_alone_need_no_perplexity_and_are_quiet(
+    harness: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     own = ["--include-path", str(tmp_path / "own"), "--limit", "3", "--num-fewshot", "2", "--batch-size", "5"]
-    done = run_eval(harness, "demo", "--tasks", "piqa,mine", *own, "--json", str(tmp_path / "t.json"))
-    assert done.returncode == 0, done.stderr
-    assert "mine: acc 0.5000 +- 0.2887 (3 items, 2 shots)" in done.stdout and "perplexity" not in done.stdout
-    assert "batch 5.0000" in done.stdout and "bar" not in done.stderr and "fatal" not in done.stderr
+    printed = done("eval", "demo", "--tasks", "piqa,mine", *own, "--json", str(tmp_path / "t.json"))
+    assert "mine: acc 0.5000 +- 0.2887 (3 items, 2 shots)" in printed and "perplexity" not in printed
+    assert "batch 5.0000" in printed
+    loud = capfd.readouterr().err
+    assert "bar" not in loud and "fatal" not in loud
     data = json.loads((tmp_path / "t.json").read_text())
     assert data["evaluations"] == [] and data["tasks"]["limit"] == 3 and data["tasks"]["harness"] == "lm-eval 9"
 
 
-def test_tasks_are_refused_before_any_work(harness: dict[str, str], tmp_path: Path) -> None:
+def test_tasks_are_refused_before_any_work(harness: None, tmp_path: Path) -> None:
     # a model that is not there: the names are looked at first
-    done = run_eval(harness, str(tmp_path / "nowhere"), "--tasks", "arc-easy", "--dataset", "builtin")
-    assert done.returncode == 2 and "did you mean 'arc_easy'" in done.stderr
+    message = refused("eval", tmp_path / "nowhere", "--tasks", "arc-easy", "--dataset", "builtin")
+    assert "did you mean 'arc_easy'" in message
     for options, words in (
         (("--tasks", "piqa", "--limit", "0"), "--limit 0: less than 1"),
         (("--tasks", "piqa", "--include-path", str(tmp_path / "none")), "no such folder"),
         (("--limit", "3"), "--limit: has a meaning only with --tasks"),
     ):
-        done = run_eval(harness, "demo", *options)
-        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+        assert words in refused("eval", "demo", *options)

@@ -58,7 +58,9 @@ def files(out: Path) -> dict[str, bytes]:
     return {**found, PLAN_FILE: json.dumps(plan, sort_keys=True).encode()}
 
 
-@pytest.mark.parametrize("method", RECIPES)
+@pytest.mark.parametrize(
+    "method", ["adaquant", "rotate", *(pytest.param(name, marks=pytest.mark.slow) for name in ("signround", "lorc"))]
+)
 def test_one_and_two_threads(place, tmp_path, method):
     for count in (1, 2):
         with threads(count):

@@ -39,6 +39,7 @@ def test_from_pretrained_gives_the_model_that_load_model_gives(family, settings,
     assert not list(found.state_dict()) or not any(p.is_meta for p in found.parameters())
 
 
+@pytest.mark.slow
 def test_without_the_import_there_is_a_sentence_and_no_model(tmp_path):
     model = tiny_checkpoint("llama", tmp_path / "model")
     quantize(model, tmp_path / "native", method="rtn", format="native")

@@ -168,7 +168,7 @@ def forbidden() -> Iterator[str]:
     server.shutdown()
 
 
-@pytest.mark.parametrize("reachable", [True, False])
+@pytest.mark.parametrize("reachable", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_hub_that_refuses_is_one_message(folder: Path, forbidden: str, reachable: bool) -> None:
     endpoint = forbidden if reachable else "http://127.0.0.1:9"
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0"}

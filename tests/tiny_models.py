@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -56,6 +57,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**GATED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [1]},
     ),
 }
+
+
+LIKE_OTHERS = ("llama-tied-bias", "llama-mha", "mistral", "qwen2", "falcon-40b")
+EVERY_FAMILY = [pytest.param(name, marks=pytest.mark.slow) if name in LIKE_OTHERS else name for name in FAMILIES]
+"""For tests of whole runs, in which these find nothing that Llama, Qwen3 or Falcon-7B do not: they are slow."""
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from itertools import pairwise
 from calibration.architectures import ArchitectureSpec
 from calibration.model.checkpoint import CheckpointReader
 from calibration.model.headers import TensorInfo
-from calibration.model.shards import SHARD_BYTES
+from calibration.model.shards import PIECE_BYTES
 from calibration.walk.passes import Pass, Phase, keeps_originals, references_of, watches_float
 from calibration.walk.statistics import CrossGram, Gram
 from ptq.linears import ModelLayout, PlannedLinear
@@ -74,7 +74,7 @@ def peak_by_stage(
     stages = {
         "check weights": max((a + b for a, b in pairwise([0, *stored])), default=0),  # one is hashed, the next one read
         "blocks": round(_blocks(spec, layout.linears, recipe.passes, calibration, hidden, block)),
-        "export": max(min(output_bytes, 2 * SHARD_BYTES) + round(DECODED * block), waiting + rewriting),
+        "export": max(min(output_bytes, 2 * PIECE_BYTES) + round(DECODED * block), waiting + rewriting),
     }
     if calibration.forwards:
         front = [reader.infos[n] for n in outside if not n.startswith(("lm_head.", f"{spec.blocks}."))]
