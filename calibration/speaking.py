@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import tempfile
 import time
 from pathlib import Path
@@ -27,6 +28,9 @@ def first_to_speak() -> bool:
     try:
         descriptor = os.open(_file(), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError:  # a temporary folder that cannot be written
+        return True
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # somebody else's pipe or device
+        os.close(descriptor)
         return True
     with os.fdopen(descriptor, "r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -62,7 +62,7 @@ class StreamedShard:
         where = {"data_offsets": [start, self._end]}
         self._entries[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), **where}
         with disk_errors(self._path):
-            self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> None:
         """Write what was kept and the header, and give the file its name.

@@ -118,7 +118,7 @@ def _best(work: Callable[[], object], device: torch.device, tries: int = TRIES) 
     """Seconds of the fastest of a few tries, the first one not counted; fewer where they take long, such as products in
     bfloat16 on processors that cannot."""
     clock = time.thread_time if device.type == "cpu" else time.perf_counter
-    seconds = []
+    seconds: list[float] = []
     for _ in range(tries + 1):
         if sum(seconds[1:]) > LONG:
             break
