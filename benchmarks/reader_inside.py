@@ -1,10 +1,14 @@
 """One reader of quantized checkpoints, run in an environment of its own by `benchmarks/readers.py`.
 
     PYTHON benchmarks/reader_inside.py READER JOBS.json RESULTS.jsonl
+    PYTHON benchmarks/reader_inside.py --write JOBS.json FOLDER
 
 JOBS holds ``ids`` (windows of token ids) and ``folders``. One line is appended for every folder: the log-probabilities
 of all tokens behind the first of a window, or the reader's own words when it refuses. Folders that have a line are
 skipped, so a reader that crashes is started again behind the folder that it crashed on. Nothing of ptq is imported.
+
+The second way has GPTQModel quantize ``model`` of JOBS on ``ids`` in all of its ways (`GPTQMODEL`), each into a folder
+below FOLDER, for `readers.py --others`.
 """
 
 from __future__ import annotations
@@ -33,12 +37,12 @@ def of_logits(model, windows: Windows) -> list[list[float]]:
 
 
 def in_transformers(folder: str, windows: Windows) -> list[list[float]]:
-    """``from_pretrained`` in float32 (FP4 weights: bfloat16), with ``dequantize=True`` where the plain way raises."""
+    """``from_pretrained`` in float32 (FP4, MXFP8: bfloat16), with ``dequantize=True`` where the plain way raises."""
     import torch
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    fp4 = "nvfp4" in folder or "mxfp4" in folder  # which decompress to bfloat16
-    dtype = torch.bfloat16 if fp4 else torch.float32
+    narrow = any(word in folder for word in ("nvfp4", "mxfp4", "mxfp8"))  # which decompress to bfloat16
+    dtype = torch.bfloat16 if narrow else torch.float32
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except Exception:  # noqa: BLE001 - the second way says what is wrong
@@ -70,6 +74,35 @@ def in_vllm(folder: str, windows: Windows) -> list[list[float]]:
     ]
 
 
+GPTQMODEL = {
+    "gptq4": {"bits": 4, "group_size": 128},
+    "gptq4-asym": {"bits": 4, "group_size": 64, "sym": False},
+    "gptq4-asym-v2": {"bits": 4, "group_size": 64, "sym": False, "format": "gptq_v2"},
+    "gptq3": {"bits": 3, "group_size": 128},
+    "gptq8": {"bits": 8, "group_size": 128},
+    "gptq4-act": {"bits": 4, "group_size": 64, "desc_act": True},
+    "gptq4-mixed": {"dynamic": {r"-:.*\.o_proj$": {}, r"+:.*\.down_proj$": {"bits": 8, "group_size": 64}}},
+    "awq4": {"bits": 4, "group_size": 128, "method": "awq", "format": "gemm"},
+    "awq4-sym": {"bits": 4, "group_size": 64, "method": "awq", "format": "gemm", "sym": True},
+}
+"""Settings of GPTQModel's ``QuantizeConfig`` by the name of the folder."""
+
+
+def write_with_gptqmodel(model: str, windows: Windows, folder: Path) -> None:
+    """Every entry of `GPTQMODEL` that is not there yet. (What packs in C++ is compiled when first asked for, which
+    takes minutes: here packs Python.)"""
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
+    samples = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in windows]
+    for name, settings in GPTQMODEL.items():
+        if (folder / name / "config.json").exists():
+            continue
+        asked = QuantizeConfig(device="cpu", pack_impl="original", offload_to_disk=False, **settings)
+        quantized = GPTQModel.load(model, asked, backend=BACKEND.TORCH)
+        quantized.quantize(samples, batch_size=4)
+        quantized.save(str(folder / name))
+
+
 READERS: dict[str, Score] = {"transformers": in_transformers, "vLLM": in_vllm, "GPTQModel": in_gptqmodel}
 
 
@@ -83,10 +116,14 @@ def refusal(error: BaseException) -> str:
 
 def main() -> None:
     reader, jobs_file, results = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it wants two, and takes half of the processors
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # errors then arrive as they are
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     jobs = json.loads(jobs_file.read_text())
+    if reader == "--write":
+        write_with_gptqmodel(jobs["model"], jobs["ids"], results)
+        return
     done = {json.loads(line)["folder"] for line in results.read_text().splitlines()} if results.is_file() else set()
     version = importlib.metadata.version(PACKAGES[reader])
     for folder in jobs["folders"]:

@@ -2,12 +2,16 @@
 
     python benchmarks/readers.py WORK --python transformers=PYTHON --python vLLM=PYTHON --python GPTQModel=PYTHON \
         --llama-perplexity PROGRAM [--out ptq/formats/readers.json]
+    python benchmarks/readers.py WORK --python GPTQModel=PYTHON --others
 
 PYTHON is an interpreter whose environment has the reader, which is run by `benchmarks/reader_inside.py`. What is
 compared: the log-probability of every token of a few windows of text, the reader's beside ours (reference kernels,
 float32); from llama.cpp, which is asked for perplexities, their mean. ``moved`` is how far quantization itself moves
 them, ``difference`` how far the reader is from us, both in nats per token; the float model (scheme ``float``) shows how
 much of it is the reader's arithmetic. Whatever has been done in WORK is not done again.
+
+With ``--others`` GPTQModel quantizes the demo in its ways (`reader_inside.GPTQMODEL`), and what is compared is its own
+model with ours of the same folder; a table is printed.
 
 ``ptq quantize`` quotes the file in its plan. `benchmarks/foreign_readers.py` compares single weights bit for bit.
 """
@@ -41,6 +45,7 @@ CASES: dict[str, tuple[str, ...]] = {
         *(f"w{bits}a16-g128" for bits in (2, 3, 5, 6, 8)),
         *("w8a16-gchannel", "w8a8", "w8a8-asym", "w8a8-astatic", "w8a8-ag64", "w4a8", "w4a8-astatic", "w4a4", "fp8"),
         *("fp8-astatic", "nvfp4", "mxfp4", "nvfp4-anvfp4", "mxfp4-amxfp4", "w4a8kv8", "w8a8kv8"),
+        *("fp8-gblock-ag128", "mxfp8", "mxfp8-amxfp8", "w8a8kvfp8-kvstatic", "w8a8kv8-kvstatic"),
     ),
     "gptq": (*WEIGHTS, "w2a16-g128", "w3a16-g128", "w8a16-g128", "w8a16-g128-asym"),
     "awq": (*WEIGHTS, "w4a16-g128-sym"),
@@ -80,7 +85,7 @@ def cases() -> list[Case]:
 def write(case: Case, work: Path) -> tuple[str, str]:
     """Quantize the demo into WORK, once; its scheme in full, and the reason where ptq itself refuses it."""
     out = work / case.name
-    calibrated = "-astatic" in case.scheme or "anvfp4" in case.scheme
+    calibrated = any(word in case.scheme for word in ("-astatic", "anvfp4", "-kvstatic"))
     passes = '[[pass]]\nname = "ranges"\n' * calibrated + '[[pass]]\nname = "rtn"\n'
     rule = f'[[rule]]\nmatch = "{case.left}"\nscheme = "float"\n' * bool(case.left)
     recipe = work / "recipe.toml"
@@ -155,15 +160,37 @@ def row(
     return found | {"answer": "wrong" if wrong else "run"} | numbers
 
 
+def windows(part: str) -> torch.Tensor:
+    """``[WINDOWS, LENGTH]`` tokens of the demo's text: ``test`` or ``train``."""
+    from transformers import AutoTokenizer
+
+    text = (DEMO_FOLDER / f"{part}.txt").read_text(encoding="utf-8")[: 20 * WINDOWS * LENGTH]
+    tokens = AutoTokenizer.from_pretrained(DEMO_FOLDER)(text, add_special_tokens=False)["input_ids"]
+    return torch.tensor(tokens[: WINDOWS * LENGTH]).view(WINDOWS, LENGTH)
+
+
+def score_others(work: Path, python: str) -> None:
+    """Folders that GPTQModel writes, in it and here."""
+    folder, ids = work / "others", windows("test")
+    jobs = work / "write.json"
+    jobs.write_text(json.dumps({"model": str(DEMO_FOLDER), "ids": windows("train").tolist()}))
+    with (work / "write.log").open("a") as log:
+        command = [python, str(HERE / "reader_inside.py"), "--write", str(jobs), str(folder)]
+        subprocess.run(command, stdout=log, stderr=log, check=False)
+    folders = sorted(path.parent for path in folder.glob("*/config.json"))
+    base, answers = logprobs(DEMO_FOLDER, ids), foreign("GPTQModel", python, folders, ids, folder)
+    for found in folders:
+        answer, mine = answers[str(found)], logprobs(found, ids)
+        theirs = torch.tensor(answer["logprobs"]) if "logprobs" in answer else torch.full_like(base, math.nan)
+        difference, moved = float((theirs - mine).abs().mean()), float((mine - base).abs().mean())
+        print(f"{found.name}: difference {difference:.4f}, moved {moved:.3f}", answer.get("refused", ""), flush=True)
+
+
 def score_folders(
     work: Path, pythons: dict[str, str], written: dict[Case, str]
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Rows and versions of the readers that take folders."""
-    from transformers import AutoTokenizer
-
-    text = (DEMO_FOLDER / "test.txt").read_text(encoding="utf-8")
-    tokens = AutoTokenizer.from_pretrained(DEMO_FOLDER)(text, add_special_tokens=False)["input_ids"]
-    ids = torch.tensor(tokens[: WINDOWS * LENGTH]).view(WINDOWS, LENGTH)
+    ids = windows("test")
     base, rows, versions = logprobs(DEMO_FOLDER, ids), [], {}
     ours: dict[Case, torch.Tensor] = {Case("float", "float"): base}
     for reader, python in pythons.items():
@@ -213,6 +240,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--python", action="append", default=[], metavar="READER=PYTHON")
     parser.add_argument("--llama-perplexity", metavar="PROGRAM")
+    parser.add_argument("--others", action="store_true", help="folders that GPTQModel writes, instead of ours")
     parser.add_argument("--out", type=Path, default=HERE.parent / "ptq" / "formats" / "readers.json")
     options = parser.parse_args()
     work = options.work.resolve()
@@ -220,6 +248,9 @@ def main() -> None:
     pythons = dict(entry.split("=", 1) for entry in options.python)
     if unknown := set(pythons) - set(FILES):
         parser.error(f"{', '.join(unknown)}: known readers are {', '.join(FILES)}")
+    if options.others:
+        score_others(work, pythons["GPTQModel"])
+        return
     written = {}
     for case in cases():
         scheme, reason = write(case, work)
