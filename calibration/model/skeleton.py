@@ -141,7 +141,7 @@ class Skeleton:
         tied = self.model.all_tied_weights_keys  # {"lm_head.weight": "model.embed_tokens.weight"} where tied
         missing = [n for n, _ in self.model.named_parameters(remove_duplicate=False) if n not in stored]
         made = {self.spec.root_module_name(n) for n in added}
-        missing = [n for n in missing if tied.get(n) not in stored and n not in made]
+        missing = [n for n in missing if n not in made and not {tied.get(n)} & (stored.keys() | made)]
         if missing:
             more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
             raise ToolkitError(
