@@ -241,7 +241,6 @@ def test_a_real_process_that_is_refused(place, tmp_path):
     assert bad.stderr == (f"error: --method: unknown value 'awk'\n    fix: did you mean 'awq'? use one of: {known}\n")
 
 
-@pytest.mark.slow
 def test_a_real_process_that_succeeds(place, tmp_path):
     good = process("quantize", place / "llama", "--method", "rtn", *FAST, "--out", tmp_path / "out")
     assert good.returncode == 0 and "written to" in good.stdout and "Traceback" not in good.stderr

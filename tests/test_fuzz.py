@@ -17,12 +17,12 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-def test_damaged_input(bases):
+@pytest.mark.parametrize("cases", [33, pytest.param(500, marks=pytest.mark.slow)])
+def test_damaged_input(bases, cases):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked process has no others
     try:
-        wrong = [end for end in fuzz(bases, 500, seed=500_000, report=lambda end: None) if end.wrong]
+        wrong = [end for end in fuzz(bases, cases, seed=1000 * cases, report=lambda end: None) if end.wrong]
     finally:
         torch.set_num_threads(threads)
     assert not wrong, "\n\n".join(f"seed {end.seed} [{end.kind}] {end.what}: {end.wrong}" for end in wrong)
