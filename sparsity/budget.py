@@ -20,7 +20,7 @@ from calibration.errors import Problem
 from calibration.model.watching import Watch
 from calibration.walk.context import Context
 from calibration.walk.cost import BlockShape, Work
-from calibration.walk.passes import PlanView
+from calibration.walk.passes import Pass, PlanView
 from calibration.walk.segment import Segment
 from sparsity.files import sites_from
 from sparsity.gate import GatePass, with_target
@@ -40,7 +40,7 @@ ROUNDS = 12
 class Profile(GatePass):
     """A method at every target of `GRID`, with the error that each block then makes; for `choose`.
 
-    All blocks are calibrated on the dense model, also for methods that by themselves calibrate behind pruned blocks.
+    All blocks are calibrated on the dense model, where the methods by themselves calibrate behind pruned blocks.
 
     Attributes:
         step: the method; its own target is not used.
@@ -57,6 +57,8 @@ class Profile(GatePass):
         yield from self.step.check(view)
         if getattr(self.step, "targets", ""):
             yield Problem("shares by name", "are what a perplexity budget decides", "leave --target out")
+
+    masked = Pass.masked  # of later blocks all targets shall see the same inputs
 
     def skipped(self, block: BlockSpec) -> tuple[str, ...]:
         return self.step.skipped(block)

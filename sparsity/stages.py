@@ -1,26 +1,22 @@
 """`StagedPass`: thresholds that are calibrated behind everything which is pruned before them.
 
 What is pruned makes the inputs behind it smaller, so thresholds of the dense model prune more than they were asked for.
-Here a stage of a block sees the stages before it pruned, and a block the blocks before it.
+Here a stage of a block sees the stages before it pruned, and a block the blocks before it (as in every `GatePass`).
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
-from torch import nn
 
-from calibration.architectures import ArchitectureSpec, BlockSpec
+from calibration.architectures import BlockSpec
 from calibration.model.watching import Watch
 from calibration.walk.context import Context
 from calibration.walk.segment import Segment
-from sparsity.files import sites_from
 from sparsity.gate import GatePass
-from sparsity.masking import Masks, block_masked, block_watches
+from sparsity.masking import Masks, block_watches
 from sparsity.pools import Pool
 from sparsity.rules import Rule, put
 from sparsity.sites import Site
@@ -28,11 +24,6 @@ from sparsity.sites import Site
 
 class StagedPass(GatePass):
     """Prunes inputs of linears, stage by stage in the order in which the block computes."""
-
-    def masked(
-        self, block: nn.Module, spec: ArchitectureSpec, index: int, gates: Mapping[str, torch.Tensor]
-    ) -> AbstractContextManager[Any]:
-        return block_masked(block, spec, index, sites_from(gates))
 
     def stages(self, block: BlockSpec) -> list[list[str]]:
         """Linears to prune, by stage of execution."""

@@ -20,10 +20,11 @@ from calibration.walk.states import HiddenStates
 from calibration.walk.statistics import CrossGram, Gram
 from calibration.walk.walk import Walk
 from ptq.methods import Awq, Gptaq, Gptq
-from ptq.numerics.gptq import asymmetry, gptq_round, inverse_factor
+from ptq.numerics.gptq import asymmetry, gptq_round, inverse_factor, reproducing
 from ptq.numerics.grids import grid_of
 from ptq.numerics.integers import quantize
-from ptq.scheme import TensorQuant
+from ptq.numerics.superblocks import SuperGrid, dequantize
+from ptq.scheme import TensorQuant, parse_scheme
 
 KINDS = (Gram, CrossGram)
 CPU = torch.device("cpu")
@@ -61,6 +62,34 @@ def test_asymmetry_is_a_regression_on_the_columns_behind():
     for i in (0, 7, 46):
         rest = slice(i + 1, None)
         assert torch.allclose(p[i, rest], cross[i, rest] @ torch.linalg.inv(damped[rest, rest]), rtol=0, atol=1e-10)
+
+
+def test_the_weight_that_reproduces_the_float_output_differs_by_a_constant():
+    """|Q X - w X'|^2 - |Q X - V X|^2 is the same for every Q, and V is w where the streams are one."""
+    w, x, x_float = problem()
+    h, cross = x.T @ x, (x_float - x).T @ x
+    v = reproducing(w, h, cross, 0.0)
+    randn = partial(torch.randn, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    others = [w + randn(*w.shape) for _ in range(3)]
+    constants = [((q @ x.T - w @ x_float.T).square().sum() - ((q - v) @ x.T).square().sum()) for q in others]
+    assert torch.allclose(torch.stack(constants), constants[0], rtol=1e-9)
+    assert torch.equal(reproducing(w, h, torch.zeros_like(cross), 0.01), w)
+
+
+@pytest.mark.parametrize("name", ["q2_k", "q3_k"])
+def test_k_quants_aim_at_the_float_output(name):
+    randn = partial(torch.randn, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    w, x = randn(4, 512), randn(2000, 512) @ (torch.eye(512, dtype=torch.float64) + randn(512, 512) / 512**0.5)
+    x_float = x + 0.2 * x @ (randn(512, 512) / 512**0.5)
+    h, cross, quant = x.T @ x, (x_float - x).T @ x, parse_scheme(name).weights
+
+    def error(**settings):
+        found = gptq_round(w, h, quant, **settings)
+        grid = SuperGrid(found.scale, found.zero, *found.super_rows(0, len(w)))
+        return float((dequantize(found.codes, grid, quant).double() @ x.T - w @ x_float.T).square().sum())
+
+    plain, aimed = error(), error(cross=cross)
+    assert aimed < 0.8 * plain and error(cross=torch.zeros_like(h)) == plain
 
 
 @pytest.mark.parametrize("grouping", [ROW, GROUP], ids=str)

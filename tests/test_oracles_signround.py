@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,14 @@ from tiny_runs import text_file, tiny_checkpoint
 
 from calibration.record import read_record
 from ptq.methods.rtn import round_to_nearest
-from ptq.numerics import signround
+from ptq.numerics import signround, signround_super
 from ptq.numerics.gptq import gptq_round
 from ptq.numerics.grids import grid_of
 from ptq.numerics.integers import round_scale
 from ptq.numerics.signround import Learned, relative_loss
+from ptq.numerics.signround_super import LearnedSuper
+from ptq.numerics.superblocks import to_half
+from ptq.quantized import QuantizedTensor
 from ptq.runtime.load import load_model
 from ptq.scheme import parse_scheme
 
@@ -116,6 +120,73 @@ def test_a_step_follows_the_signs_of_straight_through_gradients(text):
     for _ in range(100):
         state.descend(g, 0.05, 0.0)
     assert float(state.offset.abs().max()) == 0.5
+
+
+K_QUANTS = ["q2_k", "q3_k", "q4_k", "q6_k"]
+
+
+def learned_super(text: str, rows: int = 8) -> tuple[QuantizedTensor, LearnedSuper]:
+    """From GPTQ's codes, many of which are not the nearest."""
+    w, quant = weight(rows, 512), parse_scheme(text).weights
+    x = torch.randn(600, 512, generator=torch.Generator().manual_seed(1)) + torch.randn(600, 1)
+    found = gptq_round(w, x.T @ x, quant)
+    over = found.super_rows(0, rows)
+    q = QuantizedTensor(found.codes, found.scale, found.zero, parse_scheme(text), None, {}, None, *over)
+    assert q.super_grid is not None
+    return q, LearnedSuper.start(w, q.codes, q.super_grid, quant)
+
+
+@pytest.mark.parametrize("text", K_QUANTS)
+def test_k_quants_start_at_any_rounding_and_stay_in_the_file(text, monkeypatch):
+    q, state = learned_super(text)
+    grid = state.grid()
+    assert torch.equal(state.rounded()["codes"], q.codes) and torch.equal(state.weight(), q.dequantize())
+    assert torch.equal(grid.super_scale, q.super_scale)
+    parts, g = state.copy(), torch.randn(q.shape, generator=torch.Generator().manual_seed(3))
+    for _ in range(5):
+        state.descend(g, 0.1, 0.05)
+    after = replace(q, **state.rounded())
+    assert not torch.equal(after.codes, q.codes) and torch.equal(after.dequantize(), state.weight())
+    assert torch.equal(after.super_scale, after.super_scale.half().float()) and after.super_grid is not None
+    monkeypatch.setattr(signround_super, "CHUNK", 600)
+    for _ in range(5):
+        parts.descend(g, 0.1, 0.05)
+    assert torch.equal(parts.weight(), state.weight())
+
+
+@pytest.mark.parametrize("text", K_QUANTS)
+def test_a_step_on_a_k_quant_follows_straight_through_gradients(text):
+    """Against autograd on the formula with rounding as the identity."""
+    _, state = learned_super(text)
+    state.high.fill_(-0.4)  # many weights lie outside
+    state.low.fill_(-0.4)
+    first, quant = state.start_grid, state.quant
+    g = torch.randn(8, 512, generator=torch.Generator().manual_seed(3))
+    v, high, low = (t.clone().requires_grad_() for t in (state.offset, state.high, state.low))
+
+    def exact(value: torch.Tensor) -> torch.Tensor:
+        return value + (to_half(value) - value).detach()
+
+    over = exact(high.exp() * first.super_scale)
+    groups = first.scale.shape[1] // over.shape[1]
+    s = (over.repeat_interleave(groups, 1) * first.scale).unsqueeze(-1)
+    z, o = (4 if text == "q3_k" else 32, torch.zeros_like(s))
+    if first.super_min is not None:
+        z, o = 0, (exact(low.exp() * first.super_min).repeat_interleave(groups, 1) * first.minimum).unsqueeze(-1)
+    position = (state.units + o) / s + v + z
+    code = (position + (position.round() - position).detach()).clamp(0, quant.levels)
+    rounded = (s * (code - z) - o).flatten(1)
+    (rounded * g).sum().backward()
+    assert torch.allclose(rounded.detach(), state.weight(), atol=1e-5)
+    before = state.copy()
+    state.descend(g, 0.01, 0.02)
+    moved = state.offset - before.offset
+    assert torch.equal(moved, -0.01 * v.grad.sign())
+    assert torch.equal(torch.sign(before.high - state.high), high.grad.sign())
+    if first.super_min is None:
+        assert torch.equal(before.low, state.low)
+    else:
+        assert torch.equal(torch.sign(before.low - state.low), low.grad.sign())
 
 
 @pytest.fixture(scope="module")

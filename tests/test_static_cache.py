@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -57,6 +58,22 @@ def test_other_formats_and_back(folder, tmp_path):
         assert torch.equal(*(logits(load_model(f, dtype=torch.float32).model) for f in (folder, tmp_path / name)))
     with pytest.raises(ToolkitError, match="KV cache"):
         ptq.export(folder, format="gptq", out=tmp_path / "gptq")
+
+
+def test_older_names_of_the_steps_are_read_and_written_as_they_are_now(folder, tmp_path):
+    tensors = load_file(folder / "model.safetensors")
+    older = {n: re.sub(r"\.([kv])_scale$", r".\1_proj.output_scale", n) for n in tensors}
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    save_file({older[n]: t for n, t in tensors.items()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(*(logits(load_model(f, dtype=torch.float32).model) for f in (folder, tmp_path)))
+    ptq.export(tmp_path, format="native", out=tmp_path / "native")
+    ptq.export(tmp_path / "native", format="compressed-tensors", out=tmp_path / "again")
+    found = load_file(tmp_path / "again/model.safetensors")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[n], tensors[n]) for n in found)
+    stranger = {"model.layers.0.self_attn.q_proj.output_scale": torch.ones(1)}
+    save_file(tensors | stranger, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ToolkitError, match="output_scale: no tensor of a linear"):
+        load_model(tmp_path)
 
 
 def test_steps_that_are_missing_or_of_another_shape_are_named(folder, tmp_path):

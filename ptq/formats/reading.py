@@ -17,6 +17,7 @@ from calibration.errors import ToolkitError, foreign
 from calibration.model.checkpoint import CheckpointReader
 from calibration.model.headers import TensorInfo
 from ptq.formats.registry import Format, format_of, stored_names
+from ptq.formats.static_cache import OLDER, older
 from ptq.numerics.bitstream import words_per_row
 from ptq.quantized import PARTS, QuantizedTensor
 from ptq.scheme import BITS, BLOCK, SUPER_WIDTH, QuantScheme
@@ -63,7 +64,9 @@ def _check_strangers(reader: CheckpointReader, fmt: Format, linears: Schemes) ->
     without a word, and carried along as if it were a tensor of the model."""
     for name in reader.infos:
         linear, _, suffix = name.rpartition(".")
-        if linear in linears and suffix not in {"bias", *fmt.suffixes, *table(fmt.name, *linears[linear])}:
+        if linear not in linears or name in stored_names(fmt, linear).values():
+            continue
+        if suffix not in {"bias", *fmt.suffixes, *table(fmt.name, *linears[linear])}:
             raise ToolkitError(f"{name}: no tensor of a linear in '{fmt.name}' files", FIX)
 
 
@@ -88,6 +91,9 @@ def read_linear(
             writer of the format makes.
     """
     stored = {s: full for s, full in stored_names(fmt, name).items() if full in reader.infos}
+    step = older(name)
+    if step is not None and OLDER in stored:
+        stored.setdefault(step, stored.pop(OLDER))
     _check_stored(name, fmt.name, scheme, shape, {s: reader.infos[full] for s, full in stored.items()})
     with foreign(f"{name}: cannot be decoded as '{fmt.name}'", FIX):
         q = fmt.decode({s: reader.tensor(full) for s, full in stored.items()}, scheme, shape)

@@ -22,8 +22,12 @@ from ptq.scheme import QuantScheme
 
 def stored_names(fmt: Format, linear: str) -> dict[str, str]:
     """Suffix -> full name of every tensor that a quantized linear may have in this format."""
-    beside = static_cache.names(linear) if fmt.name == "compressed-tensors" else {}
-    return {suffix: f"{linear}.{suffix}" for suffix in sorted(fmt.suffixes)} | beside
+    names = {suffix: f"{linear}.{suffix}" for suffix in sorted(fmt.suffixes)}
+    if fmt.name == "compressed-tensors":
+        names |= static_cache.names(linear)
+        if static_cache.older(linear):
+            names[static_cache.OLDER] = f"{linear}.{static_cache.OLDER}"
+    return names
 
 
 class Format(Protocol):

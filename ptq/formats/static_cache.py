@@ -2,7 +2,8 @@
 
 One float for all tokens, heads and channels of a layer's keys (after the rotary embedding), one for its values; here
 they are the parts ``key_scale`` and ``value_scale`` of the linear that makes them. Source: vLLM and compressed-tensors
-0.20, ``kv_cache_scheme`` with strategy "tensor" and ``dynamic`` false.
+0.20, ``kv_cache_scheme`` with strategy "tensor" and ``dynamic`` false. Until August 2024 compressed-tensors called them
+``<attention>.k_proj.output_scale`` and ``v_proj.output_scale``, which is read as well.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ptq.quantized import CACHE_STEPS
 
 FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "W_pack", "att_proj")
 STORED = dict(zip(("k_scale", "v_scale"), CACHE_STEPS, strict=True))
+OLDER = "output_scale"
 MAKERS = {"k_scale": ("k_proj", *FUSED), "v_scale": ("v_proj", *FUSED)}
 
 
@@ -23,6 +25,11 @@ def names(linear: str) -> dict[str, str]:
     """Suffix -> full name of the steps that belong to a linear; empty for one that makes neither keys nor values."""
     attention, _, leaf = linear.rpartition(".")
     return {suffix: f"{attention}.{suffix}" for suffix, makers in MAKERS.items() if leaf in makers}
+
+
+def older(linear: str) -> str | None:
+    """Which of the steps ``<linear>.output_scale`` is in older files, if any."""
+    return next((suffix for suffix, makers in MAKERS.items() if linear.rpartition(".")[2] == makers[0]), None)
 
 
 def without_place(linears: Iterable[PlannedLinear]) -> list[PlannedLinear]:

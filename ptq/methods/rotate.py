@@ -149,7 +149,7 @@ class Rotate(Pass):
         for linear in self.input_transforms(segment.spec, segment.schemes):
             w = segment.weight(linear)
             block = block_size(w.shape[1])
-            segment.set_weight(linear, hadamard_transform(w.double(), block).to(w.dtype), exact=True)
+            segment.set_weight(linear, _by_rows(lambda rows: _online(rows.double()), w), exact=True)
             segment.parts.setdefault(linear, {})["hadamard"] = torch.tensor([block], dtype=torch.int32)
             segment.transform_input(linear)
         self._turn_keys(segment)
@@ -236,7 +236,8 @@ def fuse_gain(segment: Segment, group: Balance) -> None:
         else:
             segment.replace(name, unscaled_bias(beta, gain, segment.full_name(group.producer)))
     for linear in group.consumers:
-        segment.set_weight(linear, segment.weight(linear).double() * gain, exact=True)
+        fused = _by_rows(lambda rows: rows.double() * gain, segment.weight(linear))
+        segment.set_weight(linear, fused, exact=True)
     segment.remove_gain(group.producer)
 
 

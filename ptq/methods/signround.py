@@ -29,9 +29,11 @@ from ptq.linears import ModelLayout
 from ptq.methods.rounding import relative_errors
 from ptq.numerics.activations import fake_quantize_inputs
 from ptq.numerics.signround import Learned, relative_loss
+from ptq.numerics.signround_super import LearnedSuper
 from ptq.quantized import INPUT_GRID, LORA, QuantizedTensor
 from ptq.scheme import QuantScheme
 
+State = Learned | LearnedSuper
 TRAINING = 8  # units of progress of a batch that is trained on, with its backward pass and all weights rounded anew
 
 
@@ -83,7 +85,7 @@ class SignRound(Pass):
             yield Problem("lorc+signround", reason, "write signround+lorc")
         others = matching(view.layout, lambda linear: not _learnable(linear.scheme))
         fix = "leave it out, or use w4a16-g64, -sym or -asym"
-        yield from refuse(others, "signround learns integer grids of groups or channels only", fix)
+        yield from refuse(others, "signround learns integer grids of groups or channels and K-quants only", fix)
 
     def forwards(self) -> int:
         return self.epochs + 1 if self.epochs else 0
@@ -102,16 +104,12 @@ class SignRound(Pass):
         rounded = {name: q for name, q in segment.quantized.items() if isinstance(q, QuantizedTensor)}
         if not rounded or not self.epochs:
             return
-        learned = {
-            name: Learned.start(segment.original(name), q.codes, q.scale, q.zero, q.scheme.weights)
-            for name, q in rounded.items()
-        }
+        learned = {name: _start(segment.original(name), q) for name, q in rounded.items()}
         with watching(segment.module, input_watches(segment)):
             best, losses = self._train(segment, context, learned)
         for name, state in best.items():
-            step, zero = state.grid()
-            zero = None if zero is None else zero.to(torch.uint8)
-            q = dataclasses.replace(rounded[name], codes=state.codes(), scale=step.float(), zero=zero)
+            found: dict[str, Any] = {**state.rounded()}
+            q = dataclasses.replace(rounded[name], **found)
             w, weight = segment.original(name), state.weight()
             segment.quantized[name] = q
             segment.set_weight(name, weight)
@@ -120,8 +118,8 @@ class SignRound(Pass):
             segment.note(name, **{"signround.first_loss": losses[0], "signround.last_loss": min(losses)})
 
     def _train(
-        self, segment: Segment, context: Context, learned: dict[str, Learned]
-    ) -> tuple[dict[str, Learned], list[float]]:
+        self, segment: Segment, context: Context, learned: dict[str, State]
+    ) -> tuple[dict[str, State], list[float]]:
         """What was learned by the end of the best epoch, and the mean loss of every epoch; the first is the start's."""
         generator = torch.Generator().manual_seed(segment.index)
         losses = [self._epoch(segment, context, learned, None, generator)]
@@ -138,7 +136,7 @@ class SignRound(Pass):
         self,
         segment: Segment,
         context: Context,
-        learned: Mapping[str, Learned],
+        learned: Mapping[str, State],
         rates: list[float] | None,
         generator: torch.Generator,
     ) -> float:
@@ -197,11 +195,18 @@ def _straight_through(rounding: Callable[[torch.Tensor], torch.Tensor]) -> Calla
     return through
 
 
+def _start(w: torch.Tensor, q: QuantizedTensor) -> State:
+    """Training of ``w [out, in]`` from its rounding."""
+    if q.super_grid is not None:
+        return LearnedSuper.start(w, q.codes, q.super_grid, q.scheme.weights)
+    return Learned.start(w, q.codes, q.scale, q.zero, q.scheme.weights)
+
+
 def _learnable(scheme: QuantScheme | None) -> bool:
     if scheme is None:
         return True
     w = scheme.weights
-    plain = w.float_format is None and w.salient_percent is None and not w.float_zeros and not w.superblocks
+    plain = w.float_format is None and w.salient_percent is None and not w.float_zeros
     return plain and w.grouping.kind != "tensor"
 
 

@@ -94,6 +94,16 @@ def asymmetry(cross: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return (cross @ u.T).triu_(1) @ u
 
 
+def reproducing(w: torch.Tensor, h: torch.Tensor, cross: torch.Tensor, damping: float) -> torch.Tensor:
+    """The weight V ``[out, in]`` whose outputs on X are nearest to those of ``w`` on X', ``w + w cross (H + d I)^-1``:
+    ``|Q X - w X'|`` and ``|Q X - V X|`` differ by a constant, so that what rounds V to H alone is asymmetric as well.
+    """
+    h = h.clone()
+    h.diagonal()[h.diagonal() == 0] = 1
+    u, _ = inverse_factor(h, damping)
+    return w + w @ cross @ u.T @ u
+
+
 def column_order(diagonal: torch.Tensor, order: Order, width: int) -> torch.Tensor:
     """Permutation ``[in]`` of the columns for a given diag(H) and group width; ties keep their order."""
     if order == "natural":
@@ -178,7 +188,7 @@ def gptq_round(
         grid: of the original groups, chosen before; the loop then takes none, whatever ``static_groups`` says.
         global_scale: ``[1]``, for two-level formats; None takes that of ``w``.
         cross: ``[in, in]``, (X' - X)^T X in the units of ``h``, or None: reproduce the output on the float model's
-            inputs X' instead of that on X, see `asymmetry`.
+            inputs X' instead of that on X, see `asymmetry` (and, for grids with super-blocks, `reproducing`).
 
     Groups along the outputs (axis "out") lie inside one column, so their grids are those of the updated column unless
     they are given, and any order is free: ``static_groups`` says nothing there and no ``group_index`` is needed.
@@ -188,10 +198,12 @@ def gptq_round(
     """
     columns, inside = w.shape[1], quant.grouping.axis == "out"
     width = 1 if inside else quant.grouping.width(columns)
-    chosen = superblocks.choose_grid(w, quant, h.diagonal()) if quant.superblocks else None
-    if chosen is not None:
+    chosen = None
+    if quant.superblocks:
         assert grid is None, "no pass chooses a grid with super-blocks beforehand"
-        assert cross is None, "its scales are fitted to one stream"
+        if cross is not None:  # scales are fitted to one stream behind the loop, so the weight changes before it
+            w, cross = reproducing(w, h, cross, damping), None
+        chosen = superblocks.choose_grid(w, quant, h.diagonal())
         grid = Grid(chosen.step, chosen.zero(quant))
     diagonal = h.diagonal().clone()
     dead = diagonal == 0

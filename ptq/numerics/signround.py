@@ -74,6 +74,11 @@ class Learned:
     def _ends(self, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return -zero * self.scale * self.low.exp(), (self.quant.levels - zero) * self.scale * self.high.exp()
 
+    def rounded(self) -> dict[str, torch.Tensor | None]:
+        """What a `QuantizedTensor` has of it."""
+        step, zero = self.grid()
+        return {"codes": self.codes(), "scale": step.float(), "zero": None if zero is None else zero.to(torch.uint8)}
+
     def codes(self) -> torch.Tensor:
         """uint8 ``[out, in]``."""
         found = torch.cat([part._codes(*part.grid()) for part in self._parts()])

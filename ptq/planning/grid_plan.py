@@ -9,7 +9,7 @@ from calibration.walk.passes import Phase, PlanView
 from ptq.formats.checks import matching, summary
 from ptq.linears import ModelLayout
 
-KNOWING = ("awq", "rtn", "gptq", "ranges", "rs")
+KNOWING = ("awq", "rtn", "gptq", "gptaq", "ranges", "rs")
 """Passes that choose or round and take a K-quant's grid as it is; those before and behind do not look at grids."""
 
 
@@ -21,4 +21,4 @@ def super_problems(view: PlanView[ModelLayout]) -> Iterable[Problem]:
     for step in view.passes:
         if {Phase.CHOOSE, Phase.ROUND} & set(step.phases) and step.name not in KNOWING:
             reason = f"does not know K-quants, which {summary(linear.name for linear in linears)} shall have"
-            yield Problem(step.name, reason, "use rtn, gptq or awq+gptq, or a scheme such as q4_0")
+            yield Problem(step.name, reason, "use rtn, gptq, gptaq or awq+gptq, or a scheme such as q4_0")
