@@ -8,11 +8,11 @@ from itertools import pairwise
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sparse_runs import make_sparse
+from sparse_runs import TOKENS, make_sparse
 
 from calibration.histogram import Histogram
 from sparsity.masking import skipped_weights
-from sparsity.methods import Cats, FatRelu, Teal, Wina
+from sparsity.methods import Cats, Chess, FatRelu, Teal, Wina
 from sparsity.methods.teal import greedy_shares, shares_at
 from sparsity.sites import prune
 
@@ -140,6 +140,27 @@ def test_what_is_reached_is_what_was_asked_for(step, allocation):
         assert sum(skipped_weights(sparse.spec, sizes, reached).values()) / sum(sizes.values()) == pytest.approx(
             0.7, abs=0.01
         )
+
+
+@pytest.mark.parametrize("step", [Cats, Chess])
+def test_gates_too_are_calibrated_behind_pruned_blocks(step):
+    """In a model whose first block makes most of what enters the second."""
+    folder = make_sparse(Teal(target=0.0)).folder
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 100
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    sparse = make_sparse(step(target=0.7), folder=folder)
+    threshold = sparse.site("layers.1.").threshold
+
+    @torch.no_grad()
+    def pruned(sites):
+        model, seen = sparse.model(sites)[0], []
+        model.get_submodule("model.layers.1.mlp.act_fn").register_forward_hook(lambda m, a, y: seen.append(y[:, 1:]))
+        model(TOKENS.input_ids, use_cache=False)
+        return float((seen[0].abs() <= threshold).float().mean())
+
+    behind = tuple(site for site in sparse.sites if "layers.0." in site.name)
+    assert pruned(behind) == pytest.approx(0.7, abs=1e-4) and abs(pruned(()) - 0.7) > 1e-3
 
 
 def test_wina_counts_a_value_by_the_column_that_it_meets():
