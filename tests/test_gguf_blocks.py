@@ -10,8 +10,8 @@ import torch
 
 from ptq.formats import gguf_blocks, gguf_file
 from ptq.methods.rtn import round_to_nearest
-from ptq.numerics.gptq import gptq_round
 from ptq.numerics.superblock_fit import integers, refit, sweep
+from ptq.numerics.superblock_gptq import gptq_round_super
 from ptq.numerics.superblocks import choose_grid, dequantize, fake_quantize, nearest_codes
 from ptq.quantized import QuantizedTensor
 from ptq.scheme import K_QUANTS, parse_scheme
@@ -95,7 +95,7 @@ def test_gptq_rounds_on_the_grid_of_k_quants(name):
         d = dequantize(better, grid, scheme.weights) - w
         assert float(((d @ gram) * d).sum()) < 0.95 * before
         assert after < (1.0 if damage == 1.0 else 0.99) * before
-    result = gptq_round(w, gram, scheme.weights, order="group", static_groups=True)
+    result = gptq_round_super(w, gram, scheme.weights, order="group")
     codes, scale, zero = result.rows(0, 32, scheme.weights)
     q = QuantizedTensor(codes, scale, zero, scheme, None, {}, None, *result.super_rows(0, 32))
     assert loss(q) < 0.8 * loss(round_to_nearest(w, scheme, importance=gram.diagonal()))

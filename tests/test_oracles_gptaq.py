@@ -20,9 +20,10 @@ from calibration.walk.states import HiddenStates
 from calibration.walk.statistics import CrossGram, Gram
 from calibration.walk.walk import Walk
 from ptq.methods import Awq, Gptaq, Gptq
-from ptq.numerics.gptq import asymmetry, gptq_round, inverse_factor, reproducing
+from ptq.numerics.gptq import asymmetry, gptq_round, inverse_factor
 from ptq.numerics.grids import grid_of
 from ptq.numerics.integers import quantize
+from ptq.numerics.superblock_gptq import gptq_round_super, reproducing
 from ptq.numerics.superblocks import SuperGrid, dequantize
 from ptq.scheme import TensorQuant, parse_scheme
 
@@ -84,7 +85,7 @@ def test_k_quants_aim_at_the_float_output(name):
     h, cross, quant = x.T @ x, (x_float - x).T @ x, parse_scheme(name).weights
 
     def error(**settings):
-        found = gptq_round(w, h, quant, **settings)
+        found = gptq_round_super(w, h, quant, **settings)
         grid = SuperGrid(found.scale, found.zero, *found.super_rows(0, len(w)))
         return float((dequantize(found.codes, grid, quant).double() @ x.T - w @ x_float.T).square().sum())
 

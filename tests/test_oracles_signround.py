@@ -20,6 +20,7 @@ from ptq.numerics.grids import grid_of
 from ptq.numerics.integers import round_scale
 from ptq.numerics.signround import Learned, relative_loss
 from ptq.numerics.signround_super import LearnedSuper
+from ptq.numerics.superblock_gptq import gptq_round_super
 from ptq.numerics.superblocks import to_half
 from ptq.quantized import QuantizedTensor
 from ptq.runtime.load import load_model
@@ -129,7 +130,7 @@ def learned_super(text: str, rows: int = 8) -> tuple[QuantizedTensor, LearnedSup
     """From GPTQ's codes, many of which are not the nearest."""
     w, quant = weight(rows, 512), parse_scheme(text).weights
     x = torch.randn(600, 512, generator=torch.Generator().manual_seed(1)) + torch.randn(600, 1)
-    found = gptq_round(w, x.T @ x, quant)
+    found = gptq_round_super(w, x.T @ x, quant)
     over = found.super_rows(0, rows)
     q = QuantizedTensor(found.codes, found.scale, found.zero, parse_scheme(text), None, {}, None, *over)
     assert q.super_grid is not None

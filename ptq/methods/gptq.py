@@ -18,8 +18,9 @@ from calibration.walk.statistics import Gram, Statistic
 from ptq.linears import ModelLayout
 from ptq.methods.rounding import global_scales, place, put, relative_errors
 from ptq.methods.rtn import round_to_nearest
-from ptq.numerics.gptq import Order, column_loop_cost, gptq_round
+from ptq.numerics.gptq import Order, Rounded, column_loop_cost, gptq_round
 from ptq.numerics.grids import Grid, grid_of, stacked
+from ptq.numerics.superblock_gptq import gptq_round_super
 from ptq.quantized import QuantizedTensor
 from ptq.scheme import QuantScheme, TensorQuant
 
@@ -124,17 +125,13 @@ class Gptq(Pass):
         gram = context.statistic(members[0], Gram).matrix
         scheme, weights = segment.schemes[members[0]], [segment.weight(name) for name in members]
         global_scale = shared_scales.get(members[0])
-        result = gptq_round(
+        result = self._rounded(
             torch.cat(weights),
             gram,
             scheme.weights,
-            damping=self.damping,
-            block_size=self.block_size,
-            order=self.order,
-            static_groups=self.static_groups,
-            grid=self._grid(segment, members, global_scale),
-            global_scale=global_scale,
-            cross=self._cross(context, members[0]),
+            self._grid(segment, members, global_scale),
+            global_scale,
+            self._cross(context, members[0]),
         )
         found: dict[str, tuple[QuantizedTensor, dict[str, float]]] = {}
         first = 0
@@ -146,6 +143,31 @@ class Gptq(Pass):
             q = QuantizedTensor(codes, scale.float(), zero, scheme, index, {}, global_scale, *result.super_rows(*rows))
             found[name] = q, relative_errors(w, q.dequantize(w.dtype), gram)
         return found
+
+    def _rounded(
+        self,
+        w: torch.Tensor,
+        gram: torch.Tensor,
+        quant: TensorQuant,
+        grid: Grid | None,
+        global_scale: torch.Tensor | None,
+        cross: torch.Tensor | None,
+    ) -> Rounded:
+        damping, size, order = self.damping, self.block_size, self.order
+        if quant.superblocks:  # no pass chooses such a grid beforehand
+            return gptq_round_super(w, gram, quant, damping=damping, block_size=size, order=order, cross=cross)
+        return gptq_round(
+            w,
+            gram,
+            quant,
+            damping=damping,
+            block_size=size,
+            order=order,
+            static_groups=self.static_groups,
+            grid=grid,
+            global_scale=global_scale,
+            cross=cross,
+        )
 
     def _cross(self, context: Context, linear: str) -> torch.Tensor | None:
         """See ``cross`` of `gptq_round`."""

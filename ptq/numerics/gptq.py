@@ -12,9 +12,7 @@ from typing import Literal
 
 import torch
 
-from ptq.numerics import superblocks
 from ptq.numerics.grids import Grid, codes_of, grid_of, grid_parameters, levels, own_global_scale, step_of, zero_of
-from ptq.numerics.superblock_fit import settle
 from ptq.scheme import TensorQuant
 
 Order = Literal["natural", "activation", "group"]
@@ -92,16 +90,6 @@ def asymmetry(cross: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         u: L^T, see `inverse_factor`.
     """
     return (cross @ u.T).triu_(1) @ u
-
-
-def reproducing(w: torch.Tensor, h: torch.Tensor, cross: torch.Tensor, damping: float) -> torch.Tensor:
-    """The weight V ``[out, in]`` whose outputs on X are nearest to those of ``w`` on X', ``w + w cross (H + d I)^-1``:
-    ``|Q X - w X'|`` and ``|Q X - V X|`` differ by a constant, so that what rounds V to H alone is asymmetric as well.
-    """
-    h = h.clone()
-    h.diagonal()[h.diagonal() == 0] = 1
-    u, _ = inverse_factor(h, damping)
-    return w + w @ cross @ u.T @ u
 
 
 def column_order(diagonal: torch.Tensor, order: Order, width: int) -> torch.Tensor:
@@ -188,7 +176,7 @@ def gptq_round(
         grid: of the original groups, chosen before; the loop then takes none, whatever ``static_groups`` says.
         global_scale: ``[1]``, for two-level formats; None takes that of ``w``.
         cross: ``[in, in]``, (X' - X)^T X in the units of ``h``, or None: reproduce the output on the float model's
-            inputs X' instead of that on X, see `asymmetry` (and, for grids with super-blocks, `reproducing`).
+            inputs X' instead of that on X, see `asymmetry`.
 
     Groups along the outputs (axis "out") lie inside one column, so their grids are those of the updated column unless
     they are given, and any order is free: ``static_groups`` says nothing there and no ``group_index`` is needed.
@@ -198,13 +186,7 @@ def gptq_round(
     """
     columns, inside = w.shape[1], quant.grouping.axis == "out"
     width = 1 if inside else quant.grouping.width(columns)
-    chosen = None
-    if quant.superblocks:
-        assert grid is None, "no pass chooses a grid with super-blocks beforehand"
-        if cross is not None:  # scales are fitted to one stream behind the loop, so the weight changes before it
-            w, cross = reproducing(w, h, cross, damping), None
-        chosen = superblocks.choose_grid(w, quant, h.diagonal())
-        grid = Grid(chosen.step, chosen.zero(quant))
+    assert grid is not None or not quant.superblocks, "see `ptq.numerics.superblock_gptq`"
     diagonal = h.diagonal().clone()
     dead = diagonal == 0
     diagonal[dead] = 1
@@ -233,13 +215,6 @@ def gptq_round(
     codes, loss = _column_loop(wt, u, p, grids, block)
     restored = torch.empty_like(codes)
     restored[perm] = codes
-    if chosen is not None:
-        damped = h.clone()
-        damped.diagonal()[dead] = 1
-        damped.diagonal().add_(damping * damped.diagonal().mean())
-        fitted, chosen = settle(w, damped, restored.T.contiguous(), chosen, quant)
-        made = (chosen.scale, chosen.minimum, None, loss, chosen.super_scale, chosen.super_min)
-        return Rounded(fitted, *made)
     index = None
     if regroup:
         index = torch.empty(columns, dtype=torch.int32, device=w.device)

@@ -112,6 +112,17 @@ def _integers(step: torch.Tensor, offset: torch.Tensor, quant: TensorQuant, shar
     return SuperGrid(scale.flatten(-2), minimum.flatten(-2), d.squeeze(-1), m.squeeze(-1))
 
 
+def better_rows(first: SuperGrid, second: SuperGrid, choose: torch.Tensor) -> SuperGrid:
+    """Rows of the first grid where ``choose [lines]`` is true, else of the second."""
+
+    def pick(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+        return None if a is None or b is None else torch.where(choose[:, None], a, b)
+
+    scale, over = pick(first.scale, second.scale), pick(first.super_scale, second.super_scale)
+    assert scale is not None and over is not None
+    return SuperGrid(scale, pick(first.minimum, second.minimum), over, pick(first.super_min, second.super_min))
+
+
 def range_grid(units: torch.Tensor, quant: TensorQuant, clip: torch.Tensor | None = None) -> SuperGrid:
     """The grid that covers the range of every group of units ``[..., lines, G, g]``.
 
