@@ -3,8 +3,9 @@
 Every stage is counted by what it holds at once; the constants were measured on the first blocks of SmolLM2-135M and on
 blocks of a Llama of hidden width 2048 (the process's own VmHWM, stage by stage). On 16 x 512 tokens the first two
 blocks of SmolLM2 take 76 MB by ``rtn`` (79 planned), 190 by ``gptq``, ``awq`` and ``awq+gptq`` (205), 257 by
-``rotate+gptq`` (245), one block 249 by ``awq+signround`` (262), 203 by ``gptaq`` (264: too much). Two blocks of width
-2048 take 551 by ``rtn`` (570), and on 2 x 512 tokens 710 by ``awq`` (765) and 1643 by ``signround`` (1747).
+``rotate+gptq`` (245), 224 by ``gptaq`` (264: too much), one block 249 by ``awq+signround`` (262). Two blocks of width
+2048 take 551 by ``rtn`` (570), 472 by ``rotate+rtn`` (443), and on 2 x 512 tokens 710 by ``awq`` (765), 994 by
+``rotate+gptq`` (1027) and 1643 by ``signround`` (1747); ``--eval`` of two windows of 256 takes 1869 there (1861).
 """
 
 from __future__ import annotations
