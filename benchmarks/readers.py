@@ -56,7 +56,7 @@ PARTLY = {"compressed-tensors": ("*.o_proj", "*.v_proj"), "gptq": ("*.o_proj",),
 FILES = {"transformers": ("compressed-tensors",), "vLLM": ("compressed-tensors", "gptq", "awq"),
          "GPTQModel": ("gptq", "awq"), "llama.cpp": ("gguf",)}  # fmt: skip
 """What each reader is given."""
-NO_KERNEL = ("cpu_gemm", "find a kernel", "Marlin", "MarlinNvFp4", "narrow() cannot")
+NO_KERNEL = ("cpu_gemm", "find a kernel", "Marlin", "MarlinNvFp4", "narrow() cannot", "requires x86 with")
 """In a refusal: the reader knows the file, but has nothing for this processor that multiplies it. (The last: vLLM's way
 without a kernel, FP8 with a step per row of weights and one static step of inputs, slices that step as if it were one
 per token.)"""
