@@ -13,7 +13,7 @@ from ptq.numerics.activations import fake_quantize_inputs, quantize_inputs, rang
 from ptq.quantized import QuantizedTensor
 from ptq.runtime.kernels.dispatch import select
 from ptq.runtime.kernels.fp8 import FP8
-from ptq.runtime.kernels.integer import INTEGER
+from ptq.runtime.kernels.integer import INTEGER, _float_product, _product
 from ptq.runtime.kernels.kernel import KernelQuery
 from ptq.runtime.linear import QuantLinear
 from ptq.scheme import parse_scheme
@@ -31,6 +31,16 @@ def calibrated(q: QuantizedTensor, x: torch.Tensor) -> QuantizedTensor:
     scale, zero = step_and_zero(*ranges(x, grid), grid)
     parts = {"input_scale": scale.view(-1)} | ({} if zero is None else {"input_zero": zero.view(-1)})
     return replace(q, parts=parts)
+
+
+@pytest.mark.parametrize("columns", [7, 1024, 3000])
+def test_products_of_bytes_by_floats_are_exact(columns):
+    """Also of the largest bytes, whose sums float32 just holds."""
+    generator = torch.Generator().manual_seed(columns)
+    codes, weight = (torch.randint(-128, 128, (rows, columns), generator=generator).to(torch.int8) for rows in (40, 9))
+    codes[0], weight[0] = -128, -128
+    expected = (codes.long() @ weight.long().T).int()
+    assert torch.equal(_float_product(codes, weight), expected) and torch.equal(_product(codes, weight), expected)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

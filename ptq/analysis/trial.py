@@ -66,7 +66,7 @@ def try_recipes(
     found = _finished(finished)
     reference = logits_of(load_model(folder, dtype=dtype, device=device, trust_remote_code=trust), device)
     text = EncodedText.of_windows(tokens.input_ids[:windows], "the text of the analysis")
-    batch = max(1, EVAL_TOKENS // tokens.seq_len)
+    batch = max(1, min(EVAL_TOKENS // tokens.seq_len, windows // 8))  # so that progress is seen
     scoring = Scoring(window=tokens.seq_len, batch_size=batch, dtype=str(dtype).removeprefix("torch."))
     calibration = TokenBatches(tokens.input_ids[windows:], tokens.source)
     recipes = recipes_to_try(advice)

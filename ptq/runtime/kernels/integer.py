@@ -24,6 +24,8 @@ from ptq.quantized import INPUT_GRID, QuantizedTensor
 from ptq.runtime.kernels.kernel import Kernel, KernelQuery, Packed
 
 LONGEST_SUM = 2**17  # 2^7 * 2^7 * 2^17 = 2^31
+EXACT = 2**10  # products of bytes whose sum float32 holds exactly: 2^7 * 2^7 * 2^10 = 2^24
+FEW = 16  # tokens for which weights are not worth converting
 CUDA_MULTIPLE, CUDA_ROWS = 8, 17  # of _int_mm: inputs and outputs in eights, more than 16 tokens
 
 
@@ -75,9 +77,27 @@ def _product(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     tokens = codes.shape[0]
     if codes.shape[1] == 1:  # a last group of one channel: the op takes its transposed weight for something else
         codes, weight = (torch.nn.functional.pad(t, (0, 1)) for t in (codes, weight))
+    if not codes.is_cuda and tokens >= FEW and not _multiplies_bytes():
+        return _float_product(codes, weight)
     if codes.is_cuda and tokens < CUDA_ROWS:
         codes = torch.nn.functional.pad(codes, (0, 0, 0, CUDA_ROWS - tokens))
     return torch._int_mm(codes, weight.T)[:tokens]
+
+
+def _multiplies_bytes() -> bool:
+    """Whether ``torch._int_mm`` is more than a loop over elements here, 20 to 80 times as slow as a float32 product: it
+    needs instructions for products of bytes."""
+    asks = getattr(torch.cpu, "_is_vnni_supported", None)
+    return asks is not None and bool(asks())
+
+
+def _float_product(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The same integers by products in float32, whose sums are exact over `EXACT` inputs."""
+    total = torch.zeros(codes.shape[0], weight.shape[0], dtype=torch.int32)
+    for start in range(0, codes.shape[1], EXACT):
+        part = slice(start, start + EXACT)
+        total += (codes[:, part].float() @ weight[:, part].float().T).to(torch.int32)
+    return total
 
 
 def _run(x: torch.Tensor, packed: Packed, query: KernelQuery) -> torch.Tensor:
