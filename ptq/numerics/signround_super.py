@@ -90,15 +90,10 @@ class LearnedSuper:
 
     def _parts(self) -> Iterator[LearnedSuper]:
         """The same over a few rows at a time, whose tensors are views."""
-        rows, first = max(1, CHUNK // (self.units[0].numel() or 1)), self.start_grid
+        rows = max(1, CHUNK // (self.units[0].numel() or 1))
         for start in range(0, self.units.shape[0], rows):
             part = slice(start, start + rows)
-            grid = SuperGrid(
-                first.scale[part],
-                None if first.minimum is None else first.minimum[part],
-                first.super_scale[part],
-                None if first.super_min is None else first.super_min[part],
-            )
+            grid = self.start_grid.rows(part)
             yield LearnedSuper(self.quant, grid, self.units[part], self.offset[part], self.low[part], self.high[part])
 
     def _codes(self, step: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -43,12 +43,7 @@ def refit(w: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, grid: SuperGrid
     scales, minima = [], []
     for start in range(0, len(w), ROWS):
         rows = slice(start, start + ROWS)
-        part = SuperGrid(
-            grid.scale[rows],
-            None if grid.minimum is None else grid.minimum[rows],
-            grid.super_scale[rows],
-            None if grid.super_min is None else grid.super_min[rows],
-        )
+        part = grid.rows(rows)
         change = _change(w[rows], h, codes[rows], part, quant)
         blocks = grid.super_scale.shape[1]
         scales.append(to_half(part.super_scale + change[:, :blocks]))

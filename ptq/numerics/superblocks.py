@@ -44,6 +44,12 @@ class SuperGrid:
     super_scale: torch.Tensor
     super_min: torch.Tensor | None
 
+    def rows(self, part: slice) -> SuperGrid:
+        """The grid of some lines ``[lines, ...]``; views."""
+        minimum = None if self.minimum is None else self.minimum[part]
+        super_min = None if self.super_min is None else self.super_min[part]
+        return SuperGrid(self.scale[part], minimum, self.super_scale[part], super_min)
+
     @property
     def step(self) -> torch.Tensor:
         """What one level is worth, ``[..., lines, G]``; negative where the scale is."""
