@@ -12,7 +12,7 @@ from ptq.formats import gguf_blocks, gguf_file
 from ptq.methods.rtn import round_to_nearest
 from ptq.numerics.superblock_fit import integers, refit, sweep
 from ptq.numerics.superblock_gptq import gptq_round_super
-from ptq.numerics.superblocks import choose_grid, dequantize, fake_quantize, nearest_codes
+from ptq.numerics.superblocks import SuperGrid, choose_grid, dequantize, fake_quantize, nearest_codes
 from ptq.quantized import QuantizedTensor
 from ptq.scheme import K_QUANTS, parse_scheme
 from ptq.scheme_names import GGUF_BLOCKS
@@ -100,3 +100,17 @@ def test_gptq_rounds_on_the_grid_of_k_quants(name):
     q = QuantizedTensor(codes, scale, zero, scheme, None, {}, None, *result.super_rows(0, 32))
     assert loss(q) < 0.8 * loss(round_to_nearest(w, scheme, importance=gram.diagonal()))
     assert torch.equal(gguf_file.from_blocks(gguf_file.blocks_of(q), scheme, (32, 256)).dequantize(), q.dequantize())
+
+
+def test_columns_without_data_count_as_zero():
+    """For the grid and for the codes: what stood there changes nothing, and what is left there is nearly nothing."""
+    w, quant = weights(256), K_QUANTS["q2_k"]
+    x = torch.randn(600, 256, generator=torch.Generator().manual_seed(4))
+    x[:, ::8] = 0.0
+    loud = w.clone()
+    loud[:, ::8] *= 100
+    first, second = (gptq_round_super(v, x.T @ x, quant) for v in (w, loud))
+    assert torch.equal(first.codes, second.codes) and torch.equal(first.super_scale, second.super_scale)
+    grid = SuperGrid(second.scale, second.zero, *second.super_rows(0, len(w)))
+    left = dequantize(second.codes, grid, quant)[:, ::8].abs()
+    assert (left <= grid.step.repeat_interleave(16, dim=1)[:, ::8]).all()

@@ -1,8 +1,8 @@
 """GPTQ on grids with super-blocks (GGUF's K-quants): the column loop, and what settles scales, integers and codes.
 
 The grid is searched for first and stays while the loop runs. Behind it codes are swept against H once more, all columns
-at hand, so the loop need not be the last word: it is damped more than on other grids, in several ways, and every row
-keeps the best. Measured on the linears of `demo` as q2_k, 24 windows of 256 tokens, squared error on 8 others: damping
+at hand, so the loop need not be the last word: it is damped more than on other grids, in two ways, and every row keeps
+the better. Measured on the linears of `demo` as q2_k, 24 windows of 256 tokens, squared error on 8 others: damping
 0.01 100 %, 0.1 97.7 %, 0.3 96.7 %, the better of the last two by row 95.3 %.
 """
 
@@ -31,15 +31,25 @@ def gptq_round_super(
     order: Order = "natural",
     cross: torch.Tensor | None = None,
 ) -> Rounded:
-    """As `gptq_round`, for grids with super-blocks; ``loss`` is tr(dW (H + damping) dW^T) of what is returned."""
+    """As `gptq_round`, for grids with super-blocks.
+
+    Args:
+        w: ``[out, in]`` float32 or float64; not modified. Columns that saw only zeros count as 0, for the grid as well.
+        h: ``[in, in]``, same dtype; not modified.
+        damping, block_size, order, cross: as there.
+
+    Returns:
+        Codes, integers and float16 scales; ``loss`` is tr(dW (H + damping) dW^T) of them.
+    """
+    w = w.masked_fill(h.diagonal() == 0, 0.0)
     if cross is not None:  # scales are fitted to one stream behind the loop, so the weight changes before it
         w = reproducing(w, h, cross, damping)
     chosen = choose_grid(w, quant, h.diagonal())
     damped = _damped(h, damping)
     best: tuple[torch.Tensor, SuperGrid] | None = None
     least = torch.empty(0)
+    grid = Grid(chosen.step, chosen.zero(quant))
     for times in TIMES:
-        grid = Grid(chosen.step, chosen.zero(quant))
         start = gptq_round(w, h, quant, damping=times * damping, block_size=block_size, order=order, grid=grid)
         codes, fitted = settle(w, damped, start.codes, chosen, quant)
         loss = _losses(w, damped, dequantize(codes, fitted, quant).to(w.dtype))
@@ -50,9 +60,9 @@ def gptq_round_super(
         best = torch.where(better[:, None], codes, best[0]), better_rows(fitted, best[1], better)
         least = torch.minimum(loss, least)
     assert best is not None
-    codes, grid_found = best
-    found = (grid_found.scale, grid_found.minimum, None, float(least.double().sum()))
-    return Rounded(codes, *found, grid_found.super_scale, grid_found.super_min)
+    codes, fitted = best
+    loss_of_all = float(least.double().sum())
+    return Rounded(codes, fitted.scale, fitted.minimum, None, loss_of_all, fitted.super_scale, fitted.super_min)
 
 
 def reproducing(w: torch.Tensor, h: torch.Tensor, cross: torch.Tensor, damping: float) -> torch.Tensor:

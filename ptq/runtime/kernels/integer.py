@@ -1,4 +1,5 @@
-"""Codes times codes: quantized inputs and weights through torch's int8 product, ``torch._int_mm`` (CPU and CUDA).
+"""Codes times codes: quantized inputs and weights through torch's int8 product, ``torch._int_mm`` (CPU and CUDA),
+or, on processors without instructions for it, through float32 products whose sums are exact.
 
 With input codes q, step a and zero point z, and weight bytes c, step w and offset o per output row,
 
