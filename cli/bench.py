@@ -52,7 +52,7 @@ def bench(
         share = "" if peak is None else f", {read * speed.tokens_per_second / peak:.0%} of bandwidth"
         print(f"{name:<22}{speed.tokens_per_second:7.2f} tokens/s  {read / 1e6:9.2f} MB/token{share}{rest}")
 
-    loaded = load_model(folder, dtype=width, device=where, trust_remote_code=trust_remote_code)
+    loaded = load_model(folder, dtype=width, device=where, trust_remote_code=trust_remote_code, decoding=True)
     (dense,) = measure_speed(loaded.model, ids, new_tokens, repeats)
     show(f"dense ({loaded.path})", dense, dense.weight_bytes)
     if sparsity is None:

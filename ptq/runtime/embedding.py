@@ -50,14 +50,20 @@ def is_embedding(network: Any, path: str) -> bool:
 
 
 def quantize_embedding(
-    network: Any, path: str, q: QuantizedTensor, dtype: torch.dtype, device: torch.device, tied: bool
+    network: Any,
+    path: str,
+    q: QuantizedTensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    tied: bool,
+    kernel: str | None = None,
 ) -> None:
     """Put a `QuantEmbedding` in the place of the token embedding, and a `QuantLinear` of the same codes into the head
-    where the two are tied."""
+    where the two are tied; ``kernel`` is the head's."""
     # the number, not the buffer of the same name, which transformers leaves without values until all is loaded
     scale = getattr(network.get_submodule(path), "scalar_embed_scale", None)
     set_submodule(network, path, QuantEmbedding(q, dtype, device, scale))
     if tied:
         head = network.get_output_embeddings()
         name = next(name for name, module in network.named_modules() if module is head)
-        set_submodule(network, name, QuantLinear(q, None, dtype, device))
+        set_submodule(network, name, QuantLinear(q, None, dtype, device, kernel))

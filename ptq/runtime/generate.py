@@ -21,6 +21,7 @@ from calibration.memory import peak_rss_bytes
 from calibration.model.classes import rope_switch
 from calibration.shown import Shown
 from calibration.text.encoding import prompt_ids
+from ptq.runtime.decoding.stepper import Stepper, take_over
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer shows for bytes of an unfinished character
 
@@ -153,10 +154,15 @@ def decode_tokens(
     seed: int = 0,
     end_tokens: frozenset[int] = frozenset(),
     on_token: Callable[[int], None] | None = None,
+    fused: bool = True,
 ) -> tuple[list[int], list[float]]:
     """Token by token after ``input_ids`` int64 ``[1, n]``, with a key-value cache.
 
     Where a model changes its rotary frequencies at some length (LongRoPE), the cache is made anew there, once.
+
+    Args:
+        fused: on CPUs, steps behind the second token are one call each where `stepper` knows the model, the first such
+            step having given the model's own logits.
 
     Returns:
         The new tokens, the end token included, and times: the start, then one for each new token.
@@ -170,9 +176,17 @@ def decode_tokens(
     tokens: list[int] = []
     times = [time.perf_counter()]
     switch, sequence = rope_switch(model.config), input_ids
+    fused = fused and switch is None and input_ids.device.type == "cpu"
+    stepper: Stepper | None = None
+    room = input_ids.shape[1] + max_new_tokens
     with torch.inference_mode():
-        for _ in range(max_new_tokens):
-            logits = model(input_ids=input_ids, **arguments).logits[0, -1]
+        for number in range(max_new_tokens):
+            if stepper is not None:
+                logits = stepper(input_ids)
+            elif fused and number == 1:
+                logits, stepper = _first_step(model, input_ids, arguments, sequence.shape[1] - 1, room)
+            else:
+                logits = model(input_ids=input_ids, **arguments).logits[0, -1]
             if temperature > 0:
                 chances = torch.softmax(logits.float() / temperature, dim=-1)
                 choice = torch.multinomial(chances, 1, generator=generator)
@@ -190,6 +204,25 @@ def decode_tokens(
             if sequence.shape[1] - 1 == switch:
                 input_ids, arguments["past_key_values"] = sequence, DynamicCache(config=model.config)
     return tokens, times
+
+
+def _first_step(
+    model: Any, token: torch.Tensor, arguments: dict[str, Any], position: int, room: int
+) -> tuple[torch.Tensor, Stepper | None]:
+    """The model's step behind its prompt, and what goes on from there if it does the same."""
+    stepper = take_over(model, arguments["past_key_values"], position, room)
+    if stepper is None:
+        return model(input_ids=token, **arguments).logits[0, -1], None
+    entered: list[torch.Tensor] = []
+    blocks = model.get_decoder().layers
+    hook = blocks[0].register_forward_pre_hook(
+        lambda _, args, named: entered.append(args[0] if args else named["hidden_states"]), with_kwargs=True
+    )
+    try:
+        logits = model(input_ids=token, **arguments).logits[0, -1]
+    finally:
+        hook.remove()
+    return logits, stepper if stepper.agrees(token, entered[0], logits) else None
 
 
 def generate(

@@ -82,6 +82,11 @@ class QuantLinear(torch.nn.Module):
             self.register_buffer(name, kept.to(device), persistent=False)
 
     @property
+    def plain(self) -> bool:
+        """Whether x Wᵀ + bias is all there is: no transform in front, no grid of inputs, no low-rank part."""
+        return self._hadamard is None and self._inputs is None and not self._low_rank
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of every tensor of this layer: codes, scales, zeros, orders and bias. All are read for each token."""
         return sum(t.nbytes for t in self._buffers.values() if t is not None)

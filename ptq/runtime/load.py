@@ -24,6 +24,8 @@ from ptq.quantized import CACHE_STEPS, QuantizedTensor
 from ptq.runtime.attention import cache_layers, quantize_cache
 from ptq.runtime.embedding import is_embedding, quantize_embedding
 from ptq.runtime.kernels.dispatch import check_kernel
+from ptq.runtime.kernels.kernel import KernelQuery
+from ptq.runtime.kernels.rows import ROWS
 from ptq.runtime.linear import QuantLinear
 from ptq.scheme import QuantScheme
 
@@ -112,6 +114,7 @@ def load_model(
     kernel: str | None = None,
     trust_remote_code: bool = False,
     build: LinearFactory | None = None,
+    decoding: bool = False,
 ) -> Loaded:
     """Load a checkpoint folder, ``demo`` or a hub id. Quantized linears keep their codes; nothing is dequantized.
 
@@ -121,6 +124,7 @@ def load_model(
         dtype: of activations and of what is not quantized; None takes the checkpoint's.
         kernel: name of the kernel for all quantized linears; None takes the fastest that can run each.
         build: makes other layers than `QuantLinear` where it wants to.
+        decoding: where no kernel is named, linears take the one that is made for single tokens, if it can run them.
 
     Raises:
         ToolkitError: broken or unknown checkpoint, a foreign quantization, tensors that are missing or do not fit.
@@ -133,7 +137,7 @@ def load_model(
         dtype = dtype or checkpoint_dtype(reader, spec)
         network = build_model(config, spec, dtype, device)
         stored = {spec.root_module_name(name) for name in (*schemes, *reader.infos)}
-        placed = _place(network, reader, spec, schemes, dtype, device, _tied(network, stored), kernel, build)
+        placed = _place(network, reader, spec, schemes, dtype, device, _tied(network, stored), kernel, build, decoding)
         if fmt is None:
             check_placed(reader.infos, network, spec)
         known = places(network)  # a tied head has its name too
@@ -208,6 +212,7 @@ def _place(
     tied: bool,
     kernel: str | None = None,
     build: LinearFactory | None = None,
+    decoding: bool = False,
 ) -> _Placed:
     """A layer with codes in the place of every quantized linear, and of the embedding."""
     placed, adapter, fmt = _Placed(), read_adapter(reader.folder), format_of(reader.config)
@@ -224,18 +229,25 @@ def _place(
         placed.taken |= {*stored_names(fmt, name).values(), f"{name}.bias"}
         bias = reader.tensor(f"{name}.bias") if f"{name}.bias" in reader.infos else None
         path = spec.root_module_name(name + ".").removesuffix(".")
+        chosen = decoding_kernel(q, dtype, device) if decoding else None
         if is_embedding(network, path):
-            quantize_embedding(network, path, q, dtype, device, tied)
+            quantize_embedding(network, path, q, dtype, device, tied, chosen)
             placed.tie = False
             continue
         layer = None if build is None else build(path, q, bias)
         if layer is None:
-            layer = linear = QuantLinear(q, bias, dtype, device, kernel)
+            layer = linear = QuantLinear(q, bias, dtype, device, kernel or chosen)
             placed.kernels[linear.kernel] += 1
             placed.activations.update([linear.activations] if linear.activations else [])
             placed.reasons.update((k, r) for k, r in linear.reasons.items())
         _replace(network, path, layer, name)
     return placed
+
+
+def decoding_kernel(q: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> str | None:
+    """The kernel that is made for single tokens, if it can run this weight."""
+    query = KernelQuery.of(q.scheme, q.shape, dtype, device.type, q.group_index is not None)
+    return ROWS.name if ROWS.refusal(query) is None else None
 
 
 def _layer(spec: ArchitectureSpec, name: str) -> int:

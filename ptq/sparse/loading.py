@@ -26,6 +26,7 @@ def load_model(
     kernel: str | None = None,
     trust_remote_code: bool = False,
     sparse: Sparse = "masks",
+    decoding: bool = False,
 ) -> Loaded:
     """`ptq.runtime.load.load_model`, and then what the folder says of activation sparsity; `Loaded.path` says it too.
 
@@ -34,6 +35,7 @@ def load_model(
         kernel: for quantized linears; for the sparse ones where they decode.
         sparse: ``masks`` prune at every position but the first of a sequence, by the dense computation; ``decode``
             skips weights while single tokens are decoded, and computes prompts densely; False ignores thresholds.
+        decoding: see `ptq.runtime.load.load_model`.
 
     Raises:
         ToolkitError: see `ptq.runtime.load.load_model` and `sparsity.files.load_sparsity`.
@@ -45,5 +47,7 @@ def load_model(
     if sparsity is not None:
         width = dtype or load.stored_dtype(folder, trust_remote_code)
         return load_with_sites(folder, sparsity.sites, width, torch.device(device), kernel, trust_remote_code)[0]
-    loaded = load.load_model(folder, dtype=dtype, device=device, kernel=kernel, trust_remote_code=trust_remote_code)
+    loaded = load.load_model(
+        folder, dtype=dtype, device=device, kernel=kernel, trust_remote_code=trust_remote_code, decoding=decoding
+    )
     return attach_masks(loaded)[0] if sparse == "masks" else loaded

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -63,20 +64,29 @@ def find_compiler() -> str:
 
 @functools.cache
 def library(level: str | None = None) -> ctypes.CDLL:
-    """The compiled kernels for one of `LEVELS`; None takes `cpu_level`. Compiles for seconds if not in the cache.
+    """The kernels of this folder for one of `LEVELS`; None takes `cpu_level`. As `compiled`."""
+    folder = Path(__file__).parent
+    return compiled("sparse", [folder / name for name in SOURCES], [folder / name for name in HEADERS], level)
+
+
+def compiled(name: str, sources: Sequence[Path], headers: Sequence[Path], level: str | None = None) -> ctypes.CDLL:
+    """A library from C++ sources, for one of `LEVELS`; None takes `cpu_level`. Compiles for seconds if not cached.
+
+    Args:
+        name: that its file in the cache begins with.
+        headers: what the sources include, found in the folders of both.
 
     Raises:
         ToolkitError: no compiler, or it failed; a cache that cannot be used, or that others can write to.
     """
-    folder = Path(__file__).parent
     compiler = find_compiler()
     flags = (*FLAGS, *LEVELS[level or cpu_level()])
-    content = b"".join((folder / name).read_bytes() for name in (*SOURCES, *HEADERS))
+    content = b"".join(path.read_bytes() for path in (*sources, *headers))
     key = hashlib.sha256(content + repr((compiler, flags)).encode()).hexdigest()[:16]
     try:
-        target = cache_folder() / f"sparse-{key}.so"
+        target = cache_folder() / f"{name}-{key}.so"
         if not _sound(target):
-            _compile(compiler, flags, [folder / name for name in SOURCES], target)
+            _compile(compiler, (*flags, *(f"-I{path.parent}" for path in headers)), sources, target)
         return ctypes.CDLL(str(target))
     except (OSError, RuntimeError) as error:  # no home folder, a full disk, a folder that others own
         raise ToolkitError(
@@ -102,7 +112,7 @@ def _sound(target: Path) -> bool:
         return False
 
 
-def _compile(compiler: str, flags: tuple[str, ...], sources: list[Path], target: Path) -> None:
+def _compile(compiler: str, flags: tuple[str, ...], sources: Sequence[Path], target: Path) -> None:
     """Under a name of its own, then renamed: two processes may compile at once, and neither sees half a file."""
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".partial")

@@ -63,10 +63,9 @@ struct Vec {
     Vec fma(Vec a, Vec b) const { return {_mm256_fmadd_ps(a.v, b.v, v)}; }
     Vec operator+(Vec a) const { return {_mm256_add_ps(v, a.v)}; }
     float sum() const {
-        float part[8], total = 0;
-        _mm256_storeu_ps(part, v);
-        for (float p : part) total += p;
-        return total;
+        __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+        return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
     }
 };
 static inline void load_pair(const bf16* p, Vec& even, Vec& odd) {

@@ -9,9 +9,10 @@ from ptq.runtime.kernels.int8 import INT8
 from ptq.runtime.kernels.integer import INTEGER
 from ptq.runtime.kernels.kernel import Kernel, KernelQuery
 from ptq.runtime.kernels.reference import REFERENCE
+from ptq.runtime.kernels.rows import ROWS
 from ptq.runtime.kernels.triton_smooth import TRITON_SMOOTH
 
-KERNELS: tuple[Kernel, ...] = (TRITON_SMOOTH, INTEGER, FP8, INT4, INT8, REFERENCE)
+KERNELS: tuple[Kernel, ...] = (TRITON_SMOOTH, INTEGER, FP8, INT4, INT8, ROWS, REFERENCE)
 """Fastest first. The last one supports everything."""
 
 
@@ -36,7 +37,8 @@ def select(query: KernelQuery, prefer: str | None = None) -> Kernel:
         ToolkitError: no kernel is called ``prefer``, or it cannot run this query (the error has its reason).
     """
     if prefer is None:
-        return next(k for k in KERNELS if k.refusal(query) is None and query.device_type not in k.on_request)
+        unasked = (k for k in KERNELS if not k.decoding and query.device_type not in k.on_request)
+        return next(k for k in unasked if k.refusal(query) is None)
     check_kernel(prefer)
     chosen = next(kernel for kernel in KERNELS if kernel.name == prefer)
     reason = chosen.refusal(query)
@@ -49,7 +51,9 @@ def select(query: KernelQuery, prefer: str | None = None) -> Kernel:
 def refusals(query: KernelQuery, chosen: Kernel) -> dict[str, str]:
     """Kernel name to the reason why it was not taken, for every kernel faster than ``chosen``. Integer products are no
     alternative where inputs are not quantized."""
-    faster = [k for k in KERNELS[: KERNELS.index(chosen)] if query.inputs is not None or not k.integer]
+    faster = [
+        k for k in KERNELS[: KERNELS.index(chosen)] if not k.decoding and (query.inputs is not None or not k.integer)
+    ]
 
     def reason(kernel: Kernel) -> str:
         slow = f"it is slow on {query.device_type}" if query.device_type in kernel.on_request else None

@@ -100,6 +100,7 @@ class Kernel:
         integer: it quantizes the activations itself and multiplies codes with codes. The others are handed activations
             that are quantized and dequantized already.
         float_zeros: zero points may be floats.
+        decoding: it is made for one token at a time, so that it runs only where it is asked for.
         on_request: types of devices on which it is not the fastest, so that it runs only where it is asked for.
     """
 
@@ -112,6 +113,7 @@ class Kernel:
     integer: bool = False
     on_request: tuple[str, ...] = ()
     float_zeros: bool = False
+    decoding: bool = False
 
     def refusal(self, query: KernelQuery) -> str | None:
         """The reason why this kernel cannot run a query, or None where it can."""
