@@ -2,7 +2,7 @@
 
     python benchmarks/random_llama.py DIR [--layers 22] [--tokens TOKENS.safetensors]
 
-Written shard by shard without ever holding the model. Its tokenizer is a byte-level one without merges; ``--tokens``
+Written shard by shard without ever holding the model. Its tokenizer is a byte-level one with a single merge; ``--tokens``
 also writes 128 x 512 random token ids as calibration samples (``--dataset TOKENS.safetensors``).
 """
 
@@ -62,7 +62,8 @@ def main() -> None:
     writer.finish()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{c: 3 + i for i, c in enumerate(alphabet)}}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    vocabulary["th"] = len(vocabulary)  # llama.cpp reads no tokenizer without merges
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("t", "h")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(

@@ -13,7 +13,11 @@ def byte_tokenizer(bos: bool = False, max_length: int = 64) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)} | {"<s>": BOS}, merges=[]))
+    vocabulary = {c: i for i, c in enumerate(alphabet)} | {"<s>": BOS}
+    # llama.cpp wants a merge: two bytes that no text has, in the place of one that UTF-8 has not
+    first, second, unused = "Āāÿ"  # bytes 0, 1 and 255
+    vocabulary[first + second] = vocabulary.pop(unused)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(first, second)]))
     tokenizer.add_special_tokens(["<s>"])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

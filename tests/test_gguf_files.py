@@ -166,6 +166,15 @@ def test_other_pre_tokenizers_have_none():
     assert pre_name({"type": "Sequence", "pretokenizers": [split, level]}) is None
 
 
+def test_byte_level_without_merges_is_refused(tmp_path):
+    """llama.cpp reads no such file."""
+    data = json.loads((Path(DEMO_FOLDER) / "tokenizer.json").read_text())
+    data["model"]["merges"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(ToolkitError, match="no merges"):
+        tokenizer_keys(tmp_path, 1024)
+
+
 def test_sentencepiece_is_read_without_its_package(tmp_path):
     def piece(text: str, score: float, kind: int) -> bytes:
         raw = text.encode()

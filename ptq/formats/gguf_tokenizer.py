@@ -67,6 +67,10 @@ def _byte_level(data: dict[str, Any], folder: Path, vocabulary: int) -> dict[str
             )
         tokens[index], kinds[index] = text, kind
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    if not merges:
+        raise ToolkitError(
+            f"{folder}/tokenizer.json: no merges, without which llama.cpp reads no such file", OTHER_FILE
+        )
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": name,
