@@ -2,7 +2,7 @@
 
     python benchmarks/random_llama.py DIR [--layers 22] [--tokens TOKENS.safetensors]
 
-Written shard by shard without ever holding the model. Its tokenizer is a byte-level one with a single merge; ``--tokens``
+Written shard by shard without ever holding the model. Its tokenizer is byte-level with one merge; ``--tokens``
 also writes 128 x 512 random token ids as calibration samples (``--dataset TOKENS.safetensors``).
 """
 

@@ -5,8 +5,8 @@
 For speed only: MODEL may be random (benchmarks/random_llama.py) or quantized. Thresholds are quantiles of what each
 site sees on a few tokens of the dense model; the sparsity reached is counted on the decoded tokens that are timed.
 Every method is measured by turns with the same kernels reading every row; the fastest step of each counts. "x dense" is
-the ratio of the two, "x one call" that to the dense model as `ptq generate` decodes it. "bound" is bytes read dense over bytes read sparse
-(embedding look-up, attention cache and activations left out); "share" is (x dense - 1) / (bound - 1).
+the ratio of the two, "x one call" that to the dense model as `ptq generate` decodes it. "bound" is bytes read dense over
+bytes read sparse (embedding look-up, attention cache and activations left out); "share" is (x dense - 1) / (bound - 1).
 """
 
 from __future__ import annotations
@@ -108,9 +108,11 @@ def main() -> None:
         f"{args.new_tokens} tokens, fastest step of {args.repeats} runs\n"
     )
     (plain,) = measure_speed(loaded.model, ids, args.new_tokens, args.repeats)
-    print("| decoding | tokens/s | MB/token | of bandwidth | same kernels dense | x dense | bound | share | x one call |")
+    columns = ("decoding", "tokens/s", "MB/token", "of bandwidth", "same kernels dense", "x dense", "bound", "share")
+    print(f"| {' | '.join(columns)} | x one call |")
     print("| --- |" + " ---: |" * 8)
-    print(row(f"dense, one call per step ({loaded.path})", plain, plain.weight_bytes, peak, "", "", "", "", "1.00"), flush=True)
+    name = f"dense, one call per step ({loaded.path})"
+    print(row(name, plain, plain.weight_bytes, peak, "", "", "", "", "1.00"), flush=True)
     del loaded
     for method in args.methods:
         sites = sites_for(method, architecture, values, args.target)

@@ -265,22 +265,33 @@ template <class S, long KIND, int N> static inline float dot_groups(const Matrix
     return total.sum() - (starts ? 0.f : shift_of(scale, w.zero ? w.zero + row * groups : nullptr, middle, x, groups));
 }
 
-template <class S> static inline float dot_codes(const Matrix& w, const Input& x, long row) {
-    if (w.kind == INT8) return dot_groups<S, INT8, -1>(w, x, row);
+template <class S, long KIND, int N>
+static inline void code_rows(const Matrix& w, const Input& x, long from, long to, float* y) {
+    for (long r = from; r < to; r++) y[r - from] = dot_groups<S, KIND, N>(w, x, r);
+}
+
+template <class S> static inline void code_rows(const Matrix& w, const Input& x, long from, long to, float* y) {
+    if (w.kind == INT8) return code_rows<S, INT8, -1>(w, x, from, to, y);
     switch (w.group) {
-        case PIECE / 2: return dot_groups<S, INT4, 0>(w, x, row);
-        case PIECE: return dot_groups<S, INT4, 1>(w, x, row);
-        case 2 * PIECE: return dot_groups<S, INT4, 2>(w, x, row);
-        default: return dot_groups<S, INT4, -1>(w, x, row);
+        case PIECE / 2: return code_rows<S, INT4, 0>(w, x, from, to, y);
+        case PIECE: return code_rows<S, INT4, 1>(w, x, from, to, y);
+        case 2 * PIECE: return code_rows<S, INT4, 2>(w, x, from, to, y);
+        default: return code_rows<S, INT4, -1>(w, x, from, to, y);
     }
 }
 
-// x W^T + bias at one row, where the form of x that W asks for is there.
-static inline float dot(const Matrix& w, const Input& x, long row) {
-    const float bias = w.bias ? w.bias[row] : 0.f;
-    if (w.kind == FLOAT32) return bias + dot_floats(static_cast<const float*>(w.data) + row * w.columns, x);
-    if (w.kind == BFLOAT16) return bias + dot_floats(static_cast<const bf16*>(w.data) + row * w.columns, x);
-    return bias + (w.wide ? dot_codes<float>(w, x, row) : dot_codes<bf16>(w, x, row));
+template <class W> static inline void float_rows(const Matrix& w, const Input& x, long from, long to, float* y) {
+    for (long r = from; r < to; r++) y[r - from] = dot_floats(static_cast<const W*>(w.data) + r * w.columns, x);
+}
+
+// y[0 : to - from] = x W^T + bias at rows `from` to `to`, where the form of x that W asks for is there.
+static inline void dots(const Matrix& w, const Input& x, long from, long to, float* y) {
+    if (w.kind == FLOAT32) float_rows<float>(w, x, from, to, y);
+    else if (w.kind == BFLOAT16) float_rows<bf16>(w, x, from, to, y);
+    else if (w.wide) code_rows<float>(w, x, from, to, y);
+    else code_rows<bf16>(w, x, from, to, y);
+    if (w.bias)
+        for (long r = from; r < to; r++) y[r - from] += w.bias[r];
 }
 
 static inline void prepare(const Matrix& w, Input& x) {

@@ -25,7 +25,7 @@ struct Op {
 };
 
 thread_local Input input;
-thread_local std::vector<float> scores, reordered;
+thread_local std::vector<float> scores, reordered, made;
 
 float square_mean(const float* x, long n) {
     Vec sum = Vec::zero();
@@ -140,12 +140,16 @@ void carry_out(const Op& op, float* work, long position, bool same, int thread, 
     switch (op.kind) {
         case LINEAR:
             take_input(op, work, same);
-            for (long r = from; r < to; r++) y[r] = dot(op.first, input, r) + (op.add ? y[r] : 0.f);
+            made.resize(to - from);
+            dots(op.first, input, from, to, made.data());
+            for (long r = from; r < to; r++) y[r] = made[r - from] + (op.add ? y[r] : 0.f);
             break;
         case GATED:
             take_input(op, work, same);
-            for (long r = from; r < to; r++)
-                y[r] = activated(dot(op.first, input, r), op.activation) * dot(op.second, input, r);
+            made.resize(2 * (to - from));
+            dots(op.first, input, from, to, made.data());
+            dots(op.second, input, from, to, made.data() + (to - from));
+            for (long r = from; r < to; r++) y[r] = activated(made[r - from], op.activation) * made[to - from + r - from];
             break;
         case ROTATE:
             op.half_keys ? rotate<bf16>(op, work, position, thread, threads) : rotate<float>(op, work, position, thread, threads);
@@ -197,9 +201,10 @@ extern "C" void ptq_products(const Matrix* w, const float* x, float* y, long tok
             }
 #pragma omp for schedule(static)
             for (long block = 0; block < blocks; block++)
-                for (long t = 0; t < count; t++)
-                    for (long r = block * ROWS; r < std::min(w->rows, (block + 1) * ROWS); r++)
-                        y[(start + t) * w->rows + r] = dot(*w, inputs[t], r);
+                for (long t = 0; t < count; t++) {
+                    const long from = block * ROWS, to = std::min(w->rows, from + ROWS);
+                    dots(*w, inputs[t], from, to, y + (start + t) * w->rows + from);
+                }
         }
     }
 }
