@@ -4,9 +4,10 @@
 
 For speed only: MODEL may be random (benchmarks/random_llama.py) or quantized. Thresholds are quantiles of what each
 site sees on a few tokens of the dense model; the sparsity reached is counted on the decoded tokens that are timed.
-Every method is measured by turns with the same kernels reading every row; the fastest step of each counts. "x dense" is
-the ratio of the two, "x one call" that to the dense model as `ptq generate` decodes it. "bound" is bytes read dense over
-bytes read sparse (embedding look-up, attention cache and activations left out); "share" is (x dense - 1) / (bound - 1).
+Every method is measured by turns with the same kernels reading every row; the fastest step of each counts. "x dense"
+is the ratio of the two, "x one call" that to the dense model as `ptq generate` decodes it. "bound" is bytes read dense
+over bytes read sparse (embedding look-up, attention cache and activations left out); "share" is (x dense - 1) /
+(bound - 1).
 """
 
 from __future__ import annotations
