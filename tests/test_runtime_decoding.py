@@ -171,6 +171,10 @@ def test_what_it_does_not_know_runs_as_ever(monkeypatch):
         if why:
             with pytest.raises(Unsupported, match=why):
                 Stepper(model, DynamicCache(config=model.config), 0, 8)
+    model = family("llama")
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: (args[0] * 1.001,))
+    with pytest.raises(Unsupported, match=r"hooks.*layers.1.mlp"):
+        Stepper(model, DynamicCache(config=model.config), 0, 8)
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(Unsupported, match="type dynamic"):
         model = family("llama", rope_parameters=rope)

@@ -64,6 +64,9 @@ def read_program(model: Any, positions: int, windows: Sequence[int]) -> Program:
     """
     if model.dtype not in (torch.float32, torch.bfloat16) or model.device.type != "cpu":
         raise Unsupported(f"{str(model.dtype).removeprefix('torch.')} on {model.device.type}")
+    changed = next((name for name, module in model.named_modules() if _changed(module)), None)
+    if changed is not None:
+        raise Unsupported(f"hooks, or another forward pass, in {changed or 'the model'}")
     reader = _Reader(model, positions, windows)
     for number, layer in enumerate(part(reader.base, "layers")):
         reader.block(layer, number)
@@ -81,6 +84,11 @@ def read_program(model: Any, positions: int, windows: Sequence[int]) -> Program:
         reader.values,
         build.kept,
     )
+
+
+def _changed(module: nn.Module) -> bool:
+    """Whether something else than its class decides what a module does: masks of activation sparsity, for example."""
+    return bool(module._forward_pre_hooks or module._forward_hooks) or "forward" in vars(module)
 
 
 class _Reader:

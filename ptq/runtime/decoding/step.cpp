@@ -11,7 +11,7 @@ namespace {
 enum Kinds : long { LINEAR = 0, GATED = 1, ROTATE = 2, ATTEND = 3, NORM = 4 };
 enum Activation : long { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
 
-// source, target, other: places in the workspace.
+// source, target: places in the workspace.
 struct Op {
     long kind, source, target, barrier;
     Matrix first, second;          // LINEAR: first; GATED: gate and up
