@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import ptq
 from ptq.quantized import QuantizedTensor
+from ptq.runtime.attention import quantize_cache
 from ptq.runtime.decoding.builder import Unsupported
 from ptq.runtime.decoding.native import float_matrix, library, products
 from ptq.runtime.decoding.stepper import Stepper
@@ -171,6 +172,10 @@ def test_what_it_does_not_know_runs_as_ever(monkeypatch):
         if why:
             with pytest.raises(Unsupported, match=why):
                 Stepper(model, DynamicCache(config=model.config), 0, 8)
+    model = family("llama")
+    quantize_cache(model, {0: parse_scheme("w8a8kv8").cache}, {}, {})
+    with pytest.raises(Unsupported, match="attention by 'ptq-cache"):
+        Stepper(model, DynamicCache(config=model.config), 0, 8)
     model = family("llama")
     model.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: (args[0] * 1.001,))
     with pytest.raises(Unsupported, match=r"hooks.*layers.1.mlp"):

@@ -24,6 +24,8 @@ PAIRS = {"AVX512": 32, "AVX2": 16}
 """Two vectors of an instruction set, of which widths of heads are multiples; 8 elsewhere."""
 WIDEST = 1024
 """Of a head, as ``step.cpp`` has it."""
+PLAIN_ATTENTION = ("eager", "sdpa")
+"""Names of transformers; ours quantize the cache, or have another softmax."""
 ROTATIONS = ("default", "linear", "yarn", "llama3")
 """Types of rotary positions whose angles depend on the position alone."""
 ROTARY_KEYS = {
@@ -64,6 +66,9 @@ def read_program(model: Any, positions: int, windows: Sequence[int]) -> Program:
     """
     if model.dtype not in (torch.float32, torch.bfloat16) or model.device.type != "cpu":
         raise Unsupported(f"{str(model.dtype).removeprefix('torch.')} on {model.device.type}")
+    attention = getattr(model.config, "_attn_implementation", None)
+    if attention not in PLAIN_ATTENTION:
+        raise Unsupported(f"attention by '{attention}'")
     changed = next((name for name, module in model.named_modules() if _changed(module)), None)
     if changed is not None:
         raise Unsupported(f"hooks, or another forward pass, in {changed or 'the model'}")
@@ -181,6 +186,8 @@ class _Reader:
         """Cosines and sines ``[positions, rotary]`` float32 of a block, from the model's own module."""
         kinds = getattr(self.config, "layer_types", None)
         kind = kinds[number] if kinds else None
+        if kind not in (None, "full_attention", "sliding_attention"):
+            raise Unsupported(f"attention of kind '{kind}'")
         if kind not in self._rotations:
             rotary: nn.Module = part(self.base, "rotary_emb")
             self._check_rotary(kind)
