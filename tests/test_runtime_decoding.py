@@ -120,6 +120,8 @@ def test_logits_step_by_step(threads):
             stepper = Stepper(model, cache, 4, 9)
             found = torch.stack([stepper(ids[:, i : i + 1]).clone() for i in range(4, 9)])
             expected = model(ids).logits[0, 4:]
+            with pytest.raises(AssertionError, match="no room"):
+                stepper(ids[:, :1])
     finally:
         torch.set_num_threads(before)
     assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
@@ -172,6 +174,10 @@ def test_what_it_does_not_know_runs_as_ever(monkeypatch):
         if why:
             with pytest.raises(Unsupported, match=why):
                 Stepper(model, DynamicCache(config=model.config), 0, 8)
+    model = family("llama")
+    model.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 96, bias=False)
+    with pytest.raises(Unsupported, match="32 inputs and 96 outputs where 64 and 96"):
+        Stepper(model, DynamicCache(config=model.config), 0, 8)
     model = family("llama")
     quantize_cache(model, {0: parse_scheme("w8a8kv8").cache}, {}, {})
     with pytest.raises(Unsupported, match="attention by 'ptq-cache"):

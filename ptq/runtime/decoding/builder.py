@@ -33,6 +33,17 @@ def part(module: Any, name: str) -> Any:
     return found
 
 
+def fitting(linear: Any, inputs: int, outputs: int) -> None:
+    """Raw memory is read by these widths: they must be those of the places around.
+
+    Raises:
+        Unsupported: the linear is of another shape.
+    """
+    found = part(linear, "in_features"), part(linear, "out_features")
+    if found != (inputs, outputs):
+        raise Unsupported(f"a linear of {found[0]} inputs and {found[1]} outputs where {inputs} and {outputs} fit")
+
+
 def activation(function: Any) -> int:
     """The kind of an activation, found out by what it does.
 

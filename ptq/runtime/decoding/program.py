@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptq.runtime.decoding.builder import ATTEND, ROTATE, Builder, Unsupported, part
+from ptq.runtime.decoding.builder import ATTEND, ROTATE, Builder, Unsupported, fitting, part
 from ptq.runtime.decoding.native import Op, pointer
 from sparsity.kernels.build import cpu_level
 
@@ -77,6 +77,7 @@ def read_program(model: Any, positions: int, windows: Sequence[int]) -> Program:
         reader.block(layer, number)
     head = model.get_output_embeddings()
     build, width = reader.build, reader.width
+    fitting(head, width, head.out_features)
     logits = build.place("logits", head.out_features)
     build.add_linear(head, reader.hidden, logits, build.norm(part(reader.base, "norm"), width))
     work = torch.zeros(build.size)
@@ -134,6 +135,9 @@ class _Reader:
         mlp = part(layer, "mlp")
         gate, up, down = (part(mlp, f"{name}_proj") for name in ("gate", "up", "down"))
         act = getattr(mlp, "act_fn", None) or part(mlp, "activation_fn")
+        for module in (gate, up):
+            fitting(module, self.width, gate.out_features)
+        fitting(down, gate.out_features, self.width)
         place = self.build.place("mlp", gate.out_features)
         self.build.add_gated(gate, up, act, self.hidden, place, norm)
         self.build.add_linear(down, place, target, add=add)
@@ -147,6 +151,9 @@ class _Reader:
             raise Unsupported(f"heads of width {width}")
         if getattr(attention, "sinks", None) is not None:
             raise Unsupported("attention has sinks")
+        for module in (q, k, v):
+            fitting(module, self.width, (heads if module is q else key_heads) * width)
+        fitting(o, heads * width, self.width)
         places = [build.place(name, module.out_features) for name, module in (("q", q), ("k", k), ("v", v))]
         for module, place in zip((q, k, v), places, strict=True):
             build.add_linear(module, self.hidden, place, norm, barrier=module is v)
@@ -165,7 +172,7 @@ class _Reader:
             "positions": self.positions,
             "barrier": 1,
         }
-        cosine, sine = self.rotations(number)
+        cosine, sine = self.rotations(number, width)
         rotate = Op(kind=ROTATE, cosine=pointer(cosine), sine=pointer(sine), rotary=cosine.shape[1], **shared)
         for name, attribute, place, module in (("q_norm", "norm", 0, q), ("k_norm", "norm_keys", 1, k)):
             found = getattr(attention, name, None)
@@ -182,8 +189,9 @@ class _Reader:
         build.ops.append(Op(kind=ATTEND, target=seen, scale=scale, softcap=softcap, window=window, **shared))
         build.add_linear(o, seen, target, add=add)
 
-    def rotations(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines ``[positions, rotary]`` float32 of a block, from the model's own module."""
+    def rotations(self, number: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines ``[positions, rotary]`` float32 of a block, from the model's own module; the first
+        ``rotary`` of a head's ``width`` values turn."""
         kinds = getattr(self.config, "layer_types", None)
         kind = kinds[number] if kinds else None
         if kind not in (None, "full_attention", "sliding_attention"):
@@ -198,6 +206,9 @@ class _Reader:
                 cosine, sine = rotary(like, where)
             tables = (self.build.keep(table[0].float().contiguous()) for table in (cosine, sine))
             self._rotations[kind] = next(tables), next(tables)
+        shapes = {tuple(table.shape) for table in self._rotations[kind]}
+        if len(shapes) > 1 or any(len(s) != 2 or s[0] != self.positions or s[1] > width or s[1] % 2 for s in shapes):
+            raise Unsupported("rotary tables of another shape")
         return self._rotations[kind]
 
     def _check_rotary(self, kind: str | None) -> None:

@@ -52,6 +52,7 @@ class Stepper:
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         """Logits ``[vocabulary]`` float32 behind ``token`` int64 ``[1, 1]``; valid until the next call."""
         program = self.program
+        assert self.position < program.keys[0].shape[1], "there is no room for another position"
         program.hidden.copy_(self.embedding(token)[0, 0])
         if self.factor != 1.0:
             program.hidden.mul_(self.factor)
