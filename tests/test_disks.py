@@ -4,18 +4,19 @@ bytes once there is room. Disks are small file systems in memory where this proc
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import json
 import os
-import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from command import done, products, refused, text_file, tiny
+from command import done, environment, products, refused, text_file, tiny
 from forked import start, wait
+from little_memory import SECONDS, remove
 
 import calibration.walk.walk
 
@@ -35,7 +36,6 @@ SHORT: dict[str, list[str]] = {
     "sparsify": ["sparsify", "model", "--method", "scap", "--target", "0.5", *DATA, "--samples", "64"],
 }
 """Commands of tests about memory."""
-SECONDS = 900.0  # for machines with much else to do
 NOBODY = 65534
 
 
@@ -143,48 +143,27 @@ def test_a_folder_of_another_user(place, name):
 @pytest.mark.parametrize("name", ["quantize", "export", "sparsify", "analyze", "fit", "eval"])
 def test_too_little_memory(place, name):
     """Nearly no room for more: success or one message, and nothing half made: the same command then runs."""
-    out = [] if name == "eval" else ["--out", "out"]
-    words = [*(SHORT.get(name) or COMMANDS[name]), *out]
-    with contextlib.chdir(place):
-        done(*words)  # what is imported late is there: without memory an import can end in anything
-    remove(place / "out")
-    codes = []
-    for room in (1 << 18, 1 << 20, 1 << 23):
-        code, printed = run(place, words, lambda room=room: leave_room(room))
-        codes.append(code)
+    words = [*(SHORT.get(name) or COMMANDS[name]), *([] if name == "eval" else ["--out", "out"])]
+    script = [sys.executable, str(Path(__file__).parent / "little_memory.py"), *words]
+    variables = {**environment(), "MALLOC_ARENA_MAX": "1"}  # one heap: what is free in it can be taken
+    ended = subprocess.run(script, cwd=place, env=variables, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    outcomes = json.loads(ended.stdout)
+    for outcome in outcomes:
+        code, printed, left = outcome["code"], outcome["printed"], outcome["left"]
         if code == 2:
             refusal(code, printed, "no memory is left")
-            assert not (place / "out").exists()
+            assert "out" not in left
             if name != "quantize":
-                assert not (place / "out.partial").exists() and "starts anew" in printed, printed
+                assert not left and "starts anew" in printed, printed
         else:
             assert code == 0 or (code is not None and code < 0), printed
-        remove(place / "out")
-        shutil.rmtree(place / "out.partial", ignore_errors=True)
-    assert 2 in codes, codes
+    assert 2 in [outcome["code"] for outcome in outcomes], outcomes
+    remove(place / "out")
+    shutil.rmtree(place / "out.partial", ignore_errors=True)
     code, printed = run(place, words)
     assert code == 0, printed
     remove(place / "out")
-
-
-def leave_room(room: int) -> None:
-    """Limit this process to ``room`` bytes more. What tests before this one freed is taken first: the heap that a fork
-    inherits can have so much of it that nothing is ever asked of the system."""
-    malloc = ctypes.CDLL(None).malloc
-    malloc.argtypes, malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used, most))
-    for size in (1 << 20, 1 << 16):
-        while malloc(size):
-            pass
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + room, used + room))
-
-
-def remove(path: Path) -> None:
-    """A file or a folder, if it is there."""
-    path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
 def test_memory_that_ends_on_the_way(tmp_path, place, monkeypatch):
