@@ -122,9 +122,9 @@ def test_nothing_is_fetched_and_names_cannot_break_out():
 
 def test_eighty_layers_are_small_and_quick():
     made = record(80, 4096, 64)
-    started = time.perf_counter()
+    started = time.process_time()
     page = analysis_html.render(made)
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
     assert len(page) < 2_000_000
     assert len(analysis_markdown.render(made)) < 100_000
 
