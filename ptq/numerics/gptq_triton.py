@@ -1,9 +1,9 @@
 """GPTQ's column loop over one block of columns as one Triton program. Import only where Triton is installed;
 `ptq.numerics.column_loop` does, where weights lie on a GPU.
 
-The loop in torch starts some twenty kernels per column, each of a few microseconds of work. Here a program holds a tile
-of rows of W in registers and walks the columns of the block by itself; rows do not depend on each other. What the
-columns behind the block take over is a matrix product, and stays with torch.
+The loop in torch starts some twenty kernels of little work per column. Here a program holds a tile of rows of W in
+registers and walks the columns of the block by itself; rows do not depend on each other. What the columns behind the
+block take over is a matrix product, and stays with torch.
 
 Every operation is rounded by itself, division to the nearest and products and sums apart, so that a GPU has the codes
 of Triton's interpreter. Torch's loop fuses some of them: where the last digits of float32 decide, its codes differ.
