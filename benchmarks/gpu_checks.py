@@ -6,7 +6,6 @@ size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from unittest import mock
@@ -57,7 +56,7 @@ def randn(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32)
     return torch.randn(*shape, generator=generator).to(device, dtype)
 
 
-def every_check(device: torch.device, out: int, width: int) -> list[Callable[[], list[Check]]]:
+def every_check(device: torch.device, out: int, width: int) -> list[partial[list[Check]]]:
     """Checks on weights ``[out, width]``. One that breaks leaves the others."""
     shape = device, out, width
     return [

@@ -99,7 +99,8 @@ def check(bench: Bench) -> Rows:
         try:
             rows += [(c.name, c.error, "off" if c.passed else f"{DIFFERS} (at most {c.limit:g})") for c in run()]
         except Exception as error:  # noqa: BLE001 - the other kernels still have something to say
-            rows.append((f"{run}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", 1.0, DIFFERS))
+            case = " ".join(map(str, (run.func.__name__, *run.args[1:])))
+            rows.append((f"{case}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", 1.0, DIFFERS))
     return rows
 
 
