@@ -19,37 +19,19 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from calibration.model.shards import ShardWriter
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--layers", type=int, default=22)
-    parser.add_argument("--tokens", type=Path)
-    args = parser.parse_args()
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=args.layers,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-        dtype=torch.bfloat16,
-        architectures=["LlamaForCausalLM"],
-    )
-    args.out.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(args.out)
-    generator = torch.Generator().manual_seed(0)
+def write(out: Path, config: LlamaConfig, generator: torch.Generator) -> None:
+    """Weights and tokenizer of a Llama of this shape, in bfloat16."""
+    out.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(out)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return (torch.randn(rows, columns, generator=generator) * 0.02).to(torch.bfloat16)
 
-    h, m, kv = config.hidden_size, config.intermediate_size, 256
-    writer = ShardWriter(args.out, shard_bytes=500_000_000)
+    h, m = config.hidden_size, config.intermediate_size
+    kv = h // config.num_attention_heads * config.num_key_value_heads
+    writer = ShardWriter(out, shard_bytes=500_000_000)
     writer.add("model.embed_tokens.weight", matrix(config.vocab_size, h))
-    for i in range(args.layers):
+    for i in range(config.num_hidden_layers):
         p = f"model.layers.{i}."
         writer.add(p + "input_layernorm.weight", torch.ones(h, dtype=torch.bfloat16))
         writer.add(p + "post_attention_layernorm.weight", torch.ones(h, dtype=torch.bfloat16))
@@ -68,7 +50,35 @@ def main() -> None:
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(args.out)
+    ).save_pretrained(out)
+
+
+def llama(hidden: int, mlp: int, heads: int, kv_heads: int, layers: int, vocabulary: int = 32000) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        dtype=torch.bfloat16,
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--tokens", type=Path)
+    args = parser.parse_args()
+    config = llama(2048, 5632, 32, 4, args.layers)
+    generator = torch.Generator().manual_seed(0)
+    write(args.out, config, generator)
     if args.tokens:
         ids = torch.randint(3, config.vocab_size, (128, 512), generator=generator)
         save_file({"input_ids": ids}, args.tokens)

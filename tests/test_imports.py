@@ -27,7 +27,7 @@ CALIBRATION_MAY_IMPORT = {
     "walk": (*BELOW, "text", "walk"),
     "scoring": (*BELOW, "text", "scoring"),
 }
-NUMERICS_MAY_IMPORT = ("ptq.numerics", "ptq.scheme", "ptq.float_formats", "ptq.activations", "torch", "math")
+NUMERICS_MAY_IMPORT = ("ptq.numerics", "ptq.scheme", "ptq.float_formats", "ptq.activations", "torch", "triton", "math")
 
 
 def module_name(path: Path) -> str:

@@ -12,7 +12,8 @@ from typing import Literal
 
 import torch
 
-from ptq.numerics.grids import Grid, codes_of, grid_of, grid_parameters, levels, own_global_scale, step_of, zero_of
+from ptq.numerics.column_loop import Grids, column_loop
+from ptq.numerics.grids import Grid, grid_of, own_global_scale, zero_of
 from ptq.scheme import TensorQuant
 
 Order = Literal["natural", "activation", "group"]
@@ -104,48 +105,6 @@ def column_order(diagonal: torch.Tensor, order: Order, width: int) -> torch.Tens
     return (inside + width * torch.arange(groups.shape[0], device=diagonal.device)[:, None])[first].flatten()
 
 
-@dataclass
-class _Grids:
-    """Steps and zero points during the column loop, whose i-th visited column is original column ``perm[i]``.
-
-    Attributes:
-        scale, zero: ``[groups, out]`` by group of columns; for axis "out" ``[in, groups of rows]`` by visited column.
-            The scale is divided by ``global_scale``, where there is one.
-        group_of: the group of every visited column.
-        fixed: grids are given; otherwise taken from updated weights when the loop reaches a group.
-    """
-
-    quant: TensorQuant
-    scale: torch.Tensor
-    zero: torch.Tensor | None
-    group_of: list[int]
-    fixed: bool
-    global_scale: torch.Tensor | None
-
-    def column(self, visited: int, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Step ``[out]`` and zero of the visited column; ``rest [columns, out]`` starts with it, fully updated."""
-        grouping, group = self.quant.grouping, self.group_of[visited]
-        if grouping.axis == "out":
-            width = grouping.width(rest.shape[1])
-            if not self.fixed:
-                self._take(visited, rest[0].view(-1, width))
-            zero = None if self.zero is None else self.zero[visited].repeat_interleave(width)
-            return self.scale[visited].repeat_interleave(width), zero
-        width = grouping.width(len(self.group_of))
-        if not self.fixed and visited % width == 0:
-            self._take(group, rest[:width].T.unsqueeze(1))
-        step = step_of(self.scale[group], self.global_scale)
-        return step, None if self.zero is None else self.zero[group]
-
-    def _take(self, group: int, units: torch.Tensor) -> None:
-        """Take the grid of these ``units``, a group of all rows ``[out, 1, width]`` or of a column ``[groups,
-        width]``."""
-        scale, zero = grid_parameters(units, self.quant, None, self.global_scale)
-        self.scale[group] = scale.flatten()
-        if self.zero is not None and zero is not None:
-            self.zero[group] = zero.flatten()
-
-
 def column_loop_cost(rows: int, columns: int) -> float:
     """Operations of rounding ``[rows, columns]`` and of measuring its layer objective, roughly, for sharing work."""
     return 4.0 * rows * columns**2 + 2.0 * columns**3
@@ -209,10 +168,10 @@ def gptq_round(
 
     first = by_group(grid.scale)
     assert first is not None
-    grids = _Grids(quant, first, by_group(grid.zero), groups.tolist(), fixed, global_scale)
+    grids = Grids(quant, first, by_group(grid.zero), groups.tolist(), fixed, global_scale)
     block = max(1, block_size // width) * width if not fixed else block_size
     p = None if cross is None else asymmetry(cross.index_select(0, perm).index_select(1, perm), u)
-    codes, loss = _column_loop(wt, u, p, grids, block)
+    codes, loss = column_loop(wt, u, p, grids, block)
     restored = torch.empty_like(codes)
     restored[perm] = codes
     index = None
@@ -236,33 +195,3 @@ def _factor(h: torch.Tensor, diagonal: torch.Tensor, perm: torch.Tensor, damping
     permuted = h.index_select(0, perm).index_select(1, perm)
     permuted.diagonal().copy_(diagonal[perm])
     return inverse_factor(permuted, damping)[0]
-
-
-def _column_loop(
-    wt: torch.Tensor, u: torch.Tensor, p: torch.Tensor | None, grids: _Grids, block: int
-) -> tuple[torch.Tensor, float]:
-    """Algorithm 1 on ``wt [in, out]``, visited from the first row on and used up; codes ``[in, out]`` and the loss. The
-    weight that ``p`` multiplies is that of the column when it is visited, inside a block and behind it. (The published
-    code takes the rounded one behind the block, so that its result depends on the block size.)"""
-    columns, quant = wt.shape[0], grids.quant
-    codes = torch.empty_like(wt, dtype=torch.uint8)
-    loss = torch.zeros((), dtype=torch.float64)
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        w1, u1 = wt[start:stop].clone(), u[start:stop, start:stop]
-        errors = torch.empty_like(w1)
-        inverse_diagonal = (1 / u1.diagonal()).tolist()
-        for i in range(stop - start):
-            s, z = grids.column(start + i, w1[i:])
-            level = levels(w1[i], s, z, quant)
-            codes[start + i] = codes_of(level, z, quant)
-            error = (w1[i] - level * s).mul_(inverse_diagonal[i])
-            errors[i] = error
-            w1[i + 1 :].addr_(u1[i, i + 1 :], error, alpha=-1)
-            if p is not None:
-                w1[i + 1 :].addr_(p[start + i, start + i + 1 : stop], w1[i])
-        wt[stop:].addmm_(u[start:stop, stop:].T, errors, alpha=-1)
-        if p is not None:
-            wt[stop:].addmm_(p[start:stop, stop:].T, w1)
-        loss += errors.square().sum().double().cpu()
-    return codes, float(loss)

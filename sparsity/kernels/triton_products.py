@@ -8,14 +8,12 @@ program owns its rows. Tokens are a leading axis of every tile, a power of two, 
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _kept(values: Any, threshold: Any, center: Any, at: Any, inside: Any, T_STEP: tl.constexpr, C_STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+def _kept(values, threshold, center, at, inside, T_STEP: tl.constexpr, C_STEP: tl.constexpr):  # type: ignore[no-untyped-def]
     """values - center where it is kept, else 0, and which are. A step of 0 or 1 is of a scalar or vector, -1: none."""
     v = values
     if C_STEP >= 0:
