@@ -38,7 +38,7 @@ template <class T>
 void dequantize(const uint8_t* codes, const bf16* scale, const uint8_t* zero, T* w, long lines, long width, long per,
                 long group, int threads) {
     const long line = (width + PIECE - 1) / PIECE * (PIECE / 2), scales = (width + group - 1) / group;
-    const Table level(1.f);
+    const Table level(1.f, 8.f);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (long i = 0; i < lines; i++) {
         const bf16* s = scale + i / per * scales;

@@ -2,7 +2,7 @@
 // for the layout.
 //
 // W = (code - zero) * scale with groups along the inputs. Within a group only codes matter,
-//   sum over i of x[i] W[i] = scale * (sum x[i] (code[i] - 8) + (8 - zero) * sum x[i]),
+//   sum over i of x[i] W[i] = scale * (sum x[i] code[i] - zero * sum x[i]),
 // so a scale is read once per group and output, whatever the number of rows in use. A row's factor times the sixteen
 // values of a code is a table in a register: unpacking and multiplying are one look-up per sixteen weights.
 #pragma once
@@ -23,13 +23,16 @@ struct Codes {
     Codes() = default;
     explicit Codes(const uint8_t* p, int) : v(_mm512_loadu_si512(p)) {}
 };
-struct Table {  // factor * (code - 8)
+struct Table {  // factor * (code - middle)
     __m512 v;
     Table() = default;
-    explicit Table(float factor) : v(_mm512_mul_ps(_mm512_set1_ps(factor), _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8))) {}
+    Table(float factor, float middle)
+        : v(_mm512_mul_ps(_mm512_set1_ps(factor), _mm512_sub_ps(_mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                                                _mm512_set1_ps(middle)))) {}
     Vec operator()(Codes codes, int k) const {  // of nibble k; the look-up ignores the higher bits
         return {_mm512_permutexvar_ps(_mm512_srli_epi32(codes.v, 4 * k), v)};
     }
+    Vec plus(Vec a, Codes codes, int k) const { return a + (*this)(codes, k); }
 };
 #elif defined(__AVX2__)
 struct Codes {
@@ -38,12 +41,13 @@ struct Codes {
     explicit Codes(const uint8_t* p, int part) : v(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + part)) {}
 };
 struct Table {
-    __m256 factor;
+    __m256 factor, shift;
     Table() = default;
-    explicit Table(float f) : factor(_mm256_set1_ps(f)) {}
-    Vec operator()(Codes codes, int k) const {
+    Table(float f, float middle) : factor(_mm256_set1_ps(f)), shift(_mm256_set1_ps(-f * middle)) {}
+    Vec operator()(Codes codes, int k) const { return plus({shift}, codes, k); }
+    Vec plus(Vec a, Codes codes, int k) const {  // one instruction, where the middle is 0
         __m256i code = _mm256_and_si256(_mm256_srli_epi32(codes.v, 4 * k), _mm256_set1_epi32(15));
-        return {_mm256_mul_ps(factor, _mm256_cvtepi32_ps(_mm256_sub_epi32(code, _mm256_set1_epi32(8))))};
+        return {_mm256_fmadd_ps(factor, _mm256_cvtepi32_ps(code), a.v)};
     }
 };
 #else
@@ -53,22 +57,23 @@ struct Codes {
     explicit Codes(const uint8_t* p, int part) { std::memcpy(v, p + 16 * part, 16); }
 };
 struct Table {
-    float factor;
+    float factor, middle;
     Table() = default;
-    explicit Table(float f) : factor(f) {}
+    Table(float f, float m) : factor(f), middle(m) {}
     Vec operator()(Codes codes, int k) const {
         Vec r;
-        for (int i = 0; i < 4; i++) r.v[i] = factor * float(int(codes.v[i] >> (4 * k) & 15) - 8);
+        for (int i = 0; i < 4; i++) r.v[i] = factor * (float(codes.v[i] >> (4 * k) & 15) - middle);
         return r;
     }
+    Vec plus(Vec a, Codes codes, int k) const { return a + (*this)(codes, k); }
 };
 #endif
 constexpr int PARTS = 16 / Vec::N;  // registers of codes per piece
 
-// sums[0:width] += sum over ROWS rows of value * (code - 8); width in whole pieces.
+// sums[0:width] += sum over ROWS rows of value * code; width in whole pieces.
 inline void add_rows(const uint8_t* const* row, const uint8_t* const* next, const float* value, int tokens, int width, float* sums) {
     Table table[ROWS];
-    for (int r = 0; r < ROWS; r++) table[r] = Table(value[r * tokens]);
+    for (int r = 0; r < ROWS; r++) table[r] = Table(value[r * tokens], 0.f);
     for (int c = 0; c < width; c += PIECE) {
         for (int part = 0; part < PARTS; part++) {
             float* at = sums + c + part * Vec::N;
@@ -80,7 +85,7 @@ inline void add_rows(const uint8_t* const* row, const uint8_t* const* next, cons
                 Codes codes(row[r] + c / 2, part);
                 if (part == 0) __builtin_prefetch(next[r] + c / 2, 0, 0);
 #pragma GCC unroll 8
-                for (int k = 0; k < 8; k++) a[k] = a[k] + table[r](codes, k);
+                for (int k = 0; k < 8; k++) a[k] = table[r].plus(a[k], codes, k);
             }
 #pragma GCC unroll 8
             for (int k = 0; k < 8; k++) a[k].store(at + 16 * k);
@@ -88,18 +93,17 @@ inline void add_rows(const uint8_t* const* row, const uint8_t* const* next, cons
     }
 }
 
-// total[0:width] += scale * (sums + (8 - zero) * factors), and sums back to 0.
+// total[0:width] += scale * (sums - zero * factors), and sums back to 0.
 inline void add_group(const bf16* scale, const uint8_t* zero, float factors, int width, float* sums, float* total) {
-    const Vec minus = Vec::all(-factors), eight = Vec::all(8 * factors), none = Vec::zero();
+    const Vec minus = Vec::all(-factors), eight = Vec::all(8.f), none = Vec::zero();
     int c = 0;
     for (; c + Vec::N <= width; c += Vec::N) {
-        Vec sum = Vec::load(sums + c);
-        if (zero) sum = (sum + eight).fma(minus, load_wide(zero + c));
+        const Vec sum = Vec::load(sums + c).fma(minus, zero ? load_wide(zero + c) : eight);
         Vec::load(total + c).fma(load_wide(scale + c), sum).store(total + c);
         none.store(sums + c);
     }
     for (; c < width; c++) {
-        total[c] += to_float(scale[c]) * (sums[c] + (zero ? float(8 - zero[c]) * factors : 0.f));
+        total[c] += to_float(scale[c]) * (sums[c] - (zero ? float(zero[c]) : 8.f) * factors);
         sums[c] = 0.f;
     }
 }
@@ -134,7 +138,7 @@ void input_block(const uint8_t* codes, long line, const bf16* scale, const uint8
 template <int R, int V>
 void dot_rows(const uint8_t* const* row, const uint8_t* const* next, const bf16* const* scale, const float* x, long in,
               long group, float* dots) {
-    const Table level(1.f);
+    const Table level(1.f, 8.f);
     Vec total[R];
     for (int r = 0; r < R; r++) total[r] = Vec::zero();
     const long groups = in / group;
