@@ -159,7 +159,7 @@ def test_a_checkpoint_generates_by_steps(tmp_path, monkeypatch):
     loaded = ptq.load_model(folder, dtype="bfloat16", decoding=True)
     assert set(loaded.kernels) == {"rows"} and loaded.model.get_output_embeddings().kernel == "rows"
     fused = ptq.generate(folder, prompt, max_new_tokens=12)
-    assert seen == [True] and fused.new_tokens == 12 and fused.linears.startswith("rows x")
+    assert seen == [True] and fused.one_call and fused.new_tokens == 12 and fused.linears.startswith("rows x")
     assert fused.text == ptq.generate(loaded, prompt, max_new_tokens=12).text
     exact = [ptq.generate(folder, prompt, max_new_tokens=12, dtype="float32", kernel=k) for k in ("reference", None)]
     assert len(seen) == 3 and exact[0].text == exact[1].text
