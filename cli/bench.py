@@ -50,6 +50,7 @@ def bench(
 
     def show(name: str, speed: Speed, read: float, rest: str = "") -> None:
         share = "" if peak is None else f", {read * speed.tokens_per_second / peak:.0%} of bandwidth"
+        share += ", one call per step" if speed.one_call else ""
         print(f"{name:<22}{speed.tokens_per_second:7.2f} tokens/s  {read / 1e6:9.2f} MB/token{share}{rest}")
 
     loaded = load_model(folder, dtype=width, device=where, trust_remote_code=trust_remote_code, decoding=True)

@@ -59,6 +59,7 @@ def generate(
     print(
         f"[{result.new_tokens} tokens, {0 if speed is None else speed:.1f} tokens/s, first after "
         f"{result.prefill_seconds:.2f} s; linears: {result.linears}; "
+        f"steps: {result.steps}; "
         f"{result.weight_bytes_read_per_token / 1e6:.1f} MB of weights per token; "
         f"peak memory {result.peak_rss_bytes / 1e9:.2f} GB]"
     )

@@ -143,7 +143,7 @@ def attach(
         _prune_inputs(model, site, phase, masked_only)
     for site in (s for s in sites if s.mode == "output"):
         _prune_gate(model, _network(architecture, site), site, phase, masked_only)
-    model.register_forward_pre_hook(_Watch(phase), with_kwargs=True)
+    model.register_forward_pre_hook(PhaseWatch(phase), with_kwargs=True)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, DecodeLinear)}
     kernels = Counter(layer.kernel.name for layer in linears.values())
     return SparseDecoder(phase, linears, dict(kernels), masked_only)
@@ -192,7 +192,7 @@ def _part(layer: DecodeLinear, start: int, stop: int) -> DecodeLinear:
     return DecodeLinear(rows, "output", bias, layer.dtype, layer.phase, layer.kernel.name)
 
 
-class _Watch:
+class PhaseWatch:
     """Tells the layers what each forward pass of the model is."""
 
     def __init__(self, phase: Phase) -> None:

@@ -116,6 +116,14 @@ class DecodeLinear(nn.Module):
         return (width, lines) if self.mode == "input" else (lines, width)
 
     @property
+    def out_features(self) -> int:
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[1]
+
+    @property
     def bytes_skipped(self) -> float:
         """Bytes that were not read over all counted tokens: rows, without scales and zeros."""
         rows = self.weight_rows.codes if isinstance(self.weight_rows, Int4Rows) else self.weight_rows
@@ -169,6 +177,7 @@ class MaskedLinear(nn.Module):
     def __init__(self, inner: nn.Module, threshold: torch.Tensor, center: torch.Tensor | None, phase: Phase) -> None:
         super().__init__()
         self.inner, self.threshold, self.center, self.phase = inner, threshold, center, phase
+        self.in_features, self.out_features = inner.in_features, inner.out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pruned = prune(x, self.threshold, self.center) if self.phase.decoding and self.phase.masked else x

@@ -104,7 +104,7 @@ def watched(monkeypatch) -> list[bool]:
 def test_steps_are_the_models_own(level, name, monkeypatch):
     """Windows are passed on the way; every token is that of transformers."""
     seen, model, ids = watched(monkeypatch), family(name), torch.randint(1, 96, (1, 11))
-    expected, _ = decode_tokens(model, ids, 24, fused=False)
+    expected = decode_tokens(model, ids, 24, fused=False).tokens
     assert decode_tokens(model, ids, 24)[0] == expected and seen == [True]
 
 
@@ -147,7 +147,7 @@ def test_codes_inside_a_model(level, monkeypatch):
             out, columns = module.weight.shape
             q = quantized("w4a16-g32", out, columns)
             model.set_submodule(name, QuantLinear(q, None, torch.float32, "cpu", "rows"))
-    expected, _ = decode_tokens(model, ids, 16, fused=False)
+    expected = decode_tokens(model, ids, 16, fused=False).tokens
     assert decode_tokens(model, ids, 16)[0] == expected and seen == [True]
 
 
@@ -159,7 +159,7 @@ def test_a_checkpoint_generates_by_steps(tmp_path, monkeypatch):
     loaded = ptq.load_model(folder, dtype="bfloat16", decoding=True)
     assert set(loaded.kernels) == {"rows"} and loaded.model.get_output_embeddings().kernel == "rows"
     fused = ptq.generate(folder, prompt, max_new_tokens=12)
-    assert seen == [True] and fused.new_tokens == 12 and fused.linears.startswith("rows x")
+    assert seen == [True] and fused.one_call and fused.new_tokens == 12 and fused.linears.startswith("rows x")
     assert fused.text == ptq.generate(loaded, prompt, max_new_tokens=12).text
     exact = [ptq.generate(folder, prompt, max_new_tokens=12, dtype="float32", kernel=k) for k in ("reference", None)]
     assert len(seen) == 3 and exact[0].text == exact[1].text
@@ -169,7 +169,7 @@ def test_what_it_does_not_know_runs_as_ever(monkeypatch):
     seen, ids = watched(monkeypatch), torch.randint(1, 96, (1, 7))
     for name, why in (("gpt2", None), ("phi3", "no q_proj")):
         model = tiny(name) if name == "gpt2" else family(name)
-        expected, _ = decode_tokens(model, ids, 8, fused=False)
+        expected = decode_tokens(model, ids, 8, fused=False).tokens
         assert decode_tokens(model, ids, 8)[0] == expected
         if why:
             with pytest.raises(Unsupported, match=why):
@@ -208,7 +208,7 @@ def test_a_model_that_does_more_is_seen(monkeypatch, part):
     read off, the rest makes the first step another one, and the model's own goes on."""
     seen, ids = watched(monkeypatch), torch.randint(1, 96, (1, 7))
     model = family("granite", **{part: 0.5})
-    expected, _ = decode_tokens(model, ids, 12, fused=False)
+    expected = decode_tokens(model, ids, 12, fused=False).tokens
     assert decode_tokens(model, ids, 12)[0] == expected
     assert seen == [part in ("attention_multiplier", "embedding_multiplier")]
 
@@ -222,7 +222,7 @@ def test_no_compiler(monkeypatch):
     monkeypatch.setattr("ptq.runtime.decoding.stepper.library", none)
     monkeypatch.setattr("ptq.runtime.kernels.rows.library", none)
     model, ids = family("llama"), torch.randint(1, 96, (1, 7))
-    expected, _ = decode_tokens(model, ids, 8, fused=False)
+    expected = decode_tokens(model, ids, 8, fused=False).tokens
     assert decode_tokens(model, ids, 8)[0] == expected
     with pytest.raises(ToolkitError, match="no compiler"):
         QuantLinear(quantized("w4a16-g32", 8, 64), kernel="rows")

@@ -37,7 +37,7 @@ def test_greedy_tokens_are_those_of_transformers(family):
     model = tiny(family)
     ids = torch.randint(1, 256, (1, 7))
     expected = model.generate(ids, max_new_tokens=12, do_sample=False)[0, 7:].tolist()
-    tokens, times = decode_tokens(model, ids, 12, end_tokens=frozenset([0]))
+    tokens, times, _ = decode_tokens(model, ids, 12, end_tokens=frozenset([0]))
     assert tokens == expected and len(times) == len(tokens) + 1 and times == sorted(times)
 
 
@@ -57,7 +57,7 @@ def long_rope():
 @pytest.mark.parametrize("prompt", [5, 15, 16, 17, 20])
 def test_long_rope_generates_what_recomputation_gives(prompt):
     model, ids = long_rope(), torch.randint(1, 256, (1, prompt), generator=torch.Generator().manual_seed(1))
-    found, _ = decode_tokens(model, ids, 24)
+    found = decode_tokens(model, ids, 24).tokens
     for _ in range(24):
         ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
     assert found == ids[0, prompt:].tolist()
@@ -66,7 +66,7 @@ def test_long_rope_generates_what_recomputation_gives(prompt):
 def test_it_stops_at_an_end_token_and_counts_it():
     model = tiny()
     ids = torch.randint(1, 256, (1, 7))
-    tokens, _ = decode_tokens(model, ids, 12)
+    tokens = decode_tokens(model, ids, 12).tokens
     first = tokens.index(tokens[5])
     assert decode_tokens(model, ids, 12, end_tokens=frozenset([tokens[5]]))[0] == tokens[: first + 1]
 

@@ -233,7 +233,7 @@ def test_four_bit_models_decode_from_their_codes(kind, quantized_folder):
 
 
 def test_a_linear_without_sparse_kernel_is_pruned_and_named(quantized_folder):
-    dense = load_model(quantized_folder / "q8", dtype=torch.float32).model
+    dense = load_model(quantized_folder / "q8", dtype=torch.float32, decoding=True).model
     architecture = resolve(dense.config)
     sites = [Site(path, "input", torch.tensor([0.4])) for path in linears(architecture)]
     with pruned(dense, architecture, sites) as state:

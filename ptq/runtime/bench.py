@@ -19,11 +19,13 @@ class Speed:
     tokens_per_second: of the fastest decoding step behind it. Steps do the same work (but for a cache that grows by
         one position), and whatever else the machine does only adds time.
     weight_bytes: read by one decoding step if nothing is skipped.
+    one_call: steps were one call each, see `decode_tokens`.
     """
 
     prefill_seconds: float
     tokens_per_second: float
     weight_bytes: int
+    one_call: bool
 
 
 def measure_speed(
@@ -43,11 +45,13 @@ def measure_speed(
     """
     decode_tokens(model, input_ids, 3)
     prefill, step = [float("inf")] * len(settings), [float("inf")] * len(settings)
+    one_call = [True] * len(settings)
     for _ in range(repeats):
         for number, setting in enumerate(settings):
             setting()
-            _, times = decode_tokens(model, input_ids, new_tokens)
+            _, times, taken_over = decode_tokens(model, input_ids, new_tokens)
+            one_call[number] &= taken_over
             prefill[number] = min(prefill[number], times[1] - times[0])
             step[number] = min(step[number], *(b - a for a, b in itertools.pairwise(times[1:])))
     size = weight_bytes_per_token(model)
-    return [Speed(first, 1 / seconds, size) for first, seconds in zip(prefill, step, strict=True)]
+    return [Speed(first, 1 / seconds, size, how) for first, seconds, how in zip(prefill, step, one_call, strict=True)]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,7 +21,7 @@ from calibration.memory import peak_rss_bytes
 from calibration.model.classes import rope_switch
 from calibration.shown import Shown
 from calibration.text.encoding import prompt_ids
-from ptq.runtime.decoding.stepper import Stepper, take_over
+from ptq.runtime.decoding.stepper import Stepper, first_step
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer shows for bytes of an unfinished character
 
@@ -38,6 +38,7 @@ class Generation(Shown):
         weight_bytes_read_per_token: see `weight_bytes_per_token`.
         peak_rss_bytes: highest resident set of the process so far.
         linears: how they were computed, as `Loaded.path` says.
+        one_call: steps were one call each, see `decode_tokens`.
     """
 
     text: str
@@ -48,6 +49,12 @@ class Generation(Shown):
     weight_bytes_read_per_token: int
     peak_rss_bytes: int
     linears: str = ""
+    one_call: bool = False
+
+    @property
+    def steps(self) -> str:
+        """``one call each`` or ``the model's own``"""
+        return "one call each" if self.one_call else "the model's own"
 
     def facts(self) -> Mapping[str, object]:
         speed = self.decode_tokens_per_second
@@ -57,6 +64,7 @@ class Generation(Shown):
             "speed": "" if speed is None else f"{speed:.1f} tokens/s",
             "first token": f"after {self.prefill_seconds:.2f} s",
             "linears": self.linears,
+            "steps": self.steps,
             "weights read": f"{self.weight_bytes_read_per_token / 1e6:.1f} MB per token",
         }
 
@@ -146,6 +154,20 @@ class _Stream:
             self.callback(text[self.shown :])
 
 
+class Decoded(NamedTuple):
+    """What `decode_tokens` made.
+
+    Attributes:
+        tokens: new ones, the end token included.
+        times: the start, then one for each new token, in seconds.
+        one_call: steps behind the second token were one call each.
+    """
+
+    tokens: list[int]
+    times: list[float]
+    one_call: bool
+
+
 def decode_tokens(
     model: Any,
     input_ids: torch.Tensor,
@@ -155,7 +177,7 @@ def decode_tokens(
     end_tokens: frozenset[int] = frozenset(),
     on_token: Callable[[int], None] | None = None,
     fused: bool = True,
-) -> tuple[list[int], list[float]]:
+) -> Decoded:
     """Token by token after ``input_ids`` int64 ``[1, n]``, with a key-value cache.
 
     Where a model changes its rotary frequencies at some length (LongRoPE), the cache is made anew there, once.
@@ -163,9 +185,6 @@ def decode_tokens(
     Args:
         fused: on CPUs, steps behind the second token are one call each where `stepper` knows the model, the first such
             step having given the model's own logits.
-
-    Returns:
-        The new tokens, the end token included, and times: the start, then one for each new token.
     """
     from transformers import DynamicCache
 
@@ -184,7 +203,7 @@ def decode_tokens(
             if stepper is not None:
                 logits = stepper(input_ids)
             elif fused and number == 1:
-                logits, stepper = _first_step(model, input_ids, arguments, sequence.shape[1] - 1, room)
+                logits, stepper = first_step(model, input_ids, arguments, sequence.shape[1] - 1, room)
             else:
                 logits = model(input_ids=input_ids, **arguments).logits[0, -1]
             if temperature > 0:
@@ -203,26 +222,7 @@ def decode_tokens(
             sequence = torch.cat([sequence, input_ids], dim=1)
             if sequence.shape[1] - 1 == switch:
                 input_ids, arguments["past_key_values"] = sequence, DynamicCache(config=model.config)
-    return tokens, times
-
-
-def _first_step(
-    model: Any, token: torch.Tensor, arguments: dict[str, Any], position: int, room: int
-) -> tuple[torch.Tensor, Stepper | None]:
-    """The model's step behind its prompt, and what goes on from there if it does the same."""
-    stepper = take_over(model, arguments["past_key_values"], position, room)
-    if stepper is None:
-        return model(input_ids=token, **arguments).logits[0, -1], None
-    entered: list[torch.Tensor] = []
-    blocks = model.get_decoder().layers
-    hook = blocks[0].register_forward_pre_hook(
-        lambda _, args, named: entered.append(args[0] if args else named["hidden_states"]), with_kwargs=True
-    )
-    try:
-        logits = model(input_ids=token, **arguments).logits[0, -1]
-    finally:
-        hook.remove()
-    return logits, stepper if stepper.agrees(token, entered[0], logits) else None
+    return Decoded(tokens, times, stepper is not None)
 
 
 def generate(
@@ -251,7 +251,7 @@ def generate(
     shown = None if stream is None else _Stream(tokenizer, stream)
     on_token = None if shown is None else shown.put
     ends = _end_tokens(model, tokenizer)
-    tokens, times = decode_tokens(model, input_ids, max_new_tokens, temperature, seed, ends, on_token)
+    tokens, times, one_call = decode_tokens(model, input_ids, max_new_tokens, temperature, seed, ends, on_token)
     if shown is not None:
         shown.finish()
     return Generation(
@@ -263,4 +263,5 @@ def generate(
         weight_bytes_read_per_token=weight_bytes_per_token(model),
         peak_rss_bytes=peak_rss_bytes(),
         linears=linears,
+        one_call=one_call,
     )

@@ -47,8 +47,14 @@ def load_with_sites(
         for site in sites
     )
     phase, modes = Phase(), decode_modes(architecture, sites)
-    build = int4_layers(modes, phase, dtype, device, kernel)
-    loaded = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, build=build)
+    loaded = load_model(
+        folder,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        build=int4_layers(modes, phase, dtype, device, kernel),
+        decoding=True,
+    )
     decoder = attach(loaded.model, architecture, sites, phase, kernel)
     return replace(loaded, decoding=f"{decoder.path} decoding sparsely"), decoder
 

@@ -22,7 +22,7 @@ import torch
 from calibration.errors import ToolkitError
 
 SOURCES = ("gemv.cpp", "int4.cpp")
-HEADERS = ("simd.h", "kept.h")
+HEADERS = ("simd.h", "kept.h", "gemv.h", "int4.h")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 LEVELS: dict[str, tuple[str, ...]] = {

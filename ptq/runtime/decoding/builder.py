@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptq.runtime.decoding.native import Matrix, Op, code_matrix, float_matrix, pointer
+from ptq.runtime.decoding.native import Matrix, Op, code_matrix, float_matrix, pointer, set_mask, word_matrix
 from ptq.runtime.linear import QuantLinear
+from sparsity.decode import DecodeLinear, MaskedLinear, Phase
+from sparsity.kernels.kernel import Mask
+from sparsity.kernels.native import NATIVE
 
 LINEAR, GATED, ROTATE, ATTEND, NORM = range(5)
 """Kinds of an `Op`."""
@@ -69,8 +72,12 @@ class Builder:
         kept: tensors whose memory operations read.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, phase: Phase | None = None) -> None:
+        """
+        Args:
+            phase: of a model with thresholds, which its layers must share.
+        """
+        self.dtype, self.phase = dtype, phase
         self.ops: list[Op] = []
         self.kept: list[torch.Tensor] = []
         self.size = 0
@@ -94,6 +101,11 @@ class Builder:
         Raises:
             Unsupported: a layer that does more, or that another kernel computes.
         """
+        if isinstance(module, DecodeLinear):
+            return self._decoding(module)
+        if isinstance(module, MaskedLinear):
+            matrix, mask = self.matrix(module.inner), Mask(module.threshold, module.center)
+            return self._pruned(matrix, mask) if self.masked(module.phase) else matrix
         if isinstance(module, QuantLinear):
             return self._codes(module)
         if type(module) is not nn.Linear:
@@ -110,6 +122,49 @@ class Builder:
         bias = None if stored.get("bias") is None else self.keep(stored["bias"].float())
         codes, scale = (self.keep(stored[name]) for name in ("codes", "scale"))
         return code_matrix(codes, scale, stored.get("zero"), module.in_features, bias)
+
+    def masked(self, phase: Phase) -> bool:
+        """Whether the thresholds of a layer apply.
+
+        Raises:
+            Unsupported: the layer is not told what a forward pass is, or counts the rows that it reads.
+        """
+        if phase is not self.phase or phase.counting:
+            raise Unsupported("sparse layers of another model" if phase is not self.phase else "rows are being counted")
+        return phase.masked
+
+    def mask(self, mask: Mask, width: int) -> Mask:
+        """A mask of so many values, kept.
+
+        Raises:
+            Unsupported: it is of another number.
+        """
+        vectors = [t for t in (mask.threshold, mask.center) if t is not None]
+        if any(t.numel() not in (1, width) or t.dtype != torch.float32 for t in vectors):
+            raise Unsupported("thresholds of another width or dtype")
+        kept = [self.keep(t.contiguous()) for t in vectors]
+        return Mask(*kept)
+
+    def _pruned(self, matrix: Matrix, mask: Mask) -> Matrix:
+        set_mask(matrix, self.mask(mask, matrix.columns))
+        return matrix
+
+    def _decoding(self, module: DecodeLinear) -> Matrix:
+        if module.kernel is not NATIVE:
+            raise Unsupported(f"a linear of sparse kernel '{module.kernel.name}'")
+        mask = module.mask if self.masked(module.phase) else None
+        bias = module.bias if mask is None else module.shifted_bias
+        if bias is not None and bias.numel() != module.out_features:
+            raise Unsupported("a bias has another width")
+        rows, bias = module.weight_rows, None if bias is None else self.keep(bias.float().contiguous())
+        if isinstance(rows, torch.Tensor):
+            if rows.dtype not in (torch.float32, torch.bfloat16):
+                raise Unsupported(f"a weight in {str(rows.dtype).removeprefix('torch.')}")
+            matrix = float_matrix(self.keep(rows), bias, module.mode == "input")
+        else:
+            self.kept += [rows.codes, rows.scale, *([] if rows.zero is None else [rows.zero])]
+            matrix = word_matrix(rows, bias)
+        return matrix if mask is None else self._pruned(matrix, mask)
 
     def norm(self, module: nn.Module, width: int) -> Norm:
         """Of an RMS norm, whatever it adds to its weight: of a vector of ones, whose mean square is 1, it gives that.
@@ -143,10 +198,24 @@ class Builder:
         op = Op(kind=LINEAR, source=source, target=target, barrier=barrier, first=self.matrix(module), add=add)
         self._behind(op, norm)
 
-    def add_gated(self, gate: nn.Module, up: nn.Module, act: Any, source: int, target: int, norm: Norm | None) -> None:
-        """``target = act(gate(norm(source))) * up(norm(source))``"""
+    def add_gated(
+        self,
+        gate: nn.Module,
+        up: nn.Module,
+        act: Any,
+        source: int,
+        target: int,
+        norm: Norm | None,
+        mask: Mask | None = None,
+    ) -> None:
+        """``target = act(gate(norm(source))) * up(norm(source))``, the first factor pruned by the mask."""
         op = Op(kind=GATED, source=source, target=target, barrier=1, activation=activation(act))
         op.first, op.second = self.matrix(gate), self.matrix(up)
+        if mask is not None:
+            if not isinstance(up, DecodeLinear) or op.second.transposed:
+                raise Unsupported("a gate is pruned in front of a linear whose rows are all read")
+            threshold = self.mask(mask, part(gate, "out_features")).threshold
+            op.gate, op.gates = pointer(threshold), threshold.numel()
         self._behind(op, norm)
 
     def add_norm(self, norm: Norm, source: int, target: int, add: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""The C++ side (``rows.h``, ``step.cpp``): its structures, and calls with tensors."""
+"""The C++ side (``rows.h``, ``products.h``, ``step.cpp``): its structures, and calls with tensors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from sparsity.kernels import build
+from sparsity.kernels.int4 import Int4Rows
+from sparsity.kernels.kernel import Mask
 
 FOLDER = Path(__file__).parent
-FLOAT32, BFLOAT16, INT4, INT8 = range(4)
+FLOAT32, BFLOAT16, INT4, INT8, WORDS4 = range(5)
 """Kinds of a `Matrix`."""
 PIECE = 64
 """Columns of codes that a line is padded to."""
@@ -22,11 +24,13 @@ POINTER, LONG, FLOAT, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctyp
 
 
 class Matrix(ctypes.Structure):
-    """``W [rows, columns]`` by rows, see ``rows.h``."""
+    """``W [rows, columns]`` by rows or by columns, and which inputs are in use; see ``rows.h``."""
 
     _fields_ = (
         *((name, POINTER) for name in ("data", "scale", "zero", "bias")),
         *((name, LONG) for name in ("rows", "columns", "group", "kind", "wide")),
+        *((name, POINTER) for name in ("threshold", "center")),
+        *((name, LONG) for name in ("thresholds", "centers", "transposed")),
     )
 
 
@@ -43,6 +47,8 @@ class Op(ctypes.Structure):
         *((name, LONG) for name in ("keys", "values")),
         *((name, POINTER) for name in ("cosine", "sine", "key_cache", "value_cache")),
         *((name, LONG) for name in ("heads", "key_heads", "width", "rotary", "positions", "window")),
+        ("gate", POINTER),
+        ("gates", LONG),
     )
 
 
@@ -53,7 +59,8 @@ def library(level: str | None = None) -> Any:
     Raises:
         ToolkitError: see `sparsity.kernels.build.compiled`.
     """
-    headers = [Path(build.__file__).parent / "simd.h", FOLDER / "rows.h"]
+    shared = Path(build.__file__).parent
+    headers = [*(shared / name for name in build.HEADERS), FOLDER / "rows.h", FOLDER / "products.h"]
     return build.compiled("step", [FOLDER / "step.cpp"], headers, level)
 
 
@@ -63,10 +70,27 @@ def pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def float_matrix(weight: torch.Tensor, bias: torch.Tensor | None) -> Matrix:
-    """Of a float32 or bfloat16 weight ``[out, in]``; the bias is float32."""
+def float_matrix(weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool = False) -> Matrix:
+    """Of a float32 or bfloat16 weight ``[out, in]``, or ``[in, out]``; the bias is float32."""
     kind = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}[weight.dtype]
-    return Matrix(pointer(weight), None, None, pointer(bias), *weight.shape, weight.shape[1], kind, 0)
+    rows, columns = reversed(weight.shape) if transposed else weight.shape
+    parts = (pointer(weight), None, None, pointer(bias), rows, columns, columns, kind)
+    return Matrix(*parts, transposed=transposed)
+
+
+def word_matrix(weight: Int4Rows, bias: torch.Tensor | None) -> Matrix:
+    """Of codes for sparse products, in either mode; the bias is float32."""
+    transposed = weight.mode == "input"
+    rows, columns = (weight.width, weight.lines) if transposed else (weight.lines, weight.width)
+    parts = (pointer(t) for t in (weight.codes, weight.scale, weight.zero, bias))
+    return Matrix(*parts, rows, columns, weight.group, WORDS4, transposed=transposed)
+
+
+def set_mask(matrix: Matrix, mask: Mask) -> None:
+    """Which inputs of a weight are in use; whoever asks keeps the mask alive."""
+    matrix.threshold, matrix.thresholds = pointer(mask.threshold), mask.threshold.numel()
+    if mask.center is not None:
+        matrix.center, matrix.centers = pointer(mask.center), mask.center.numel()
 
 
 def code_matrix(
@@ -79,9 +103,10 @@ def code_matrix(
 
 
 def products(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
-    """``x [tokens, in]`` float32 to ``[tokens, out]`` float32, by the rows of ``matrix``."""
+    """``x [tokens, in]`` float32 to ``[tokens, out]`` float32, by the rows of ``matrix``, all of them."""
     x, y = x.contiguous(), torch.empty(len(x), matrix.rows)
     assert x.dtype == torch.float32 and x.shape[1] == matrix.columns
+    assert not matrix.transposed and matrix.kind != WORDS4, "of these one token is multiplied, in a step"
     arguments = ctypes.byref(matrix), POINTER(pointer(x)), POINTER(pointer(y)), LONG(len(x))
     library().ptq_products(*arguments, INT(torch.get_num_threads()))
     return y

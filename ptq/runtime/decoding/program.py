@@ -18,6 +18,8 @@ from torch import nn
 
 from ptq.runtime.decoding.builder import ATTEND, ROTATE, Builder, Unsupported, fitting, part
 from ptq.runtime.decoding.native import Op, pointer
+from sparsity.attach import PhaseWatch
+from sparsity.decode import GatedFeedForward, Phase
 from sparsity.kernels.build import cpu_level
 
 PAIRS = {"AVX512": 32, "AVX2": 16}
@@ -44,6 +46,7 @@ class Program:
         hidden, logits: parts of it: where the state of the residual stream lies, and the result.
         keys, values: of each layer ``[key heads, positions, width]``, in the model's dtype.
         kept: tensors that nothing else keeps alive.
+        phase: of a model with thresholds of activation sparsity, as they applied when it was read.
     """
 
     ops: Any
@@ -53,6 +56,7 @@ class Program:
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     kept: list[torch.Tensor]
+    phase: Phase | None
 
 
 def read_program(model: Any, positions: int, windows: Sequence[int]) -> Program:
@@ -69,10 +73,11 @@ def read_program(model: Any, positions: int, windows: Sequence[int]) -> Program:
     attention = getattr(model.config, "_attn_implementation", None)
     if attention not in PLAIN_ATTENTION:
         raise Unsupported(f"attention by '{attention}'")
-    changed = next((name for name, module in model.named_modules() if _changed(module)), None)
+    watches = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, PhaseWatch)]
+    changed = next((name for name, module in model.named_modules() if _changed(module, watches)), None)
     if changed is not None:
         raise Unsupported(f"hooks, or another forward pass, in {changed or 'the model'}")
-    reader = _Reader(model, positions, windows)
+    reader = _Reader(model, positions, windows, watches[0].phase if len(watches) == 1 else None)
     for number, layer in enumerate(part(reader.base, "layers")):
         reader.block(layer, number)
     head = model.get_output_embeddings()
@@ -89,23 +94,25 @@ def read_program(model: Any, positions: int, windows: Sequence[int]) -> Program:
         reader.keys,
         reader.values,
         build.kept,
+        build.phase,
     )
 
 
-def _changed(module: nn.Module) -> bool:
-    """Whether something else than its class decides what a module does: masks of activation sparsity, for example."""
-    return bool(module._forward_pre_hooks or module._forward_hooks) or "forward" in vars(module)
+def _changed(module: nn.Module, known: Sequence[PhaseWatch]) -> bool:
+    """Whether something else than its class decides what a module does: masks for scoring, for example."""
+    hooks = [hook for hook in module._forward_pre_hooks.values() if hook not in known]
+    return bool(hooks or module._forward_hooks) or "forward" in vars(module)
 
 
 class _Reader:
     """One model on its way into a `Builder`."""
 
-    def __init__(self, model: Any, positions: int, windows: Sequence[int]) -> None:
+    def __init__(self, model: Any, positions: int, windows: Sequence[int], phase: Phase | None) -> None:
         self.base: Any = model.get_decoder()
         self.config = self.base.config
         self.width: int = self.config.hidden_size
         self.positions, self.windows = positions, windows
-        self.build = Builder(model.dtype)
+        self.build = Builder(model.dtype, phase)
         self.hidden = self.build.place("hidden", self.width)
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
@@ -133,13 +140,18 @@ class _Reader:
 
     def feed_forward(self, layer: Any, norm: Any, target: int, add: bool) -> None:
         mlp = part(layer, "mlp")
-        gate, up, down = (part(mlp, f"{name}_proj") for name in ("gate", "up", "down"))
-        act = getattr(mlp, "act_fn", None) or part(mlp, "activation_fn")
+        mask, ending = None, "_proj"
+        if isinstance(mlp, GatedFeedForward):
+            ending, mask = "", mlp.mask if self.build.masked(mlp.phase) else None
+            act = mlp.activation
+        else:
+            act = getattr(mlp, "act_fn", None) or part(mlp, "activation_fn")
+        gate, up, down = (part(mlp, name + ending) for name in ("gate", "up", "down"))
         for module in (gate, up):
             fitting(module, self.width, gate.out_features)
         fitting(down, gate.out_features, self.width)
         place = self.build.place("mlp", gate.out_features)
-        self.build.add_gated(gate, up, act, self.hidden, place, norm)
+        self.build.add_gated(gate, up, act, self.hidden, place, norm, mask)
         self.build.add_linear(down, place, target, add=add)
 
     def attention(self, layer: Any, number: int, norm: Any, target: int, add: bool) -> None:

@@ -10,15 +10,18 @@
 
 #include "simd.h"
 
-enum Kind : long { FLOAT32 = 0, BFLOAT16 = 1, INT4 = 2, INT8 = 3 };
+enum Kind : long { FLOAT32 = 0, BFLOAT16 = 1, INT4 = 2, INT8 = 3, WORDS4 = 4 };
 
 // W [rows, columns]. INT4: a line has 32 bytes per 64 columns, byte i holding column i (low half) and 32 + i; INT8: a
 // byte per column. Both are padded to whole pieces of 64. scale and zero [rows, columns / group]; no zero: 8 or 128.
+// WORDS4: the layout of sparsity/kernels/int4.py. Transposed weights (floats or WORDS4) are stored by their columns.
 struct Matrix {
     const void *data, *scale;
     const uint8_t* zero;
     const float* bias;
     long rows, columns, group, kind, wide;  // wide: scales are floats, not bfloat16
+    const float *threshold, *center;        // of inputs, one or one each; no threshold: all are in use
+    long thresholds, centers, transposed;
 };
 
 constexpr int PIECE = 64;
@@ -292,10 +295,4 @@ static inline void dots(const Matrix& w, const Input& x, long from, long to, flo
     else code_rows<bf16>(w, x, from, to, y);
     if (w.bias)
         for (long r = from; r < to; r++) y[r - from] += w.bias[r];
-}
-
-static inline void prepare(const Matrix& w, Input& x) {
-    if (w.kind == BFLOAT16) x.pair();
-    if (w.kind == INT4) x.code(w.group, 8);
-    if (w.kind == INT8) x.code(w.group, 128);
 }

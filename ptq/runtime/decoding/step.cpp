@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "rows.h"
+#include "products.h"
 
 namespace {
 
@@ -22,6 +22,8 @@ struct Op {
     const float *cosine, *sine;    // [positions, rotary]
     void *key_cache, *value_cache; // [key heads, positions, width]
     long heads, key_heads, width, rotary, positions, window;
+    const float* gate;             // GATED: rows of `second` are read where act(first) is above this; none: all
+    long gates;
 };
 
 thread_local Input input;
@@ -57,8 +59,13 @@ void take_input(const Op& op, const float* work, bool same) {
         if (op.norm) rms_norm(work + op.source, op.norm, op.epsilon, op.first.columns, x);
         else std::copy(work + op.source, work + op.source + op.first.columns, x);
     }
-    prepare(op.first, input);
-    if (op.kind == GATED) prepare(op.second, input);
+    if (op.gate) prepare(op.second, input);
+}
+
+// The first of the outputs that a thread makes.
+long begin_of(const Op& op, int thread, int threads) {
+    const long unit = std::max(unit_of(op.first), op.kind == GATED ? unit_of(op.second) : 1);
+    return std::min(op.first.rows, (op.first.rows + unit - 1) / unit * thread / threads * unit);
 }
 
 template <class T> void rotate_head(const float* x, float* y, T* cache, const Op& op, const float* norm, long position) {
@@ -135,21 +142,26 @@ template <class T> void attend(const Op& op, float* work, long position, int thr
 }
 
 void carry_out(const Op& op, float* work, long position, bool same, int thread, int threads) {
-    const long from = thread * op.first.rows / threads, to = (thread + 1) * op.first.rows / threads;
+    const long from = begin_of(op, thread, threads), to = begin_of(op, thread + 1, threads);
     float* y = work + op.target;
     switch (op.kind) {
         case LINEAR:
             take_input(op, work, same);
             made.resize(to - from);
-            dots(op.first, input, from, to, made.data());
+            product(op.first, input, from, to, made.data());
             for (long r = from; r < to; r++) y[r] = made[r - from] + (op.add ? y[r] : 0.f);
             break;
         case GATED:
             take_input(op, work, same);
             made.resize(2 * (to - from));
-            dots(op.first, input, from, to, made.data());
-            dots(op.second, input, from, to, made.data() + (to - from));
-            for (long r = from; r < to; r++) y[r] = activated(made[r - from], op.activation) * made[to - from + r - from];
+            product(op.first, input, from, to, made.data());
+            for (long r = 0; r < to - from; r++) made[r] = activated(made[r], op.activation);
+            if (op.gate) {
+                if (from < to) kept_rows(op.second, input, made.data(), op.gate, op.gates, from, to, y + from);
+                break;
+            }
+            product(op.second, input, from, to, made.data() + (to - from));
+            for (long r = from; r < to; r++) y[r] = made[r - from] * made[to - from + r - from];
             break;
         case ROTATE:
             op.half_keys ? rotate<bf16>(op, work, position, thread, threads) : rotate<float>(op, work, position, thread, threads);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class Stepper:
 
     Attributes:
         position: of the next token.
+        phase: of a model with thresholds of activation sparsity.
     """
 
     def __init__(self, model: Any, cache: Any, position: int, room: int) -> None:
@@ -40,6 +42,7 @@ class Stepper:
         except ToolkitError as error:
             raise Unsupported(error.message) from error
         self.embedding, self.position = model.get_input_embeddings(), position
+        self.phase = self.program.phase
         self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.factor = 1.0
         for layer, keys, values in zip(cache.layers, self.program.keys, self.program.values, strict=True):
@@ -85,3 +88,56 @@ def take_over(model: Any, cache: Any, position: int, room: int) -> Stepper | Non
         return Stepper(model, cache, position, room)
     except (Unsupported, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return None
+
+
+def first_step(
+    model: Any, token: torch.Tensor, arguments: dict[str, Any], position: int, room: int
+) -> tuple[torch.Tensor, Stepper | None]:
+    """The step behind a prompt, and what goes on from there if it does the same as the model.
+
+    With thresholds of activation sparsity the steps compared are dense ones: which values are pruned hangs on the last
+    digit, so that two ways to round to bfloat16 end far apart.
+
+    Args:
+        token: int64 ``[1, 1]``.
+        arguments: of the model, with its cache; the model's own steps go on with what is in them then.
+        position: of the token.
+        room: positions to make room for.
+
+    Returns:
+        logits ``[vocabulary]``, and None where the model has to go on by itself.
+    """
+    stepper = take_over(model, arguments["past_key_values"], position, room)
+    if stepper is None:
+        return model(input_ids=token, **arguments).logits[0, -1], None
+    if stepper.phase is None or not stepper.phase.masked:
+        logits, entered = _watched_step(model, token, arguments)
+        return logits, stepper if stepper.agrees(token, entered, logits) else None
+    untouched = copy.deepcopy(arguments["past_key_values"])
+    stepper.phase.masked = False
+    try:
+        dense = take_over(model, arguments["past_key_values"], position, room)
+        logits, entered = _watched_step(model, token, arguments)
+    finally:
+        stepper.phase.masked = True
+    if dense is not None and dense.agrees(token, entered, logits):
+        stepper.factor = dense.factor
+        return stepper(token), stepper
+    arguments["past_key_values"] = untouched
+    return model(input_ids=token, **arguments).logits[0, -1], None
+
+
+def _watched_step(model: Any, token: torch.Tensor, arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits ``[vocabulary]`` of the model, and what its first block was given."""
+    entered: list[torch.Tensor] = []
+    hook = (
+        model.get_decoder()
+        .layers[0]
+        .register_forward_pre_hook(
+            lambda _, args, named: entered.append(args[0] if args else named["hidden_states"]), with_kwargs=True
+        )
+    )
+    try:
+        return model(input_ids=token, **arguments).logits[0, -1], entered[0]
+    finally:
+        hook.remove()

@@ -1,0 +1,153 @@
+"""Sparse decoding in one call per step: the tokens of the layers that decode sparsely, and what is left to them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from runtime_layers import quantized
+from test_runtime_decoding import family, level, watched
+from test_sparse_decode import gate_sites, input_sites, linears
+from transformers import DynamicCache
+
+from calibration.architectures import resolve
+from ptq.runtime.decoding.builder import Unsupported
+from ptq.runtime.decoding.stepper import Stepper
+from ptq.runtime.generate import decode_tokens
+from ptq.runtime.kernels.rows import ROWS
+from ptq.runtime.linear import QuantLinear
+from ptq.sparse.decoding import int4_layers
+from sparsity.attach import attach, decode_modes
+from sparsity.decode import MaskedLinear, Phase
+from sparsity.sites import Site
+
+__all__ = ["level"]  # a fixture
+PROMPT, STEPS = 9, 12
+
+
+def scap(model, architecture) -> list[Site]:
+    return [site for site in input_sites(model, architecture) if ".mlp." in site.linear]
+
+
+def chess_qo(model, architecture) -> list[Site]:
+    ends = ("q_proj", "o_proj")
+    return gate_sites(model, architecture) + [s for s in input_sites(model, architecture) if s.linear.endswith(ends)]
+
+
+KINDS = {"teal": input_sites, "scap": scap, "cats": gate_sites, "chess-qo": chess_qo}
+"""Thresholds of one value and of one per channel, some around a center; other ones at every site."""
+
+
+def sparse_model(kind: str, scheme: str | None = None, name: str = "llama", **more: object):
+    """A model that decodes sparsely, with random codes where there is a scheme, and its `SparseDecoder`."""
+    model, phase = family(name, intermediate_size=128, **more), Phase()
+    architecture = resolve(model.config)
+    sites = KINDS[kind](model, architecture)
+    if scheme is not None:
+        sites = [Site(s.linear, s.mode, s.threshold) for s in sites]  # shifts belong to the float weights
+        modes = decode_modes(architecture, sites)
+        build = int4_layers(modes, phase, torch.float32, torch.device("cpu"), None)
+        for number, path in enumerate(linears(architecture)):
+            q = quantized(scheme, *model.get_submodule(path).weight.shape, seed=number)
+            q = dataclasses.replace(q, scale=q.scale * 4)  # so that what blocks add matters
+            layer = build(path, q, None) or QuantLinear(q, None, torch.float32, "cpu", ROWS.name)
+            model.set_submodule(path, layer)
+    return model, attach(model, architecture, sites, phase)
+
+
+def prompt() -> torch.Tensor:
+    return torch.randint(1, 96, (1, PROMPT), generator=torch.Generator().manual_seed(1))
+
+
+def steps(model, monkeypatch, *, taken_over: bool = True, agreed: tuple[bool, ...] = (True,)) -> list[int]:
+    """Tokens, which must be those of the layers."""
+    with monkeypatch.context() as patched:
+        seen = watched(patched)
+        expected = decode_tokens(model, prompt(), STEPS, fused=False)
+        found = decode_tokens(model, prompt(), STEPS)
+    assert found.one_call == taken_over and tuple(seen) == agreed and not expected.one_call
+    assert found.tokens == expected.tokens
+    return found.tokens
+
+
+@pytest.mark.parametrize("scheme", [None, "w4a16-g32-asym", "w4a16-g64-sym", "w8a16-g32-asym"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_are_those_of_the_layers(level, kind, scheme, monkeypatch):
+    model, decoder = sparse_model(kind, scheme)
+    eight_bit_rows = scheme == "w8a16-g32-asym" and kind in ("cats", "chess-qo")
+    known = {"taken_over": False, "agreed": ()} if eight_bit_rows else {}  # rows of up are all read
+    sparse = steps(model, monkeypatch, **known)
+    decoder.phase.masked = False
+    assert steps(model, monkeypatch) != sparse, "the masks do something"
+
+
+def test_other_families_and_windows(monkeypatch):
+    for name, more in (("qwen3", {}), ("mistral", {"sliding_window": 8})):
+        model, decoder = sparse_model("teal", name=name, **more)
+        sparse = steps(model, monkeypatch)
+        decoder.phase.masked = False
+        assert steps(model, monkeypatch) != sparse
+
+
+@pytest.mark.parametrize("scheme", [None, "w4a16-g64-sym"])
+@pytest.mark.parametrize("kind", ["teal", "cats"])
+def test_threads_share_the_outputs(kind, scheme):
+    """To the last bit: what a thread makes does not hang on who makes the rest."""
+    model, _ = sparse_model(kind, scheme)
+    cache, logits, before = DynamicCache(config=model.config), [], torch.get_num_threads()
+    try:
+        with torch.inference_mode():
+            model(prompt(), past_key_values=cache, use_cache=True)
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                stepper = Stepper(model, cache, PROMPT, PROMPT + 3)
+                logits.append(torch.stack([stepper(torch.tensor([[token]])).clone() for token in (5, 70, 33)]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+def test_bfloat16_is_taken_over():
+    """Which values are pruned hangs on rounding: dense steps are compared, and the thresholds stay on behind it."""
+    model, decoder = sparse_model("teal")
+    model.to(torch.bfloat16)
+    for layer in decoder.linears.values():
+        layer.weight_rows, layer.dtype = layer.weight_rows.to(torch.bfloat16), torch.bfloat16
+    assert decode_tokens(model, prompt(), STEPS).one_call and decoder.phase.masked
+
+
+def test_a_model_that_does_more_goes_on_by_itself(monkeypatch):
+    """Granite multiplies what it adds to the residual stream; its window is passed, and its cache as before."""
+    steps(
+        sparse_model("teal", name="granite", residual_multiplier=0.5)[0], monkeypatch, taken_over=False, agreed=(False,)
+    )
+
+
+def refused(model, why: str) -> None:
+    with pytest.raises(Unsupported, match=why):
+        Stepper(model, DynamicCache(config=model.config), 0, 8)
+
+
+def test_what_it_does_not_know_is_left_to_the_layers(monkeypatch):
+    model, decoder = sparse_model("teal")
+    decoder.phase.counting = True
+    refused(model, "rows are being counted")
+    assert not decode_tokens(model, prompt(), 4).one_call and decoder.bytes_skipped(3) > 0
+    decoder.phase.counting = False
+    decoder.linears["model.layers.1.mlp.up_proj"].phase = Phase()
+    refused(model, "sparse layers of another model")
+    model = family("llama")
+    architecture = resolve(model.config)
+    attach(model, architecture, input_sites(model, architecture), Phase(), "reference")
+    refused(model, "sparse kernel 'reference'")
+    model, decoder = sparse_model("cats")
+    network = model.model.layers[0].mlp
+    network.up = MaskedLinear(network.up, torch.zeros(1), None, decoder.phase)
+    refused(model, "rows are all read")
+    model, decoder = sparse_model("teal")
+    decoder.linears["model.layers.0.mlp.up_proj"].mask.threshold.resize_(7)
+    refused(model, "thresholds of another width")
+    model, _ = sparse_model("teal")
+    model.register_forward_pre_hook(lambda module, args: None)
+    refused(model, "hooks, or another forward pass, in the model")
