@@ -6,7 +6,7 @@ The files are in the native layout whatever the format of the output.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader
 from calibration.walk.segment import Segment
 from calibration.walk.walk import Tensors, Transforms
+from ptq.formats.native import ORDER as NATIVE_ORDER
 from ptq.formats.registry import FORMATS
 from ptq.linears import ModelLayout
 from ptq.numerics.activations import fake_quantize_inputs
@@ -51,6 +52,19 @@ class CommittedBlocks:
             taken = {f"{n}.{s}" for n in quantized for s in NATIVE.suffixes}
             yield quantized, {n: t for n, t in tensors.items() if n not in taken}
 
+    def stored(
+        self, advance: Callable[[str], None]
+    ) -> Iterator[tuple[dict[str, QuantizedTensor], dict[str, torch.Tensor]]]:
+        """The same for an output in the native layout, in which the files are already: all tensors as they lie there,
+        in the order in which they are laid out. ``advance`` is called with every linear."""
+        for path in self.paths:
+            with CheckpointReader.of_file(path) as file:
+                names = {f"{n}.{s}": n for n in self.schemes for s in NATIVE_ORDER if f"{n}.{s}" in file.infos}
+                tensors = {n: file.tensor(n) for n in (*(n for n in file.infos if n not in names), *names)}
+            yield {}, tensors
+            for name in dict.fromkeys(names.values()):
+                advance(name)
+
 
 SATURATED = "saturated scales"  # the note of a linear that has some
 
@@ -63,8 +77,8 @@ def encode_segment(segment: Segment) -> dict[str, torch.Tensor]:
         quantized[segment.full_name(name)] = dataclasses.replace(replacement, parts=segment.parts.get(name, {}))
     replaced = {f"{name}.weight" for name in segment.quantized}
     others = {
-        segment.full_name(name): master.to(segment.stored_dtypes[name])
-        for name, master in segment.masters.items()
+        segment.full_name(name): segment.masters[name].to(segment.stored_dtypes[name])
+        for name in segment.masters
         if name not in replaced
     }
     missing = set(segment.schemes) - set(segment.quantized)

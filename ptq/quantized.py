@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,12 +11,10 @@ from ptq.numerics.binary import mixed_values, unpack_mask
 from ptq.numerics.grids import levels_of, step_of
 from ptq.numerics.groups import join, rows_per_group, scales_of_rows, split
 from ptq.numerics.lowrank import factor_product
-from ptq.numerics.objective import row_chunks
+from ptq.numerics.objective import CACHED_BYTES, row_chunks
 from ptq.numerics.superblocks import SuperGrid
 from ptq.numerics.superblocks import dequantize as dequantize_super
 from ptq.scheme import QuantScheme
-
-CHUNK = 1_000_000  # bytes of float32 weights at a time, which stay in cache
 
 PARTS: dict[str, str] = {
     "lora_a": "int8 codes or float16 values [rank, in] of the low-rank part W += (b * scale) a",
@@ -136,13 +134,27 @@ class QuantizedTensor:
             zero = None if zero is None else zero[:, index]
             return (levels_of(self.codes, zero, quant) * step[:, index]).to(dtype)
         out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
-        for rows in row_chunks(*self.shape, multiple=rows_per_group(quant, self.shape[0]), size=CHUNK):
-            where = scales_of_rows(quant, self.shape[0], rows)
-            level = levels_of(
-                split(self.codes[rows], quant.grouping), None if zero is None else zero[where].unsqueeze(-1), quant
-            )
-            out[rows] = join(level.mul_(step[where].unsqueeze(-1)), quant.grouping)
+        for rows in row_chunks(*self.shape, multiple=rows_per_group(quant, self.shape[0]), size=CACHED_BYTES):
+            out[rows] = self._rows(step, rows)
         return out
+
+    def by_rows(self, dtype: torch.dtype = torch.float32) -> Callable[[slice], torch.Tensor]:
+        """`dequantize` some rows at a time: slice -> ``[rows, in]``. Made as a whole at once where rows do not stand
+        alone: groups of rows, super-blocks, columns in an order of their own, parts."""
+        plain = self.super_scale is None and self.group_index is None and not self.parts
+        if not plain or rows_per_group(self.scheme.weights, self.shape[0]) > 1:
+            return self.dequantize(dtype).__getitem__
+        step = self.step
+        return lambda rows: self._rows(step, rows).to(dtype)
+
+    def _rows(self, step: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Level times step of some rows ``[rows, in]``, float32; whole groups of rows for axis "out"."""
+        quant, zero = self.scheme.weights, self.zero
+        where = scales_of_rows(quant, self.shape[0], rows)
+        level = levels_of(
+            split(self.codes[rows], quant.grouping), None if zero is None else zero[where].unsqueeze(-1), quant
+        )
+        return join(level.mul_(step[where].unsqueeze(-1)), quant.grouping)
 
     def bits_per_weight(self) -> float:
         """Stored bits of codes, scales, zeros, index and parts over the number of weights."""

@@ -126,6 +126,21 @@ class CheckpointReader:
     def _plain(self, name: str, info: TensorInfo) -> torch.Tensor:
         return self._read(name, info, info.nbytes).view(info.dtype).view(info.shape)
 
+    def piece_bytes(self, name: str, most: int) -> int:
+        """How many bytes of a tensor `pieces` has in memory at a time: ``most`` (a multiple of 8), or all of them where
+        it has fewer or is made of several tensors."""
+        info = self.infos[name]
+        return info.nbytes if info.parts or info.codes is not None else min(most, info.nbytes)
+
+    def pieces(self, name: str, most: int) -> Iterator[torch.Tensor]:
+        """The values of a tensor in their order, ``[count]`` in its stored dtype, `piece_bytes` at a time."""
+        info, step = self.infos[name], self.piece_bytes(name, most)
+        if step == info.nbytes:
+            yield self.tensor(name).flatten()
+            return
+        for first in range(0, info.nbytes, step):
+            yield self._read(name, info, min(step, info.nbytes - first), first).view(info.dtype)
+
     def first_bytes(self, name: str, count: int) -> bytes:
         """The first ``count`` bytes of a tensor as stored, or all where it has fewer."""
         info = self.infos[name]
@@ -133,14 +148,14 @@ class CheckpointReader:
         stored = info.nbytes if info.codes is None else info.numel // (2 if info.codes == torch.uint8 else 1)
         return self._read(name, info, min(count, stored)).numpy().tobytes()
 
-    def _read(self, name: str, info: TensorInfo, n_bytes: int) -> torch.Tensor:
-        """uint8 ``[n_bytes]`` from the start of a tensor."""
+    def _read(self, name: str, info: TensorInfo, n_bytes: int, first: int = 0) -> torch.Tensor:
+        """uint8 ``[n_bytes]`` of a tensor from its byte ``first`` on."""
         data = torch.empty(n_bytes, dtype=torch.uint8)
         try:
             if info.shard not in self._open:
                 self._open[info.shard] = (self.folder / info.shard).open("rb", buffering=0)
             file = self._open[info.shard]
-            file.seek(info.start)
+            file.seek(info.start + first)
             view = memoryview(data.numpy().data)
             while view:
                 count = file.readinto(view)

@@ -13,9 +13,9 @@ import torch
 
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader
-from calibration.model.headers import TensorInfo
 from calibration.model.reading import file_digest, inside
 
+PIECE_BYTES = 1 << 20  # of a tensor at a time: small enough for memory that was just freed to be taken again
 SMALL_FILES = (
     "*.json",
     "*.model",
@@ -69,32 +69,32 @@ def check_weights(reader: CheckpointReader, advance: Callable[[str], None] | Non
     GPT-2 files carry (``attention.masked_bias``, -1e9) is -inf in float16.
     """
     digest = hashlib.sha256()
-    with ThreadPoolExecutor(1) as hashing:  # hashlib lets go of the interpreter: the next tensor is read meanwhile
-        hashed: Future[None] | None = None
+    with ThreadPoolExecutor(1) as hashing:  # hashlib lets go of the interpreter: the next piece is read meanwhile
         for name, info in sorted(reader.infos.items(), key=lambda item: (item[1].shard, item[0])):
-            tensor = reader.tensor(name)
-            if hashed is not None:
+            hashed: Future[None] = hashing.submit(digest.update, f"{name} {info.dtype} {info.shape} ".encode())
+            bad = 0
+            for piece in reader.pieces(name, PIECE_BYTES):
                 hashed.result()
-            hashed = hashing.submit(_fold, digest, f"{name} {info.dtype} {info.shape} ".encode(), tensor)
-            if info.dtype.is_floating_point and info.shape:
-                _check_finite(name, info, tensor)
+                hashed = hashing.submit(_fold, digest, piece)
+                bad += _not_finite(piece) if info.dtype.is_floating_point and info.shape else 0
+            if bad:
+                raise ToolkitError(
+                    f"{name} in {info.shard}: {bad} of {info.numel} values are NaN or Inf",
+                    "fetch the checkpoint again; if its author's file has them, it cannot be quantized",
+                )
             if advance is not None:
                 advance(name)
     reader.close()
     return digest.hexdigest()[:16]
 
 
-def _fold(digest: Any, heading: bytes, tensor: torch.Tensor) -> None:
-    digest.update(heading)
-    digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data))
+def _fold(digest: Any, values: torch.Tensor) -> None:
+    digest.update(memoryview(values.reshape(-1).view(torch.uint8).numpy().data))
 
 
-def _check_finite(name: str, info: TensorInfo, tensor: torch.Tensor) -> None:
-    tensor = tensor.float() if tensor.element_size() == 1 else tensor
-    if not tensor.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)):  # NaN is both
-        return
-    bad = int((~torch.isfinite(tensor)).sum())
-    raise ToolkitError(
-        f"{name} in {info.shard}: {bad} of {info.numel} values are NaN or Inf",
-        "fetch the checkpoint again; if its author's file has them, it cannot be quantized",
-    )
+def _not_finite(values: torch.Tensor) -> int:
+    """How many of some values are NaN or Inf."""
+    values = values.float() if values.element_size() == 1 else values
+    if not values.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(values)):  # NaN is both
+        return 0
+    return int((~torch.isfinite(values)).sum())

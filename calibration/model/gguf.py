@@ -171,6 +171,10 @@ class GgufReader(CheckpointReader):
             values[order] = values.clone()
         return values.to(self.infos[name].dtype)
 
+    def piece_bytes(self, name: str, most: int) -> int:
+        """All of them: tensors are dequantized as a whole."""
+        return self.infos[name].nbytes
+
     def first_bytes(self, name: str, count: int) -> bytes:
         """The first bytes as they are stored."""
         data = self._tensors[self.stored_name(name)].data

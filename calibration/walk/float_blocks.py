@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
 from calibration.walk.capture import transform_input
 from calibration.walk.context import Context
+from calibration.walk.masters import Masters
 from calibration.walk.outer_tensors import OuterTensors
 from calibration.walk.passes import Pass, Phase, keeps_originals
 from calibration.walk.segment import Segment
@@ -111,11 +113,15 @@ class FloatBlocks:
     def stored(self, index: int, without: Container[str] = ()) -> dict[str, torch.Tensor]:
         """Stored tensors of one block but those in ``without``, block-relative names, in their stored dtypes."""
         prefix = self.skeleton.spec.prefix(index)
-        names = [n[len(prefix) :] for n in self.reader.infos if n.startswith(prefix)]
-        names = [n for n in names if n not in without]
-        tensors = {n: self.reader.tensor(prefix + n) for n in names if self.skeleton.block_has(index, n)}
+        tensors = {n: self.reader.tensor(prefix + n) for n in self._names(index) if n not in without}
         self.reader.close()
         return tensors
+
+    def _names(self, index: int) -> list[str]:
+        """Block-relative names of the tensors of one block that the model class has a place for."""
+        prefix = self.skeleton.spec.prefix(index)
+        names = [n[len(prefix) :] for n in self.reader.infos if n.startswith(prefix)]
+        return [n for n in names if self.skeleton.block_has(index, n)]
 
     def fill(self, index: int, tensors: Tensors) -> None:
         rename = self.skeleton.spec.module_name
@@ -123,14 +129,20 @@ class FloatBlocks:
 
     def load(self, index: int, with_module: bool = True) -> Segment:
         """One block with float masters; ``with_module`` also fills the module for forward passes."""
-        spec, stored = self.skeleton.spec, self.stored(index)
+        spec, prefix = self.skeleton.spec, self.skeleton.spec.prefix(index)
+        names = self._names(index)
+        dtypes = {n: self.reader.infos[prefix + n].dtype for n in names}
+        read: dict[str, Callable[[], torch.Tensor]] = {n: partial(self.reader.tensor, prefix + n) for n in names}
         for step in self.passes:
-            for linear in step.new_biases(self.skeleton.spec, index, stored):
-                w = stored[f"{linear}.weight"]
-                stored[f"{linear}.bias"] = w.new_zeros(w.shape[1 if self.skeleton.spec.conv1d else 0])
-        masters = {n: t.to(self.skeleton.device, self.master_dtype) for n, t in stored.items()}
+            for linear in step.new_biases(spec, index, read):
+                shape = self.reader.infos[f"{prefix}{linear}.weight"].shape
+                dtypes[f"{linear}.bias"] = dtypes[f"{linear}.weight"]
+                made = torch.zeros(shape[1 if spec.conv1d else 0], dtype=dtypes[f"{linear}.bias"])
+                read[f"{linear}.bias"] = made.clone
+        masters = Masters(read, self.skeleton.device, self.master_dtype)
         if with_module:
             self.fill(index, {n: masters[n].to(self.skeleton.dtype) for n in masters})
+            self.reader.close()
         return Segment(
             index=index,
             prefix=spec.prefix(index),
@@ -138,7 +150,7 @@ class FloatBlocks:
             architecture=spec,
             module=self.skeleton.block(index),
             masters=masters,
-            stored_dtypes={n: t.dtype for n, t in stored.items()},
+            stored_dtypes=dtypes,
             schemes=dict(self.schemes(index)),
             keep_originals=keeps_originals(self.passes),
         )

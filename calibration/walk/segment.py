@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from calibration.architectures.spec import ArchitectureSpec, Balance, BlockSpec
 from calibration.errors import ToolkitError
+from calibration.walk.masters import Masters
 
 
 class Replacement(Protocol):
@@ -49,7 +51,7 @@ class Segment:
     spec: BlockSpec
     architecture: ArchitectureSpec
     module: nn.Module
-    masters: dict[str, torch.Tensor]
+    masters: Masters
     stored_dtypes: dict[str, torch.dtype]
     schemes: dict[str, Any]
     quantized: dict[str, Replacement] = field(default_factory=dict)
@@ -68,12 +70,24 @@ class Segment:
         w = self.masters[f"{linear}.weight"]
         return w.T if self.architecture.conv1d and w.ndim == 2 else w
 
+    def stored_weight(self, linear: str) -> torch.Tensor:
+        """The values of `weight`, in bfloat16 or float16 where it is stored so and was not read before (to look at)."""
+        w = self.masters.exact(f"{linear}.weight")
+        return w.T if self.architecture.conv1d and w.ndim == 2 else w
+
     def set_weight(self, linear: str, w: torch.Tensor, exact: bool = False) -> None:
         """Replace a weight ``[out, in]``. ``exact`` edits leave the block's function, and so statistics, unchanged."""
         if not exact:
             self._keep(f"{linear}.weight")
         self.weight(linear).copy_(w)
         self._touch(f"{linear}.weight", exact)
+
+    def set_weight_later(self, linear: str, make: Callable[[], torch.Tensor]) -> None:
+        """`set_weight` to what ``make`` gives, ``[out, in]`` in the dtype of masters, when somebody reads it."""
+        name, turned = f"{linear}.weight", self.architecture.conv1d
+        self._keep(name)
+        self.masters.overwrite(name, (lambda: make().T.contiguous()) if turned else make)
+        self._touch(name, exact=False)
 
     def replace(self, name: str, value: torch.Tensor) -> None:
         """Replace a parameter, in the layout of the file, as part of an exact edit of the block."""

@@ -48,6 +48,11 @@ from ptq.quantized import PARTS, QuantizedTensor
 from ptq.scheme import NARROW_SCALES, QuantScheme
 
 VERSION = 1
+ORDER = (
+    *("codes", "salient_codes", "scale", "super_scale", "global_scale", "zero", "super_min", "group_index"),
+    *sorted(PARTS),
+)
+"""Suffixes of a linear's tensors in the order in which files have them."""
 WEIGHTS_KEY = "transformers_weights"
 WEIGHTS_FILE = "load it with ptq.load_model, or import ptq before from_pretrained.safetensors"
 """What ``transformers_weights`` in config.json names. Plain transformers skips a quantization that it does not know and
@@ -59,9 +64,7 @@ class Native:
     """Format-free checkpoint, read by this toolkit only."""
 
     name: ClassVar[str] = "native"
-    suffixes: ClassVar[frozenset[str]] = frozenset(
-        {"codes", "scale", "global_scale", "super_scale", "super_min", "zero", "group_index", "salient_codes", *PARTS}
-    )
+    suffixes: ClassVar[frozenset[str]] = frozenset(ORDER)
 
     def check(self, layout: ModelLayout) -> list[Problem]:
         """Only groups that do not divide a row; no file can hold those."""

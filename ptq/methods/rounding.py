@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from calibration.walk.segment import Segment
 from ptq.numerics.grids import global_scale_of, two_levels
-from ptq.numerics.objective import output_error, row_chunks
+from ptq.numerics.objective import output_error, relative_energy
 from ptq.quantized import QuantizedTensor
-
-CHUNK = 1_000_000  # bytes of a weight at a time, which stay in cache
 
 
 def global_scales(segment: Segment) -> dict[str, torch.Tensor]:
@@ -37,11 +37,7 @@ def relative_errors(w: torch.Tensor, changed: torch.Tensor, gram: torch.Tensor |
     Args:
         gram: Gram matrix ``[in, in]`` of the linear's input, or None where no data were gathered.
     """
-    energy = error = 0.0
-    for rows in row_chunks(*w.shape, size=CHUNK):
-        energy += float(w[rows].square().sum())
-        error += float((changed[rows] - w[rows]).square_().sum())
-    errors = {"weight": error / energy if energy > 0 else 0.0}
+    errors = {"weight": relative_energy(w, changed.__getitem__)}
     if gram is not None:
         errors["output"] = output_error(w, changed, gram)
     return errors
@@ -55,7 +51,14 @@ def place(segment: Segment, linear: str, q: QuantizedTensor, rounded: torch.Tens
 
 
 def put(segment: Segment, linear: str, q: QuantizedTensor, gram: torch.Tensor | None) -> None:
-    """`place`, and measure the errors; ``gram`` as in `relative_errors`."""
+    """`place`, and measure the errors; ``gram`` as in `relative_errors`. Without one only
+    some rows at a time are looked at, and the whole weight is made when somebody asks for it."""
+    if gram is None:
+        dtype = segment.masters.dtype
+        segment.errors[linear] = {"weight": relative_energy(segment.stored_weight(linear), q.by_rows(dtype), dtype)}
+        segment.quantized[linear] = q
+        segment.set_weight_later(linear, partial(q.dequantize, dtype))
+        return
     w = segment.weight(linear)
     rounded = q.dequantize(w.dtype)
     place(segment, linear, q, rounded, relative_errors(w, rounded, gram))

@@ -8,18 +8,17 @@ from typing import ClassVar, Literal
 import torch
 
 from calibration.walk.context import Context
+from calibration.walk.masters import HALVES
 from calibration.walk.passes import Pass, Phase
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram
 from ptq.methods.rounding import global_scales, put
 from ptq.numerics import superblocks
-from ptq.numerics.grids import Grid, grid_of, nearest_codes, own_global_scale, step_of, zero_of
+from ptq.numerics.grids import Grid, grid_of, nearest_codes, own_global_scale, stacked, step_of, zero_of
 from ptq.numerics.groups import join, rows_per_group, split
-from ptq.numerics.objective import row_chunks
+from ptq.numerics.objective import CACHED_BYTES, row_chunks
 from ptq.quantized import QuantizedTensor
 from ptq.scheme import QuantScheme
-
-CHUNK = 1_000_000  # bytes of weights at a time: rounding is a few passes over memory, which then stay in cache
 
 
 def round_to_nearest(
@@ -29,23 +28,27 @@ def round_to_nearest(
     global_scale: torch.Tensor | None = None,
     importance: torch.Tensor | None = None,
 ) -> QuantizedTensor:
-    """Round ``W [out, in]`` (float32).
+    """Round ``W [out, in]``.
 
     Args:
+        w: float32 (float64); or bfloat16 or float16, of which some rows at a time become float32.
         grid: chosen for W; None takes the one that its ranges span.
         global_scale: ``[1]``, for two-level formats; None takes that of W alone.
         importance: ``[in]``, what an error of a column counts where the grid is searched (K-quants); None: all alike.
     """
     if scheme.weights.superblocks:
-        return _on_superblocks(w, scheme, importance)
+        return _on_superblocks(w.float() if w.dtype in HALVES else w, scheme, importance)
     quant, global_scale = scheme.weights, own_global_scale(w, scheme.weights, global_scale)
-    grid = grid or grid_of(w, quant, None, global_scale)
-    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    for rows in row_chunks(*w.shape, multiple=rows_per_group(quant, len(w)), size=CHUNK):
-        own = grid.rows(quant, len(w), rows)
+    dtype = torch.float32 if w.dtype in HALVES else w.dtype
+    codes, grids = torch.empty(w.shape, dtype=torch.uint8, device=w.device), []
+    for rows in row_chunks(*w.shape, multiple=rows_per_group(quant, len(w)), size=CACHED_BYTES):
+        part = w[rows].to(dtype)
+        own = grid.rows(quant, len(w), rows) if grid else grid_of(part, quant, None, global_scale)
+        grids.append(own)
         zero = None if own.zero is None else own.zero.unsqueeze(-1)
         step = step_of(own.scale, global_scale).unsqueeze(-1)
-        codes[rows] = join(nearest_codes(split(w[rows], quant.grouping), step, zero, quant), quant.grouping)
+        codes[rows] = join(nearest_codes(split(part, quant.grouping), step, zero, quant), quant.grouping)
+    grid = grid or stacked(grids, quant)
     return QuantizedTensor(codes, grid.scale.float(), zero_of(grid, quant), scheme, global_scale=global_scale)
 
 
@@ -79,7 +82,7 @@ class Rtn(Pass):
         shared = global_scales(segment)
         for linear, scheme in segment.schemes.items():
             gram = context.statistic(linear, Gram).matrix if context.has(Gram) else None
-            w, grid = segment.weight(linear), segment.grids.get(linear)
+            w, grid = segment.stored_weight(linear), segment.grids.get(linear)
             importance = None if gram is None else gram.diagonal()
             put(segment, linear, round_to_nearest(w, scheme, grid, shared.get(linear), importance), gram)
             context.advance(linear)

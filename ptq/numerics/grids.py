@@ -113,13 +113,19 @@ def codes_of(level: torch.Tensor, zero: torch.Tensor | None, quant: TensorQuant)
     if quant.float_format is not None:
         return floats.codes(level, quant.float_format)
     code = level + (2 ** (quant.bits - 1) if zero is None else zero)
-    return (code.round_() if quant.float_zeros or quant.superblocks else code).to(torch.uint8)
+    return _octets(code.round_() if quant.float_zeros or quant.superblocks else code)
+
+
+def _octets(code: torch.Tensor) -> torch.Tensor:
+    """Codes that are floats as uint8. By way of int32, because torch's own cast is not vectorized: two and a half times
+    as slow as both together."""
+    return code.to(torch.int32).to(torch.uint8)
 
 
 def nearest_codes(w: torch.Tensor, step: torch.Tensor, zero: torch.Tensor | None, quant: TensorQuant) -> torch.Tensor:
     """`codes_of` the `levels` of weights, uint8."""
     if quant.float_format is None and not quant.superblocks:
-        return integers.quantize(w, step, zero, quant).to(torch.uint8)
+        return _octets(integers.quantize(w, step, zero, quant))
     return codes_of(levels(w, step, zero, quant), zero, quant)
 
 

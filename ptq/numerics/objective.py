@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ptq.numerics.grids import Grid, grid_of, own_global_scale, round_to_grid
 from ptq.numerics.groups import rows_per_group
 from ptq.scheme import TensorQuant
 
+CACHED_BYTES = 1_000_000  # of float32 rows that stay in cache
 ROW_BYTES = 16_000_000  # rows are handled in chunks of about this many bytes, which keeps candidates out of main memory
 
 
@@ -16,6 +19,24 @@ def row_chunks(rows: int, columns: int, *, multiple: int = 1, size: int = ROW_BY
     step = max(16, size // (4 * columns))
     step = -(-step // multiple) * multiple
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def relative_energy(
+    w: torch.Tensor, changed: Callable[[slice], torch.Tensor], dtype: torch.dtype | None = None
+) -> float:
+    """||changed - w||^2 / ||w||^2; 0 where w is zero.
+
+    Args:
+        w: ``[out, in]``.
+        changed: some rows of what it became, ``[rows, in]`` in ``dtype``.
+        dtype: in which rows of w are looked at; None is its own.
+    """
+    energy = error = 0.0
+    for rows in row_chunks(*w.shape, size=CACHED_BYTES):
+        part = w[rows].to(dtype or w.dtype)
+        energy += float(part.square().sum())
+        error += float((changed(rows) - part).square_().sum())
+    return error / energy if energy > 0 else 0.0
 
 
 def output_energy(d: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:

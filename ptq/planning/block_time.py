@@ -17,6 +17,7 @@ from ptq.planning.source import Source
 OUTPUTS = 2.5  # fresh values per output of a linear in a forward pass: it, norms, nonlinearities, products
 OPERATIONS = 60  # tensor operations of a block beside its linears
 LOADING = 3  # fresh values per weight of a block: masters, what is encoded and packed
+ALONE = 1  # the same where no text runs through the blocks, which are then rounded without masters
 RESTORING = 3  # the same where later blocks see what was written
 
 
@@ -94,7 +95,7 @@ def walking(
         for step in passes:
             tasks = [rates.seconds(task) for task in step.cost(block)]
             seconds += _longest(tasks, processes) if step.spreads else sum(tasks)
-        copies = LOADING + RESTORING * onwards
+        copies = (LOADING if forwards else ALONE) + RESTORING * onwards
         disk = Work(read=weights * 2.0, written=stored, hashed=2 * stored, fresh=float(copies * weights))
         found.append(seconds + rates.seconds(disk))
     return found

@@ -16,6 +16,7 @@ from itertools import pairwise
 
 from calibration.architectures import ArchitectureSpec
 from calibration.model.checkpoint import CheckpointReader
+from calibration.model.contents import PIECE_BYTES as CHECKED_BYTES
 from calibration.model.headers import TensorInfo
 from calibration.model.shards import PIECE_BYTES
 from calibration.walk.passes import Pass, Phase, keeps_originals, references_of, watches_float
@@ -26,6 +27,7 @@ from ptq.planning.recipe import Recipe
 
 FACTOR, CROSS_FACTOR = 3, 3  # matrices [in, in] beside the statistics while GPTQ and GPTAQ round a linear
 STACKED = 14  # bytes per weight of the linears that are rounded together: them, two copies, codes in both orders
+ALONE = 3.5  # bytes per weight of a block that is rounded without text: codes, one linear as stored, what is written
 BLOCK = 8.0  # bytes per weight of a block while it is rounded: masters, codes, what is packed and written
 LOADED = 6.0  # bytes per weight of a block while it is run: masters, and the stored tensors that they are made of
 DECODED = 2.5  # bytes per weight of a block while it is exported: codes as stored, unpacked, laid out anew
@@ -63,7 +65,7 @@ def peak_by_stage(
         output_bytes: of all tensors that are written.
     """
     ordered = sorted(reader.infos.items(), key=lambda item: (item[1].shard, item[0]))
-    stored = [info.nbytes for _, info in ordered]
+    pieces = [reader.piece_bytes(name, CHECKED_BYTES) for name, _ in ordered]
     block = sum(info.numel for n, info in ordered if n.startswith(spec.prefix(0)))
     rest = LIBRARIES + (WITH_TEXT if calibration.forwards else 0)
     outside = [n for n, _ in ordered if spec.block_of(n) is None]
@@ -72,10 +74,12 @@ def peak_by_stage(
     rewriting = max((_rewriting(info) for info in turned), default=0)
     largest = max((info.nbytes for info in turned), default=0)
     waiting = sum(info.nbytes for info in turned) + largest * len(rewritten - set(reader.infos)) - largest
+    kept = [reader.infos[n].nbytes for n in sorted(outside)]
+    passing = max((a + b for a, b in pairwise([0, *kept])), default=0)  # one is written, the next one read
     stages = {
-        "check weights": max((a + b for a, b in pairwise([0, *stored])), default=0),  # one is hashed, the next one read
+        "check weights": max((a + b for a, b in pairwise([0, *pieces])), default=0),  # one is hashed, the next one read
         "blocks": round(_blocks(spec, layout.linears, recipe.passes, calibration, hidden, block)),
-        "export": max(min(output_bytes, 2 * PIECE_BYTES) + round(DECODED * block), waiting + rewriting),
+        "export": max(min(output_bytes, 2 * PIECE_BYTES) + round(DECODED * block), waiting + rewriting, passing),
     }
     if calibration.forwards:
         front = [reader.infos[n] for n in outside if not n.startswith(("lm_head.", f"{spec.blocks}."))]
@@ -128,7 +132,7 @@ def _blocks(
     """One block at work: its weights, hidden states, statistics, and the larger of a forward pass and of rounding."""
     c = calibration
     if not c.forwards:
-        return BLOCK * block
+        return ALONE * block
     shapes = {n.name[len(spec.prefix(0)) :]: n.shape for n in linears if n.block == 0}
     weights = LOADED * block + (c.itemsize * block if c.itemsize != 4 else 0)
     weights += 4 * block if keeps_originals(passes) else 0  # weights before rounding

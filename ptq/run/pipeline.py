@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -141,9 +142,8 @@ def _export(
     with watch("export"):
         progress.stage("export", len(layout.quantized))
         origin = Origin(job.folder, job.reader.stored_name, job.options.metadata)
-        fmt, written = write_checkpoint(
-            blocks.blocks, outside, layout, plan.format, session.partial, origin, progress.advance
-        )
+        source = partial(blocks.stored, progress.advance) if plan.format.name == "native" else blocks.blocks
+        fmt, written = write_checkpoint(source, outside, layout, plan.format, session.partial, origin, progress.advance)
         job.reader.close()
         if not session.single:
             copy_small_files(job.folder, session.partial)
