@@ -9,6 +9,7 @@ list: for every room the exit code, what was printed and which of the outputs we
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import resource
@@ -26,15 +27,16 @@ OUTPUTS = (Path("out"), Path("out.partial"))
 
 
 def leave_room(room: int) -> None:
-    """Limit this process to ``room`` bytes more. What it freed before is taken first."""
+    """Limit this process to ``room`` bytes more. What it freed before is taken first, which may be all there is."""
     malloc = ctypes.CDLL(None).malloc
     malloc.argtypes, malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used, most))
-    for size in (1 << 20, 1 << 16, 1 << 12):
-        while malloc(size):
-            pass
+    with contextlib.suppress(MemoryError):
+        for size in (1 << 20, 1 << 16, 1 << 12):
+            while malloc(size):
+                pass
     resource.setrlimit(resource.RLIMIT_AS, (used + room, used + room))
 
 
@@ -45,6 +47,8 @@ def remove(path: Path) -> None:
 
 def main(words: list[str]) -> None:
     torch.set_num_threads(1)  # a forked process has no others
+    for path in OUTPUTS:
+        remove(path)
     done(*words)  # what is imported late is there: without memory an import can end in anything
     ended = []
     for room in ROOMS:
