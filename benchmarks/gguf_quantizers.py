@@ -5,8 +5,9 @@
 
 The float model is written as GGUF, F32 by llama-quantize, and is what llama-imatrix reads and what llama-perplexity
 compares with. ``--linears`` says which linears get the type, as a pattern here and in llama.cpp's names, where rows of
-others do not divide into blocks of 256; those, and the embeddings, stay as they are in both files. What lies in WORK is
-not made again. One thread. llama-perplexity takes special tokens for text: ``--test`` should have none (wiki.test.raw).
+others do not divide into blocks of 256 (`as_wide.py` makes a model of which all do); those, and the embeddings, stay as
+they are in both files. What lies in WORK is not made again. One thread. llama-perplexity takes special tokens for
+text: ``--test`` should have none (wiki.test.raw).
 """
 
 from __future__ import annotations

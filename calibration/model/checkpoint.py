@@ -43,6 +43,9 @@ class CheckpointReader:
         ToolkitError: missing or empty folder, no safetensors, missing, truncated or corrupt shard.
     """
 
+    computed: torch.dtype | None = None
+    """What values that are computed from codes and scales are rounded to, once; None: to the dtype in ``infos``."""
+
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise ToolkitError(f"{folder}: no such folder", "name a folder with config.json and *.safetensors")
@@ -119,9 +122,9 @@ class CheckpointReader:
         scale = self._plain(name, info.scale)
         if info.codes == torch.uint8:
             codes = self._read(name, info, info.numel // 2).view(*scale.shape, -1)
-            return mxfp4.dequantized(codes, scale).to(info.dtype)
+            return mxfp4.dequantized(codes, scale).to(self.computed or info.dtype)
         codes = self._read(name, info, info.numel).view(info.codes).view(info.shape)
-        return dequantized(name, codes, scale).to(info.dtype)
+        return dequantized(name, codes, scale).to(self.computed or info.dtype)
 
     def _plain(self, name: str, info: TensorInfo) -> torch.Tensor:
         return self._read(name, info, info.nbytes).view(info.dtype).view(info.shape)

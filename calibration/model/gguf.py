@@ -160,7 +160,7 @@ class GgufReader(CheckpointReader):
             self._tensors[name] = tensor
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor dequantized, in the dtype of its entry in ``infos``."""
+        """One tensor dequantized, in ``computed``, or else the dtype of its entry in ``infos``."""
         import gguf
 
         stored = self._tensors[self.stored_name(name)]
@@ -169,7 +169,7 @@ class GgufReader(CheckpointReader):
         order = paired_rows(name, self.config)
         if order is not None:
             values[order] = values.clone()
-        return values.to(self.infos[name].dtype)
+        return values.to(self.computed or self.infos[name].dtype)
 
     def piece_bytes(self, name: str, most: int) -> int:
         """All of them: tensors are dequantized as a whole."""

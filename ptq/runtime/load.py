@@ -134,7 +134,7 @@ def load_model(
     reader, config, spec = open_model(folder, trust_remote_code, coded=True)
     with reader:
         fmt, schemes = quantized_linears(reader) or (None, {})
-        dtype = dtype or checkpoint_dtype(reader, spec)
+        reader.computed = dtype = dtype or checkpoint_dtype(reader, spec)
         network = build_model(config, spec, dtype, device)
         stored = {spec.root_module_name(name) for name in (*schemes, *reader.infos)}
         placed = _place(network, reader, spec, schemes, dtype, device, _tied(network, stored), kernel, build, decoding)
