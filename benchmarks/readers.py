@@ -2,7 +2,7 @@
 
     python benchmarks/readers.py WORK --python transformers=PYTHON --python vLLM=PYTHON --python GPTQModel=PYTHON \
         --llama-perplexity PROGRAM [--out ptq/formats/readers.json]
-    python benchmarks/readers.py WORK --python GPTQModel=PYTHON --others
+    python benchmarks/readers.py WORK --python GPTQModel=PYTHON --python AutoAWQ=PYTHON --others
 
 PYTHON is an interpreter whose environment has the reader, which is run by `benchmarks/reader_inside.py`. What is
 compared: the log-probability of every token of a few windows of text, the reader's beside ours (reference kernels,
@@ -10,8 +10,8 @@ float32); from llama.cpp, which is asked for perplexities, their mean. ``moved``
 them, ``difference`` how far the reader is from us, both in nats per token; the float model (scheme ``float``) shows how
 much of it is the reader's arithmetic. Whatever has been done in WORK is not done again.
 
-With ``--others`` GPTQModel quantizes the demo in its ways (`reader_inside.GPTQMODEL`), and what is compared is its own
-model with ours of the same folder; a table is printed.
+With ``--others`` GPTQModel and AutoAWQ, as named, quantize the demo in their ways (`reader_inside.GPTQMODEL`,
+`reader_inside.AUTOAWQ`), and what is compared is their own model with ours of the same folder; a table is printed.
 
 ``ptq quantize`` quotes the file in its plan. `benchmarks/foreign_readers.py` compares single weights bit for bit.
 """
@@ -54,7 +54,7 @@ CASES: dict[str, tuple[str, ...]] = {
 PARTLY = {"compressed-tensors": ("*.o_proj", "*.v_proj"), "gptq": ("*.o_proj",), "awq": ("*.o_proj",)}
 """Linears left in float in a second kind of file."""
 FILES = {"transformers": ("compressed-tensors",), "vLLM": ("compressed-tensors", "gptq", "awq"),
-         "GPTQModel": ("gptq", "awq"), "llama.cpp": ("gguf",)}  # fmt: skip
+         "GPTQModel": ("gptq", "awq"), "AutoAWQ": ("awq",), "llama.cpp": ("gguf",)}  # fmt: skip
 """What each reader is given."""
 NO_KERNEL = ("cpu_gemm", "find a kernel", "Marlin", "MarlinNvFp4", "narrow() cannot", "requires x86 with")
 """In a refusal: the reader knows the file, but has nothing for this processor that multiplies it. (The last: vLLM's way
@@ -169,16 +169,16 @@ def windows(part: str) -> torch.Tensor:
     return torch.tensor(tokens[: WINDOWS * LENGTH]).view(WINDOWS, LENGTH)
 
 
-def score_others(work: Path, python: str) -> None:
-    """Folders that GPTQModel writes, in it and here."""
-    folder, ids = work / "others", windows("test")
+def score_others(work: Path, writer: str, python: str) -> None:
+    """Folders that GPTQModel or AutoAWQ writes, in it and here."""
+    folder, ids = work / "others" / writer, windows("test")
     jobs = work / "write.json"
     jobs.write_text(json.dumps({"model": str(DEMO_FOLDER), "ids": windows("train").tolist()}))
     with (work / "write.log").open("a") as log:
-        command = [python, str(HERE / "reader_inside.py"), "--write", str(jobs), str(folder)]
+        command = [python, str(HERE / "reader_inside.py"), writer, "--write", str(jobs), str(folder)]
         subprocess.run(command, stdout=log, stderr=log, check=False)
     folders = sorted(path.parent for path in folder.glob("*/config.json"))
-    base, answers = logprobs(DEMO_FOLDER, ids), foreign("GPTQModel", python, folders, ids, folder)
+    base, answers = logprobs(DEMO_FOLDER, ids), foreign(writer, python, folders, ids, folder)
     for found in folders:
         answer, mine = answers[str(found)], logprobs(found, ids)
         theirs = torch.tensor(answer["logprobs"]) if "logprobs" in answer else torch.full_like(base, math.nan)
@@ -240,7 +240,9 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--python", action="append", default=[], metavar="READER=PYTHON")
     parser.add_argument("--llama-perplexity", metavar="PROGRAM")
-    parser.add_argument("--others", action="store_true", help="folders that GPTQModel writes, instead of ours")
+    parser.add_argument(
+        "--others", action="store_true", help="folders that GPTQModel and AutoAWQ write, instead of ours"
+    )
     parser.add_argument("--out", type=Path, default=HERE.parent / "ptq" / "formats" / "readers.json")
     options = parser.parse_args()
     work = options.work.resolve()
@@ -249,7 +251,9 @@ def main() -> None:
     if unknown := set(pythons) - set(FILES):
         parser.error(f"{', '.join(unknown)}: known readers are {', '.join(FILES)}")
     if options.others:
-        score_others(work, pythons["GPTQModel"])
+        for writer in ("GPTQModel", "AutoAWQ"):
+            if writer in pythons:
+                score_others(work, writer, pythons[writer])
         return
     written = {}
     for case in cases():

@@ -22,7 +22,10 @@ def export(
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Change the format of a quantized checkpoint: the same codes, laid out anew; or make floats of it again."""
+    """Change the format of a quantized checkpoint: the same codes, laid out anew; or make floats of it again.
+
+    A float checkpoint becomes a GGUF file in its own dtype: ptq export MODEL --format gguf --out FILE.gguf
+    """
     from cli.progress import TerminalProgress, load_libraries
 
     load_libraries("export")
@@ -44,4 +47,5 @@ def export(
     if written.linears:
         print(f"written to {out} as {written.format}; every linear read back and compared")
     else:
-        print(f"written to {out} as floats")
+        compared = "; every tensor read back and compared" if written.format == "gguf" else ""
+        print(f"written to {out} as floats{compared}")

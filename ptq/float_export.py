@@ -12,6 +12,7 @@ from calibration.model.opening import fingerprint, locate, open_model
 from calibration.model.shards import ShardWriter
 from calibration.progress import Progress, Silent
 from ptq.conversion import Exported, move_thresholds
+from ptq.formats.gguf import check_target
 from ptq.formats.native import WEIGHTS_KEY
 from ptq.formats.write import copy_small_files
 from ptq.runtime.dequantized import float_weights
@@ -35,12 +36,13 @@ def export_float(
     Raises:
         ToolkitError: the model is float already, or its weights expect inputs in another basis.
     """
+    check_target(out, "float")
     folder, progress = locate(model), progress or Silent()
     session = Session(Path(out))
     session.check(overwrite, resume=False, source=folder, resumable=False)
     reader, _, spec = open_model(folder, trust_remote_code, coded=True)
     if "quantization_config" not in reader.config and not isinstance(reader, GgufReader):
-        raise ToolkitError(f"{folder}: a float checkpoint already", "copy the folder")
+        raise ToolkitError(f"{folder}: a float checkpoint already", "copy the folder, or use --format gguf")
     sparsity = load_sparsity(folder)
     source = float_weights(reader, spec)
     session.begin({"export": fingerprint(reader), "format": "float"}, resume=False)

@@ -22,6 +22,7 @@ from calibration.architectures import ArchitectureSpec
 from calibration.bounds import check_counts
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader, write_atomically
+from calibration.model.gguf import said
 from calibration.model.opening import fingerprint
 from calibration.model.shards import ShardWriter
 from calibration.model.skeleton import build_model, load_parameters, set_submodule
@@ -152,7 +153,7 @@ def prepare_checkpoint(
     quantized = quantized_linears(reader)
     if quantized is None:
         raise ToolkitError(
-            f"{folder}: a float checkpoint; preparation starts from a quantized one",
+            f"{said(folder)}: a float checkpoint; preparation starts from a quantized one",
             f"first run `ptq quantize {model} --method ptq1.61 --out Q`, then `ptq prepare Q`",
         )
     fmt, schemes = quantized

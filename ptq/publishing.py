@@ -62,7 +62,7 @@ def upload(
             _check_id(option, name)
     _check_token(repo)
     path = Path(model)
-    files = _gguf_files(path) if path.suffix == ".gguf" else _folder_files(path)
+    files = _gguf_files(path) if path.suffix.lower() == ".gguf" else _folder_files(path)
     card = _card(path, files.get("README.md"), Facts(base_model, license, tuple(language)))
     contents: dict[str, Path | bytes] = {**files, "README.md": card}
     return Upload(_send(repo, private, contents), {name: _size(content) for name, content in sorted(contents.items())})
@@ -133,7 +133,7 @@ def _card(path: Path, readme: Path | None, facts: Facts) -> bytes:
 
     if readme is None:
         record = path.with_suffix(".report.json")
-        if path.suffix == ".gguf" and record.is_file():
+        if path.suffix.lower() == ".gguf" and record.is_file():
             run = read_record(record)
             name = run.model["name"]
             base = name if run.model.get("source") == "hub" else f"./{name}"

@@ -16,6 +16,7 @@ from typing import Any
 
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import disk_errors, sync_folder, write_atomically
+from calibration.model.gguf import file_of
 from calibration.model.reading import read_json
 from ptq.lock import Lock, locked_targets
 
@@ -53,7 +54,7 @@ class Session:
     @property
     def single(self) -> bool:
         """The result is one file (GGUF), not a folder."""
-        return self.out.suffix == SINGLE_SUFFIX
+        return self.out.suffix.lower() == SINGLE_SUFFIX
 
     @property
     def blocks(self) -> Path:
@@ -100,9 +101,13 @@ class Session:
                     if not folder.is_dir():
                         raise ToolkitError(f"--out {self.out}: {folder} is a file", "name a folder")
                     break
-        if source is not None and source.resolve().is_relative_to(self.target):
+        if self.single and self.target.exists() and not self.target.is_file():
+            what = "a folder" if self.target.is_dir() else "no regular file"
+            raise ToolkitError(f"--out {self.out}: {self.target} is {what}, and gguf is one file", "name a new file")
+        if source is not None and (file_of(source) or source).resolve().is_relative_to(self.target):
             raise ToolkitError(
-                f"--out {self.out}: the model that is read ({source}) is there", "choose another output folder"
+                f"--out {self.out}: the model that is read ({file_of(source) or source}) is there",
+                "choose another output",
             )
 
     def _check_contents(self, overwrite: bool, resume: bool, resumable: bool) -> None:
@@ -225,8 +230,11 @@ class Session:
     def _finish_file(self) -> None:
         """The file takes its name last, when all else is in place."""
         for name in BESIDE:
+            beside = self.target.with_suffix(f".{name}")
             if (self.partial / name).is_file():
-                (self.partial / name).replace(self.target.with_suffix(f".{name}"))
+                (self.partial / name).replace(beside)
+            elif self.target.exists():
+                beside.unlink(missing_ok=True)  # it told of the file that is replaced
         (self.partial / SINGLE_FILE).replace(self.target)
         sync_folder(self.target.parent)
         shutil.rmtree(self.partial)

@@ -63,6 +63,17 @@ def folder_of(path: Path) -> Path:
     return folder
 
 
+def file_of(folder: Path) -> Path | None:
+    """The GGUF file for which a folder stands, None for other folders."""
+    link = folder / LINK
+    return link.resolve() if link.is_symlink() else None
+
+
+def said(folder: Path, name: str = "") -> str:
+    """What a message calls a model's folder, or a file in it: the GGUF file where the folder stands for one."""
+    return str(file_of(folder) or (folder / name if name else folder))
+
+
 def open_file(path: Path) -> Any:
     """The ``gguf`` package's reader of a file, every tensor of which is inside it.
 
@@ -75,10 +86,26 @@ def open_file(path: Path) -> Any:
         raise ToolkitError(f"{path}: the package 'gguf' is not installed", "pip install 'ptq[gguf]'") from None
     _check_version(path)
     try:
-        return gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
+        reader = gguf.GGUFReader(path)
+    except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ToolkitError(f"{path}: not readable as GGUF ({reason})", "fetch the file again") from None
+    _check_places(path, reader)
+    return reader
+
+
+def _check_places(path: Path, reader: Any) -> None:
+    """Refuse tensors that do not lie one behind the other, as GGUF has them: one wrong number in the table, and a
+    weight is read from the bytes of another."""
+    end = reader.data_offset
+    for tensor in reader.tensors:
+        expected = end + -end % reader.alignment
+        if tensor.data_offset != expected:
+            raise ToolkitError(
+                f"{path}: not readable as GGUF ({tensor.name} lies at byte {tensor.data_offset}, not {expected})",
+                "fetch the file again",
+            )
+        end = tensor.data_offset + tensor.n_bytes
 
 
 def _check_version(path: Path) -> None:
@@ -153,10 +180,16 @@ class GgufReader(CheckpointReader):
             name = checkpoint_name(tensor.name, str(self.config["model_type"]))
             if name is None:
                 if tensor.name != "rope_freqs.weight":
-                    raise ToolkitError(f"{folder / LINK}: tensor '{tensor.name}' is not known", "name the original")
+                    raise ToolkitError(f"{said(folder)}: tensor {tensor.name!r} is not known", "name the original")
                 continue
             shape = tuple(int(n) for n in reversed(tensor.shape))
             self.infos[name] = TensorInfo(dtype, shape, LINK)
+            order = paired_rows(name, self.config)
+            if order is not None and len(order) != shape[0]:
+                raise ToolkitError(
+                    f"{said(folder)}: {tensor.name} has {shape[0]} rows, the settings of its heads say {len(order)}",
+                    "fetch the file again",
+                )
             self._tensors[name] = tensor
 
     def tensor(self, name: str) -> torch.Tensor:

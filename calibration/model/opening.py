@@ -16,7 +16,7 @@ from calibration.model import mxfp4
 from calibration.model.checkpoint import CheckpointReader, read_config
 from calibration.model.classes import empty_model, joined, renaming, text_config
 from calibration.model.float8 import FLOATS, check_dtypes, has_whole_blocks, is_float8, with_scales
-from calibration.model.gguf import SUFFIX, folder_of, open_reader
+from calibration.model.gguf import SUFFIX, folder_of, open_reader, said
 
 META = torch.device("meta")
 DEMO = "demo"
@@ -38,7 +38,7 @@ def locate(model: str | Path) -> Path:
         if not any(path.iterdir()):
             raise ToolkitError(f"{path}: the folder is empty", "name a folder with config.json and *.safetensors")
         return path
-    if path.suffix == SUFFIX and path.is_file():
+    if path.suffix.lower() == SUFFIX and path.is_file():
         return folder_of(path)
     if path.exists():
         raise ToolkitError(f"{path}: is a file", "name the folder that holds config.json and *.safetensors, or a .gguf")
@@ -87,8 +87,8 @@ def open_model(
     reader = open_reader(folder)
     quantized = data.get("quantization_config")
     if not isinstance(quantized, dict | None):
-        said = f"quantization_config is {str(quantized)[:80]!r}, not an object"
-        raise ToolkitError(f"{folder}/config.json: {said}", "fetch config.json again, or remove that key")
+        what = f"quantization_config is {str(quantized)[:80]!r}, not an object"
+        raise ToolkitError(f"{folder}/config.json: {what}", "fetch config.json again, or remove that key")
     floats = quantized is None or (is_float8(quantized) and not (coded and has_whole_blocks(quantized, reader.infos)))
     if floats or (quantized or {}).get("quant_method") == mxfp4.METHOD:
         reader.infos = with_scales(mxfp4.with_blocks(reader.infos, _named_dtype(data)), _named_dtype(data))
@@ -97,11 +97,11 @@ def open_model(
     from transformers import AutoConfig
 
     fix = "compare it with the model's original config"
-    with foreign(f"{folder}/config.json", fix):
+    with foreign(said(folder, "config.json"), fix):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if "quantization_config" not in reader.config and hasattr(config, "quantization_config"):
         del config.quantization_config
-    with foreign(f"{folder}/config.json: describes no model that can be built", fix):
+    with foreign(f"{said(folder, 'config.json')}: describes no model that can be built", fix):
         spec = resolve(config)
         if "quantization_config" not in reader.config:
             check_dtypes(reader.infos, spec.blocks)
@@ -132,7 +132,7 @@ def _check_blocks(reader: CheckpointReader, spec: ArchitectureSpec) -> None:
     most = spec.n_blocks + (further if isinstance(further, int) else 0)
     if spec.n_blocks < 1 or (stored and not spec.n_blocks <= stored <= most):
         raise ToolkitError(
-            f"{reader.folder}/config.json: counts {spec.n_blocks} layers, the checkpoint stores {stored}",
+            f"{said(reader.folder, 'config.json')}: counts {spec.n_blocks} layers, the checkpoint stores {stored}",
             "compare it with the model's original config, and fetch shards that are missing",
         )
 
@@ -152,7 +152,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with foreign(f"{folder}: no usable tokenizer", "copy the tokenizer files of the model into the folder"):
+    with foreign(f"{said(folder)}: no usable tokenizer", "copy the tokenizer files of the model into the folder"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 

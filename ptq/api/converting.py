@@ -70,17 +70,18 @@ def export(
     """Change the format of a quantized checkpoint: the same codes, laid out anew, read back and compared.
 
     Args:
-        model: a quantized checkpoint; for ``float`` also a GGUF file.
+        model: a quantized checkpoint; for ``float`` also a GGUF file, and for ``gguf`` also a float checkpoint, whose
+            floats are then written as they are.
         out: a folder, or ``FILE.gguf``.
         format: compressed-tensors, awq, gptq, gptq_v2, gguf or native; ``float``: the weights that the codes stand for,
             as an unquantized checkpoint.
         adapter: write low-rank parts (lorc) as a PEFT LoRA adapter into ``out/adapter``.
         metadata: a GGUF file of the same model whose tokenizer a GGUF output takes over.
         embeddings, head: schemes of the token embedding and of the head, or ``float``, where the source has them in
-            float. None: as in the source, and q8_0 in GGUF.
+            float. None: as in the source, and q8_0 in GGUF files of quantized checkpoints.
 
     Raises:
-        ToolkitError, PlanError: the input is not quantized, or the format cannot hold it.
+        ToolkitError, PlanError: the input is float and the format another than gguf, or the format cannot hold it.
     """
     if format == "float":
         refused = {"adapter": adapter, "metadata": metadata, "embeddings": embeddings, "head": head}

@@ -100,7 +100,7 @@ def check_target(out: str | Path, format_name: str) -> None:
     Raises:
         ToolkitError: ``out`` is named like the other.
     """
-    if (format_name == Gguf.name) != (Path(out).suffix == SUFFIX):
+    if (format_name == Gguf.name) != (Path(out).suffix.lower() == SUFFIX):
         if format_name == Gguf.name:
             raise ToolkitError(f"--out {out}: gguf is one file", f"name a file, {Path(out).name}{SUFFIX}")
         raise ToolkitError(f"--out {out}: format {format_name} is a folder", "name a folder, or use --format gguf")

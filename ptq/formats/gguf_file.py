@@ -111,7 +111,7 @@ def write_file(
     spool = folder / "tensors.tmp"
     table: list[tuple[str, tuple[int, ...], str, int]] = []
     with disk_errors(folder), spool.open("wb") as file:
-        for name, value in _entries(blocks, outside, config, advance):
+        for name, value in _entries(blocks, outside, layout, advance):
             array, kind = _array(name, value, config)
             table.append((name, tuple(array.shape), kind, array.nbytes))
             array.tofile(file)
@@ -124,11 +124,11 @@ def write_file(
 def _entries(
     blocks: Iterable[tuple[dict[str, QuantizedTensor], dict[str, torch.Tensor]]],
     outside: Iterable[Entry],
-    config: dict[str, Any],
+    layout: ModelLayout,
     advance: Callable[[str], None],
 ) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
     """Every tensor by its full name in the checkpoint."""
-    factors = rotary_factors(config)
+    factors, counted = rotary_factors(layout.config), _counted(layout)
     if factors is not None:
         yield "rope_freqs.weight", factors
     for name, value in outside:
@@ -136,22 +136,34 @@ def _entries(
     for quantized, others in blocks:
         for name, tensor in others.items():
             yield name, tensor
+            if name in counted:
+                advance(name)
         for name, q in quantized.items():
             yield f"{name}.weight", q
             advance(name)
 
 
+def _counted(layout: ModelLayout) -> set[str]:
+    """Float tensors that count as progress: the linears of a model of which none is quantized."""
+    return set() if layout.quantized else {f"{linear.name}.weight" for linear in layout.linears}
+
+
+def _floats(name: str, value: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
+    """A float tensor as it is stored: vectors in float32, as llama.cpp wants them."""
+    order = paired_rows(name, config)
+    if value.ndim == 1:
+        value = value.float() + norm_shift(name, config)
+    return (value if order is None else value[order]).contiguous().cpu()
+
+
 def _array(name: str, value: torch.Tensor | QuantizedTensor, config: dict[str, Any]) -> tuple[np.ndarray, str]:
     """The bytes of a tensor as they are stored, and their type: uint8 rows of blocks, or floats."""
-    order = paired_rows(name, config)
     if isinstance(value, QuantizedTensor):
+        order = paired_rows(name, config)
         octets, kind = blocks_of(value), gguf_blocks.type_of(value.scheme)
         assert kind is not None
         return (octets if order is None else octets[order]).contiguous().cpu().numpy(), kind
-    if value.ndim == 1:
-        value = value.float() + norm_shift(name, config)
-    value = value if order is None else value[order]
-    value = value.contiguous().cpu()
+    value = _floats(name, value, config)
     kind = FLOATS[value.dtype]
     return (value.view(torch.uint8).numpy() if kind == "BF16" else value.numpy()), kind
 
@@ -168,12 +180,15 @@ def _assemble(
 
     names = tensor_names(layout.config)
     writer = gguf.GGUFWriter(path, family_of(layout.config).architecture)
-    kinds = [gguf_blocks.type_of(n.scheme) for n in layout.quantized if n.scheme is not None]
-    most = max(dict.fromkeys(kinds), key=kinds.count, default=None) or FLOATS[getattr(torch, layout.dtype)]
+    schemes = [linear.scheme for linear in layout.quantized if linear.scheme is not None]
+    kinds = [kind for scheme in schemes if (kind := gguf_blocks.type_of(scheme)) is not None]
+    kinds = kinds or [kind for _, shape, kind, _ in table if len(shape) > 1]
+    most = max(dict.fromkeys(kinds), key=kinds.count)
     writer.add_string("general.name", name)
     writer.add_uint32("general.file_type", FILE_TYPES[most])
     writer.add_uint32("general.quantization_version", gguf.GGML_QUANT_VERSION)
-    writer.add_string("general.quantized_by", "ptq")
+    if layout.quantized or layout.outside:
+        writer.add_string("general.quantized_by", "ptq")
     for key, value in (settings(layout.config) | tokenizer).items():
         _add(writer, key, value)
     for full, shape, kind, size in table:
@@ -206,14 +221,14 @@ def _add(writer: Any, key: str, value: Any) -> None:
 
 
 def _same(stored: Any, expected: torch.Tensor, allowed: float) -> bool:
-    """Whether a tensor of the file stands for ``expected`` ``[rows, columns]``, some rows at a time."""
+    """Whether a tensor of the file stands for ``expected`` ``[rows, columns]`` or ``[length]``, some rows at a time."""
     import gguf
 
     if tuple(reversed(stored.shape.tolist())) != tuple(expected.shape):
         return False
-    height = max(1, VERIFIED_AT_ONCE // expected.shape[1])
+    height = max(1, VERIFIED_AT_ONCE // expected[0].numel())
     for start in range(0, len(expected), height):
-        found = torch.from_numpy(gguf.quants.dequantize(stored.data[start : start + height], stored.tensor_type))
+        found = torch.tensor(gguf.quants.dequantize(stored.data[start : start + height], stored.tensor_type))
         if not float((found - expected[start : start + height]).abs().max()) <= allowed:  # not a number differs, too
             return False
     return True
@@ -225,35 +240,42 @@ def verify_file(
     path: Path,
     advance: Callable[[str], None],
 ) -> int:
-    """Dequantize every quantized linear, embedding and head of the file with the ``gguf`` package and compare.
+    """Read every tensor of the file with the ``gguf`` package, dequantized, and compare.
 
     Args:
-        blocks: as for `write_file`, and embedding and head as blocks of their own.
+        blocks: as for `write_file`, and what lies outside the blocks as blocks of its own.
 
     Returns:
-        how many linears; embedding and head are not counted.
+        how many quantized linears; embedding and head are not counted.
 
     Raises:
         ToolkitError: the first one that differs, or is missing.
     """
     import gguf
 
-    names = tensor_names(layout.config)
+    names, counted = tensor_names(layout.config), _counted(layout)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+    def check(name: str, expected: torch.Tensor, step: float = 0.0) -> None:
+        stored = tensors.get(tensor_name(name, names))
+        if stored is None:
+            raise ToolkitError(f"{name}: missing from the written file", "this is a bug of ptq: please report it")
+        if not _same(stored, expected, TOLERANCE * step if stored.tensor_type.name in ("Q4_1", "Q5_1") else 0.0):
+            raise ToolkitError(
+                f"{name}: reads back from {path.name} as other weights",
+                "the file is damaged or the writer is wrong: export again, and report it if it stays",
+            )
+
     count = 0
-    for quantized, _ in blocks:
+    for quantized, others in blocks:
+        for name, tensor in others.items():
+            check(name, _floats(name, tensor, layout.config))
+            if name in counted:
+                advance(name)
         for name, q in quantized.items():
-            stored = tensors.get(tensor_name(f"{name}.weight", names))
-            if stored is None:
-                raise ToolkitError(f"{name}: missing from the written file", "this is a bug of ptq: please report it")
             order = paired_rows(name, layout.config)
             expected = q.dequantize_codes() if order is None else q.dequantize_codes()[order]
-            allowed = TOLERANCE * float(q.step.abs().max()) if stored.tensor_type.name in ("Q4_1", "Q5_1") else 0.0
-            if not _same(stored, expected, allowed):
-                raise ToolkitError(
-                    f"{name}: reads back from {path.name} as other weights",
-                    "the file is damaged or the writer is wrong: export again, and report it if it stays",
-                )
+            check(f"{name}.weight", expected, float(q.step.abs().max()))
             count += 1
             advance(name)
     return count - len(layout.outside)

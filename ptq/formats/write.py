@@ -121,7 +121,8 @@ def verify_checkpoint(
     advance: Callable[[str], None],
     stored_name: Callable[[str], str] = str,
 ) -> int:
-    """Read every quantized linear, embedding and head back from the files with an independent reader.
+    """Read every quantized linear, embedding and head back from the files with an independent reader; of a GGUF file
+    all tensors.
 
     Returns:
         how many linears; embedding and head are not counted.
@@ -129,9 +130,9 @@ def verify_checkpoint(
     Raises:
         ToolkitError: the first one that differs, or whose tensors are missing.
     """
-    everything = chain(source(), _quantized_outside(outside, layout))
     if fmt.name == "gguf":
-        return verify_file(everything, layout, out / SINGLE_FILE, advance)
+        return verify_file(chain(source(), _each_alone(outside)), layout, out / SINGLE_FILE, advance)
+    everything = chain(source(), _each_alone(outside) if layout.outside else ())
     count = 0
     with CheckpointReader(out) as reader:
         for quantized, _ in everything:
@@ -149,14 +150,10 @@ def verify_checkpoint(
     return count - len(layout.outside)
 
 
-def _quantized_outside(
-    outside: Outside, layout: ModelLayout
-) -> Iterator[tuple[dict[str, QuantizedTensor], dict[str, torch.Tensor]]]:
-    """Embedding and head where they are quantized, each as a block of its own, rounded once more."""
-    if layout.outside:
-        for name, value in outside():
-            if isinstance(value, QuantizedTensor):
-                yield {name: value}, {}
+def _each_alone(outside: Outside) -> Iterator[tuple[dict[str, QuantizedTensor], dict[str, torch.Tensor]]]:
+    """What lies outside the blocks, each tensor as a block of its own, rounded once more where it is quantized."""
+    for name, value in outside():
+        yield ({name: value}, {}) if isinstance(value, QuantizedTensor) else ({}, {name: value})
 
 
 def copy_small_files(source: Path, out: Path) -> None:

@@ -29,6 +29,11 @@ HOLDING = ("native", "gguf")
 GGUF_DEFAULT = "q8_0"  # what llama.cpp itself gives small models' embeddings, or better
 
 
+def default_outside(format_name: str) -> str:
+    """The scheme of embedding and head of a quantized model where none is asked for."""
+    return GGUF_DEFAULT if format_name == "gguf" else FLOAT
+
+
 def outside_names(model: Any, stored: Iterable[str], spec: ArchitectureSpec) -> tuple[str, str]:
     """Token embedding and head of a transformers model, as the checkpoint's tensors are called, without ``.weight``."""
     checkpoint = {spec.root_module_name(name): name for name in stored}
@@ -46,12 +51,14 @@ def quantized_outside(
     embeddings: str | None,
     head: str | None,
     format_name: str,
+    default: str,
 ) -> tuple[PlannedLinear, ...]:
     """Embedding and head with their schemes, those that are quantized.
 
     Args:
         model: of the checkpoint's class, on any device.
-        embeddings, head: schemes, ``float``, or None for the format's own choice.
+        embeddings, head: schemes, ``float``, or None for the default.
+        default: a scheme, or ``float``; see `default_outside`.
 
     Raises:
         ToolkitError: no scheme.
@@ -59,7 +66,6 @@ def quantized_outside(
     """
     table, output = outside_names(model, infos, spec)
     tied = f"{output}.weight" not in infos
-    default = GGUF_DEFAULT if format_name == "gguf" else FLOAT
     if tied and embeddings is None:
         embeddings = head
     texts = {table: default if embeddings is None else embeddings}
@@ -118,7 +124,8 @@ def with_outside(
     Raises:
         ToolkitError, PlanError: see `quantized_outside`.
     """
-    chosen = quantized_outside(infos, spec, model, embeddings, head, plan.format.name)
+    name = plan.format.name
+    chosen = quantized_outside(infos, spec, model, embeddings, head, name, default_outside(name))
     saved = sum(infos[f"{linear.name}.weight"].nbytes - outside_bytes(linear) for linear in chosen)
     sizes = replace(
         plan.sizes, output_bytes=plan.sizes.output_bytes - saved, disk_bytes=plan.sizes.disk_bytes - 2 * saved

@@ -14,6 +14,7 @@ import torch
 from calibration.architectures import ArchitectureSpec
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader
+from calibration.model.gguf import said
 from calibration.model.opening import locate, open_model
 from calibration.model.skeleton import build_model, check_placed, load_parameters, places, set_submodule
 from calibration.shown import Shown
@@ -155,7 +156,7 @@ def load_model(
     missing = [n for n, p in network.named_parameters() if p.is_meta]
     if missing:
         raise ToolkitError(
-            f"{folder}: no tensor for {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}",
+            f"{said(folder)}: no tensor for {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}",
             "the checkpoint is incomplete: fetch or write it again",
         )
     network.eval().requires_grad_(False)
