@@ -39,7 +39,7 @@ PACKAGES = ("llmcompressor", "compressed-tensors", "torch", "transformers")
 
 
 def build_recipe(method: str, bits: int, group_size: int, symmetric: bool) -> list[Modifier]:
-    """Integer weights in groups for every linear layer but lm_head; AWQ is a transform before plain rounding."""
+    """Integer weights in groups for every linear layer but lm_head; AWQ is a transform before rounding."""
     weights = {
         "num_bits": bits,
         "type": "int",
@@ -48,9 +48,9 @@ def build_recipe(method: str, bits: int, group_size: int, symmetric: bool) -> li
         "group_size": group_size,
     }
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    if method == "gptq":
-        return [GPTQModifier(config_groups=groups, ignore=["lm_head"])]
-    return [AWQModifier(), QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
+    transforms: list[Modifier] = [AWQModifier()] if "awq" in method else []
+    rounding = GPTQModifier if "gptq" in method else QuantizationModifier
+    return [*transforms, rounding(config_groups=groups, ignore=["lm_head"])]
 
 
 def allow_missing_accelerator() -> None:
@@ -80,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time llm-compressor on one model.")
     parser.add_argument("--model", type=Path, required=True, help="folder of the float model")
     parser.add_argument("--tokens", type=Path, required=True, help="safetensors file with input_ids")
-    parser.add_argument("--method", choices=("awq", "gptq"), required=True)
+    parser.add_argument("--method", choices=("awq", "gptq", "awq+gptq"), required=True)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--symmetric", action=argparse.BooleanOptionalAction, default=True)
