@@ -173,7 +173,7 @@ def test_what_other_formats_add_to_the_planned_bytes(place, tmp_path, name, kind
     assert written_bytes(tmp_path / "out") - plan.sizes.output_bytes == more
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq", "gptaq", "awq", "true_sequential"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "gptaq", "awq", "true_sequential", "ranges+gptq"])
 def test_planned_forward_passes_are_those_made(place, tmp_path, monkeypatch, method):
     """Counted where the blocks are run: gathering and propagating. The last block has nothing to propagate to."""
     import calibration.walk.states
@@ -199,9 +199,10 @@ def test_planned_forward_passes_are_those_made(place, tmp_path, monkeypatch, met
         (tmp_path / "r.toml").write_text('[[pass]]\nname = "gptq"\ntrue_sequential = true\n')
         how = {"recipe": tmp_path / "r.toml"}
     options = Options(dataset=str(place / "text.txt"), samples=2, seq_len=16)
-    planned = prepare(place / "llama", scheme="w4a16-g32", options=options, **how).plan.sizes.forwards
+    scheme = "w8a8kvfp8-astatic-kvstatic" if method == "ranges+gptq" else "w4a16-g32"  # inputs and caches in one pass
+    planned = prepare(place / "llama", scheme=scheme, options=options, **how).plan.sizes.forwards
     quantize(
-        place / "llama", scheme="w4a16-g32", out=tmp_path / "out", dataset=str(place / "text.txt"), samples=2,
+        place / "llama", scheme=scheme, out=tmp_path / "out", dataset=str(place / "text.txt"), samples=2,
         seq_len=16, **how,
     )  # fmt: skip
     assert [calls.count(i) for i in (0, 1)] == [planned, max(planned - (planned > 1), 0)]
