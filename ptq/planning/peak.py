@@ -1,11 +1,12 @@
 """The memory that a run takes at its fullest, by stage, from headers alone.
 
-Every stage is counted by what it holds at once; the constants were measured on the first blocks of SmolLM2-135M and on
-blocks of a Llama of hidden width 2048 (the process's own VmHWM, stage by stage). On 16 x 512 tokens the first two
-blocks of SmolLM2 take 76 MB by ``rtn`` (79 planned), 190 by ``gptq``, ``awq`` and ``awq+gptq`` (205), 257 by
-``rotate+gptq`` (245), 224 by ``gptaq`` (264: too much), one block 249 by ``awq+signround`` (262). Two blocks of width
-2048 take 551 by ``rtn`` (570), 472 by ``rotate+rtn`` (443), and on 2 x 512 tokens 710 by ``awq`` (765), 994 by
-``rotate+gptq`` (1027) and 1643 by ``signround`` (1747); ``--eval`` of two windows of 256 takes 1869 there (1861).
+Every stage is counted by what it holds at once; the constants were measured on the first two blocks of SmolLM2-135M
+and on two blocks of a Llama of hidden width 2048 (the process's own VmHWM, stage by stage), 4 bits in groups of 64,
+native files. On 16 x 512 tokens SmolLM2's take 67 MB by ``rtn`` (73 planned), 189 by ``gptq`` and 187 by ``awq``
+(205). Those of width 2048 take 138 by ``rtn`` (138), in compressed-tensors 183 (171), and on 2 x 512 tokens 601 by
+``awq`` (626), 928 by ``gptq`` (939), 1087 by ``rotate+gptq`` (939: too little), 1578 by ``gptaq`` (1738). Also too
+little: ``awq+gptq`` on 4 x 256 tokens and blocks of width 1024, 409 (264). An earlier version took 1643 by
+``signround`` (1747), and ``--eval`` of two windows of 256 took 1869 (1861), both at width 2048.
 """
 
 from __future__ import annotations
