@@ -42,7 +42,6 @@ class Shapes:
     length: int = 2048
     group: int = 128
     check: tuple[int, int] = (1040, 1056)  # the last tile of rows, and the last block of columns, are not full
-    experts: int = 8
     buffer: int = 2**31
     repeats: int = 20
     copies: int = 4  # of a block that is decoded, so that nothing stays in the GPU's cache
@@ -58,7 +57,7 @@ class Shapes:
         return sum(out * width for out, width in self.linears.values())
 
 
-TINY = Shapes(64, 96, 4, 2, 2, 32, 32, (48, 96), 2, 2**16, 1, 1)
+TINY = Shapes(64, 96, 4, 2, 2, 32, 32, (48, 96), 2**16, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -127,15 +126,10 @@ def loop(bench: Bench) -> Rows:
 
             rows.append((f"{name} {out} x {width}, {way}", bench.seconds(run, 1), "s"))
     columns, out = group, h // 2
-    w = bench.randn(bench.shapes.experts, columns, out, dtype=torch.float32)
-    u = torch.eye(columns, device=bench.device).expand(len(w), -1, -1)
-    step = torch.full_like(w, 0.1)
-    together = bench.seconds(lambda: round_block(w, u, None, step, None, quant))
-    rows.append((f"a block of {columns} columns of {len(w)} experts of {out} rows, together", together, "s"))
-    apart = bench.seconds(
-        lambda: [round_block(w[i : i + 1], u[:1], None, step[:1], None, quant) for i in range(len(w))]
-    )
-    return [*rows, ("the same, one after another", apart, "s")]
+    w = bench.randn(columns, out, dtype=torch.float32)
+    u, step = torch.eye(columns, device=bench.device), torch.full_like(w, 0.1)
+    seconds = bench.seconds(lambda: round_block(w, u, None, step, None, quant))
+    return [*rows, (f"a block of {columns} columns of {out} rows", seconds, "s")]
 
 
 def quantize(bench: Bench) -> Rows:

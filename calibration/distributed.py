@@ -35,6 +35,14 @@ def lanes_of(batches: int) -> list[range]:
     return [range(first, end) for first, end in pairwise(ends)]
 
 
+def idle_words(processes: int, batches: int) -> str | None:
+    """What to say where some processes have nothing to do."""
+    busy = min(LANES, batches)
+    if processes <= busy:
+        return None
+    return f"{processes} processes, and work for {busy}: {batches} calibration batches in at most {LANES} lanes"
+
+
 @dataclass
 class Processes:
     """The processes of a run, seen from one of them. ``Processes()`` is a run of one.

@@ -59,13 +59,19 @@ def print_duration(duration: Duration) -> None:
         console.print(f"  {name}: not counted, its length is not known yet", highlight=False, markup=False)
 
 
+def _each(duration: Duration) -> str:
+    """Whose memory it is."""
+    return f" in each of {duration.processes} processes" if duration.processes > 1 else ""
+
+
 def print_outlook(found: Outlook) -> None:
     """What a command other than ``quantize`` would take."""
     console = wide_console()
     console.print(f"{found.command}: {found.model}", highlight=False, markup=False)
     console.print(f"calibration {found.text}", highlight=False, markup=False)
     console.print(
-        f"memory about {size(found.peak_bytes)} above interpreter and libraries; disk {size(found.disk_bytes)}",
+        f"memory about {size(found.peak_bytes)} above interpreter and libraries{_each(found.duration)}; "
+        f"disk {size(found.disk_bytes)}",
         highlight=False,
     )
     print_duration(found.duration)
@@ -75,6 +81,8 @@ def print_outlook(found: Outlook) -> None:
 
 def print_plan(job: Job, duration: Duration) -> None:
     """Schemes, sizes, memory, time, passes, disk, and who can load the result."""
+    from calibration.distributed import idle_words  # torch is there by now
+
     console, plan, sizes = wide_console(), job.plan, job.plan.sizes
     layout = plan.layout
     console.print(
@@ -108,13 +116,15 @@ def print_plan(job: Job, duration: Duration) -> None:
         markup=False,
     )
     console.print(
-        f"memory about {size(sizes.peak_bytes)} above interpreter and libraries; disk up to {size(sizes.disk_bytes)}",
+        f"memory about {size(sizes.peak_bytes)} above interpreter and libraries{_each(duration)}; "
+        f"disk up to {size(sizes.disk_bytes)}",
         highlight=False,
     )
     print_duration(duration)
     for program, answer in plan.format.loads_in(layout).items():
         console.print(f"  loads in {program}: {answer}", highlight=False, markup=False)
-    for remark in plan.remarks:
+    idle = idle_words(duration.processes, -(-job.options.samples // job.batch_size))
+    for remark in (*plan.remarks, *([idle] if idle else [])):
         console.print(f"  {remark}", highlight=False, markup=False)
     for note in job.notes:
         console.print(f"  note: {note}", highlight=False, markup=False)

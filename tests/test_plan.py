@@ -20,6 +20,7 @@ from calibration.record import read_record
 from calibration.walk.context import Context
 from ptq import quantize
 from ptq.planning.job import Options, prepare
+from ptq.planning.peak import Calibration, walk_bytes
 
 HIDDEN, FFN, LAYERS, KV, WORDS = 8192, 28672, 80, 1024, 128256  # Llama 3 70B
 LINEARS = {
@@ -173,7 +174,7 @@ def test_what_other_formats_add_to_the_planned_bytes(place, tmp_path, name, kind
     assert written_bytes(tmp_path / "out") - plan.sizes.output_bytes == more
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq", "gptaq", "awq", "true_sequential"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "gptaq", "awq", "true_sequential", "ranges+gptq"])
 def test_planned_forward_passes_are_those_made(place, tmp_path, monkeypatch, method):
     """Counted where the blocks are run: gathering and propagating. The last block has nothing to propagate to."""
     import calibration.walk.states
@@ -199,9 +200,10 @@ def test_planned_forward_passes_are_those_made(place, tmp_path, monkeypatch, met
         (tmp_path / "r.toml").write_text('[[pass]]\nname = "gptq"\ntrue_sequential = true\n')
         how = {"recipe": tmp_path / "r.toml"}
     options = Options(dataset=str(place / "text.txt"), samples=2, seq_len=16)
-    planned = prepare(place / "llama", scheme="w4a16-g32", options=options, **how).plan.sizes.forwards
+    scheme = "w8a8kvfp8-astatic-kvstatic" if method == "ranges+gptq" else "w4a16-g32"  # inputs and caches in one pass
+    planned = prepare(place / "llama", scheme=scheme, options=options, **how).plan.sizes.forwards
     quantize(
-        place / "llama", scheme="w4a16-g32", out=tmp_path / "out", dataset=str(place / "text.txt"), samples=2,
+        place / "llama", scheme=scheme, out=tmp_path / "out", dataset=str(place / "text.txt"), samples=2,
         seq_len=16, **how,
     )  # fmt: skip
     assert [calls.count(i) for i in (0, 1)] == [planned, max(planned - (planned > 1), 0)]
@@ -241,3 +243,24 @@ def test_every_family_has_a_plan(family, tmp_path):
     tiny(tmp_path / "m", family)
     sizes = prepare(tmp_path / "m", method="awq+gptq", scheme="w4a16-g32").plan.sizes
     assert 0 < sizes.output_bytes < sizes.float_bytes and sizes.forwards == 2
+
+
+def test_memory_follows_the_format_and_the_lanes(place):
+    """Native files take finished blocks as they are. One batch is one lane: there is no second sum beside the total,
+    only a product."""
+    options = Options(dataset=str(place / "text.txt"), samples=4, seq_len=16)
+    by_format = [
+        prepare(place / "llama", method="rtn", scheme="w4a16-g32", format=name).plan.sizes.peak_bytes
+        for name in ("native", "compressed-tensors")
+    ]
+    assert by_format[0] < by_format[1]
+    job = prepare(place / "llama", method="awq", scheme="w4a16-g32", options=options)
+    infos, linears, passes = job.reader.infos, job.plan.layout.linears, job.plan.recipe.passes
+    one, two = (
+        walk_bytes(infos, job.spec, linears, passes, Calibration(256, batch, 16, 4, 1), 64) for batch in (256, 255)
+    )
+    inputs = [
+        next(n.shape[1] for n in linears if n.name.endswith(e)) for e in ("q_proj", "o_proj", "up_proj", "down_proj")
+    ]
+    per_token = 4 * (3 * max(max(n.shape) for n in linears) + 4 * 64)
+    assert two - one == 4 * sum(n * n for n in inputs) - 4 * max(inputs) ** 2 - per_token

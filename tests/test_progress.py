@@ -27,11 +27,12 @@ class Counted(Silent):
 
 @pytest.mark.parametrize(
     "method",
-    ["rtn", "awq", "gptq", "awq+gptq", "smoothquant+gptq", "adadim+rtn", "fp4", "gptq+norm-tweak", "signround"],
-)
+    ["rtn", "awq", "gptq", "awq+gptq", "smoothquant+gptq", "adadim+rtn", "fp4", "gptq+norm-tweak", "signround",
+     "ranges+rtn"],
+)  # fmt: skip
 def test_stages_end_at_their_totals(tmp_path, method):
     model, progress = tiny_checkpoint("llama", tmp_path / "model"), Counted()
-    scheme = "fp4-e2m1-g32" if method == "fp4" else "w4a16-g32"
+    scheme = {"fp4": "fp4-e2m1-g32", "ranges+rtn": "w8a8kvfp8-astatic-kvstatic"}.get(method, "w4a16-g32")
     quantize(model, tmp_path / "out", method=method, scheme=scheme, progress=progress)
     assert {"blocks", "export", "verify"} <= set(progress.stages)
     assert {name: done for name, (_, done) in progress.stages.items()} == {

@@ -138,19 +138,17 @@ class Context:
             self._states.run(self.segment.module, self.segment.index, False, self.show, batches)
         self.forwards += 1
 
-    def sums(self, accumulators: Callable[[], dict[K, A]], watches: Callable[[Mapping[K, A]], Watches]) -> dict[K, A]:
+    def sums(
+        self,
+        accumulators: Callable[[], dict[K, A]],
+        watches: Callable[[Mapping[K, A]], Watches],
+        *kinds: type[Statistic],
+    ) -> dict[K, A]:
         """One forward pass of the block as it now is, whose ``watches`` fold what they see into some ``accumulators``
-        (of kinds that `calibration.walk.lanes.merge` knows). Only for passes of the quantized stream."""
-        states, segment = self._states, self.segment
-        assert states is not None and not self._propagate, "this stream does not keep the inputs of the block"
-        segment.sync()
-
-        def run(lane: range, fresh: Mapping[K, A]) -> None:
-            with watching(segment.module, watches(fresh)):
-                states.run(segment.module, segment.index, False, self.advance, lane=lane)
-
-        self.forwards += 1
-        return sum_of_lanes(states.lanes, self._processes, accumulators, run)
+        (of kinds that `calibration.walk.lanes.merge` knows). Statistics of these ``kinds`` are gathered again in the
+        same pass, for all inputs. Only for passes of the quantized stream."""
+        assert not self._propagate, "this stream does not keep the inputs of the block"
+        return self._gather(self.segment.spec.inputs if kinds else (), kinds, accumulators, watches)
 
     def by_the_first(self, work: Callable[[], T]) -> T:
         """What the first process finds, which has the first batches; the others wait for it."""
@@ -214,34 +212,47 @@ class Context:
         self._store = {key: found for key, found in self._store.items() if key[0] not in shared}
         self._products.clear()
 
-    def _gather(self, inputs: Sequence[SharedInput], kinds: Sequence[type[Statistic]]) -> None:
+    def _gather(
+        self,
+        inputs: Sequence[SharedInput],
+        kinds: Sequence[type[Statistic]],
+        beside: Callable[[], dict[K, A]] = dict,
+        watches: Callable[[Mapping[K, A]], Watches] = lambda _: (),
+    ) -> dict[K, A]:
+        """Statistics of some inputs, and accumulators ``beside`` them that ``watches`` fill, which are returned."""
         segment, states = self.segment, self._states
         if self._propagate:
             assert segment.edits == 0 and self.forwards == 0, "a float stream is collected once, before any edit"
         assert states is not None, "this run has no calibration samples"
         segment.sync()
         device = next(iter(segment.masters.values())).device
+        widths = {shared: segment.weight(shared.linears[0]).shape[1] for shared in inputs}
+        own = [(shared, kind) for shared in inputs for kind in kinds]
 
-        def accumulators() -> dict[tuple[SharedInput, type[Any]], Statistic]:
-            widths = {shared: segment.weight(shared.linears[0]).shape[1] for shared in inputs}
-            return {(shared, kind): kind(widths[shared], device) for shared in inputs for kind in kinds}
+        def accumulators() -> dict[Any, Any]:
+            return {**{(shared, kind): kind(widths[shared], device) for shared, kind in own}, **beside()}
 
-        def run(lane: range, fresh: Mapping[tuple[SharedInput, type[Any]], Statistic]) -> None:
+        def run(lane: range, fresh: Mapping[Any, Any]) -> None:
             hooks = {
                 segment.architecture.module_name(shared.linears[0]): [fresh[shared, kind] for kind in kinds]
                 for shared in inputs
             }
             if any(issubclass(kind, TwoStreams) for kind in kinds):
                 self._run_pairs(states, hooks, lane)
-            else:
-                with accumulate(segment.module, hooks, self._weigh, writes=stream_writers(segment)):
-                    states.run(segment.module, segment.index, self._propagate, self.advance, lane=lane)
+                return
+            others = {key: found for key, found in fresh.items() if key not in own}
+            with (
+                watching(segment.module, watches(others)),
+                accumulate(segment.module, hooks, self._weigh, writes=stream_writers(segment)),
+            ):
+                states.run(segment.module, segment.index, self._propagate, self.advance, lane=lane)
 
         fresh = sum_of_lanes(states.lanes, self._processes, accumulators, run)
         self.forwards += 2 if any(issubclass(kind, TwoStreams) for kind in kinds) else 1
-        self._store.update(fresh)
+        gathered = {key: fresh.pop(key) for key in own}
+        self._store.update(gathered)
         self._products.clear()
-        for (shared, _), statistic in fresh.items():
+        for (shared, _), statistic in gathered.items():
             if self._weigh is not None and isinstance(statistic, Gram):
                 statistic.shrink()
             if not statistic.finite():
@@ -250,6 +261,7 @@ class Context:
                     "the model overflows on this text: try --dtype float32, or check the checkpoint",
                 )
         self._check_seen(inputs, kinds)
+        return fresh
 
     def _run_pairs(self, states: HiddenStates, hooks: Mapping[str, Sequence[Statistic]], lane: range) -> None:
         """Batch after batch through the float block, as the float model has it, and through the block as it now is."""

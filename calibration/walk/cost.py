@@ -70,6 +70,8 @@ class BlockShape:
         windows, batches: of the calibration set.
         forward: one pass of the block over the whole calibration set.
         has_gram: some pass of the run gathers Gram matrices, so that errors of outputs are measured.
+        integers: that a group has under the steps of a super-block (K-quants): 2 where it has a minimum beside its
+            scale, 0 on grids without super-blocks.
     """
 
     inputs: tuple[InputShape, ...]
@@ -78,6 +80,7 @@ class BlockShape:
     batches: int
     forward: Work
     has_gram: bool
+    integers: int = 0
 
     @property
     def linears(self) -> Sequence[tuple[int, int]]:
@@ -93,14 +96,26 @@ class BlockShape:
 NEAREST = 16  # elementwise operations that round a weight to its nearest level
 
 
+SEARCHED = 2700
+"""The same where the grid has super-blocks, and is searched for."""
+
+
 def nearest(rows: int, width: int) -> Work:
     """A matrix rounded to nearest, with its grid, as a candidate of a search."""
     return Work(values=float(NEAREST * rows * width), calls=25.0)
 
 
+def searching(block: BlockShape, rows: int, width: int) -> Work:
+    """The search for the grid of a matrix, where it has super-blocks."""
+    return Work(values=float(SEARCHED * rows * width)) if block.integers else Work()
+
+
 def rounding(block: BlockShape) -> list[Work]:
     """Every linear rounded to nearest, turned back into weights and measured."""
     return [
-        nearest(rows, width) + Work(fresh=1.0 * rows * width) + block.measuring(rows, width)
+        nearest(rows, width)
+        + searching(block, rows, width)
+        + Work(fresh=1.0 * rows * width)
+        + block.measuring(rows, width)
         for rows, width in block.linears
     ]

@@ -9,7 +9,6 @@ import torch
 
 from calibration.errors import ToolkitError
 from calibration.model.attention import looking_at_keys
-from calibration.walk.context import Context
 from calibration.walk.ranges import EqualBins
 from calibration.walk.segment import Segment
 from ptq.activations import CacheQuant
@@ -28,23 +27,26 @@ def static_cache(scheme: QuantScheme | None) -> CacheQuant | None:
     return scheme.cache if scheme is not None and scheme.cache is not None and scheme.cache.static else None
 
 
-def calibrate(segment: Segment, context: Context, estimator: Estimator, percentile: float) -> None:
-    """Leave ``key_scale`` and ``value_scale`` on the linears that make keys and values, where the block's cache is
-    static: of the range of all keys of the block as it now is, after the rotary embedding, and of all values. One
-    forward pass.
+def makers_of(segment: Segment) -> list[str]:
+    """The linears that make keys and values, where the block's cache is static."""
+    return [name for name in segment.spec.inputs[0].linears if static_cache(segment.schemes.get(name)) is not None]
+
+
+def cache_bins() -> dict[str, EqualBins]:
+    """Histograms of keys and of values, for `watching_cache` to fill."""
+    return {suffix: EqualBins(1, torch.device("cpu")) for suffix in STEPS}
+
+
+def put_steps(segment: Segment, found: Mapping[str, EqualBins], estimator: Estimator, percentile: float) -> None:
+    """Leave ``key_scale`` and ``value_scale`` on the linears that make keys and values, from what was seen of all keys
+    of the block after the rotary embedding, and of all values.
 
     Raises:
         ToolkitError: keys or values are NaN or Inf.
     """
-    makers = [name for name in segment.spec.inputs[0].linears if static_cache(segment.schemes.get(name)) is not None]
-    if not makers:
-        return
+    makers = makers_of(segment)
     cache = static_cache(segment.schemes[makers[0]])
     assert cache is not None
-    found = context.sums(
-        lambda: {suffix: EqualBins(1, torch.device("cpu")) for suffix in STEPS},
-        lambda bins: _watching(segment, bins),
-    )
     for suffix, seen in found.items():
         linear = next((name for name in makers if name.rpartition(".")[2] in MAKERS[suffix]), makers[0])
         if not seen.finite():
@@ -60,7 +62,7 @@ def calibrate(segment: Segment, context: Context, estimator: Estimator, percenti
 
 
 @contextmanager
-def _watching(segment: Segment, bins: Mapping[str, EqualBins]) -> Iterator[None]:
+def watching_cache(segment: Segment, bins: Mapping[str, EqualBins]) -> Iterator[None]:
     """While open, keys and values go into their bins; keys as they are cached, see ``key_hadamard``."""
     blocks = (parts["key_hadamard"] for parts in segment.parts.values() if "key_hadamard" in parts)
     turned = next(blocks, None)

@@ -11,7 +11,7 @@ import torch
 from calibration.architectures import SharedInput
 from calibration.errors import Problem
 from calibration.walk.context import Context
-from calibration.walk.cost import BlockShape, Work, total
+from calibration.walk.cost import BlockShape, Work, searching, total
 from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.segment import Segment
 from calibration.walk.statistics import Gram, Statistic
@@ -20,7 +20,7 @@ from ptq.methods.rounding import global_scales, place, put, relative_errors
 from ptq.methods.rtn import round_to_nearest
 from ptq.numerics.gptq import Order, Rounded, column_loop_cost, gptq_round
 from ptq.numerics.grids import Grid, grid_of, stacked
-from ptq.numerics.superblock_gptq import gptq_round_super
+from ptq.numerics.superblock_gptq import TIMES, gptq_round_super, settling_cost
 from ptq.quantized import QuantizedTensor
 from ptq.scheme import QuantScheme, TensorQuant
 
@@ -64,7 +64,8 @@ class Gptq(Pass):
 
     def cost(self, block: BlockShape) -> list[Work]:
         """A column loop for the linears of every input: a step per column on the rest of its block of columns, the
-        columns behind the block by one product, and a factorization."""
+        columns behind the block by one product, and a factorization. On super-blocks the grid is searched for, and each
+        of the starts is settled."""
         tasks = []
         for shared in block.inputs:
             rows, n = sum(shared.rows), shared.width
@@ -73,6 +74,10 @@ class Gptq(Pass):
                 values=rows * n * (0.5 * self.block_size + 40.0),
                 calls=25.0 * n,
             )
+            if block.integers:
+                exact, values = settling_cost(rows, n, block.group, block.integers)
+                start = loop + Work(exact=exact, values=values)
+                loop = searching(block, rows, n) + start * float(len(TIMES))
             tasks.append(total([loop, *(block.measuring(own, n) for own in shared.rows)]))
         return tasks
 

@@ -20,9 +20,10 @@ from calibration.walk.context import Context
 from calibration.walk.passes import Pass, Phase, PlanView, Stream
 from calibration.walk.ranges import EqualBins, Extremes, TokenMaxima
 from calibration.walk.segment import Segment
+from calibration.walk.statistics import Statistic
 from ptq.activations import ActivationQuant
 from ptq.linears import ModelLayout
-from ptq.methods.cache_steps import calibrate, static_cache
+from ptq.methods.cache_steps import cache_bins, makers_of, put_steps, static_cache, watching_cache
 from ptq.numerics.activations import step_and_zero
 from ptq.numerics.integers import round_scale
 from ptq.numerics.ranges import Estimator, static_range
@@ -38,7 +39,8 @@ class Ranges(Pass):
     """Steps and zero points of static inputs that no earlier pass gave any, and the steps of static caches, as parts
     beside the codes.
 
-    Statistics are gathered when the pass runs, not with those of the other passes: balancing changes the inputs.
+    Statistics are gathered when the pass runs, inputs and caches in one forward pass, and not with those of the other
+    passes: balancing changes the inputs.
 
     Attributes:
         estimator: how a range follows from a histogram, see `ptq.numerics.ranges`. Channels take min-max.
@@ -100,16 +102,19 @@ class Ranges(Pass):
         return block.linears
 
     def apply(self, segment: Segment, context: Context) -> None:
-        calibrate(segment, context, self.estimator, self.percentile)
+        makers = makers_of(segment)
         grids = {
             linear: scheme.inputs
             for linear, scheme in segment.schemes.items()
             if scheme.inputs is not None and not scheme.inputs.dynamic and not self._known(segment, linear)
         }
-        if not grids:
-            return
-        channelwise = any(grid.granularity == "channel" for grid in grids.values())
-        context.refresh(None, EqualBins, TokenMaxima, *([Extremes] if channelwise else []))
+        kinds: list[type[Statistic]] = [EqualBins, TokenMaxima] if grids else []
+        kinds += [Extremes] if any(grid.granularity == "channel" for grid in grids.values()) else []
+        if makers:
+            seen = context.sums(cache_bins, lambda bins: watching_cache(segment, bins), *kinds)
+            put_steps(segment, seen, self.estimator, self.percentile)
+        elif grids:
+            context.refresh(None, *kinds)
         for linear, grid in grids.items():
             if self._massive(context, segment, linear, grid):
                 segment.schemes[linear] = self._without_static(segment.schemes[linear])

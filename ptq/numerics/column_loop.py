@@ -118,9 +118,7 @@ def _visit_in_triton(
     from ptq.numerics.gptq_triton import round_block
 
     step, zero = grids.given(start, start + len(wt), wt.shape[1])
-    p, zero = (None if t is None else t[None] for t in (p, zero))
-    codes, errors, visited = round_block(wt[None], u[None], p, step[None], zero, grids.quant)
-    return codes[0], errors[0], visited[0]
+    return round_block(wt, u, p, step, zero, grids.quant)
 
 
 def _one_program(wt: torch.Tensor, grids: Grids, block: int) -> bool:

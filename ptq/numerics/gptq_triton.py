@@ -36,14 +36,12 @@ def _program(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
-    batch = tl.program_id(1).to(tl.int64)
     inside = row < out
-    line = batch * columns  # of the first column
-    place = w + (line + column)[None, :] * out + row[:, None]
+    place = w + column[None, :] * out + row[:, None]
     tile = tl.load(place, mask=inside[:, None] & (column < columns)[None, :], other=0.0)
     for i in range(0, columns):
         own = tl.sum(tl.where((column == i)[None, :], tile, 0.0), axis=1)  # one value and zeros: exact
-        at = (line + i) * out + row
+        at = i * out + row
         s = tl.load(step + at, mask=inside, other=1.0)
         level = tl.div_rn(own, s)
         shift = tl.full((ROWS,), SHIFT, tl.float32)
@@ -51,14 +49,14 @@ def _program(  # type: ignore[no-untyped-def]
             shift = tl.load(zero + at, mask=inside, other=0.0)
         code = _nearest(level + shift) if FLOAT_ZERO else _nearest(level) + shift
         code = tl.minimum(tl.maximum(code, LOWEST), HIGHEST)
-        error = (own - (code - shift) * s) * tl.load(inverse + line + i)
+        error = (own - (code - shift) * s) * tl.load(inverse + i)
         tl.store(codes + at, code.to(tl.int32).to(tl.uint8), mask=inside)
         tl.store(errors + at, error, mask=inside)
         later = (column > i) & (column < columns)
-        tile -= tl.load(u + (line + i) * columns + column, mask=later, other=0.0)[None, :] * error[:, None]
+        tile -= tl.load(u + i * columns + column, mask=later, other=0.0)[None, :] * error[:, None]
         if HAS_P:
             tl.store(visited + at, own, mask=inside)
-            tile += tl.load(p + (line + i) * columns + column, mask=later, other=0.0)[None, :] * own[:, None]
+            tile += tl.load(p + i * columns + column, mask=later, other=0.0)[None, :] * own[:, None]
 
 
 def round_block(
@@ -69,27 +67,27 @@ def round_block(
     zero: torch.Tensor | None,
     quant: TensorQuant,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Visit the columns of one block in order, for a batch of weights that have nothing to do with each other.
+    """Visit the columns of one block in order.
 
     Args:
-        w: float32 ``[batch, columns, out]``, at most `PROGRAM_COLUMNS` columns; not modified.
-        u: float32 ``[batch, columns, columns]``, the rows and columns of the block in `inverse_factor`.
+        w: float32 ``[columns, out]``, at most `PROGRAM_COLUMNS` columns; not modified.
+        u: float32 ``[columns, columns]``, the rows and columns of the block in `inverse_factor`.
         p: the same of `asymmetry`, or None.
-        step: float32 ``[batch, columns, out]`` of every weight.
+        step: float32 ``[columns, out]`` of every weight.
         zero: float32 in the shape of ``step``, or None: 2^(bits - 1).
         quant: of integers.
 
     Returns:
         codes uint8, scaled errors float32 and the weights as they were visited float32 (``w`` itself without ``p``),
-        all ``[batch, columns, out]``.
+        all ``[columns, out]``.
     """
-    batch, columns, out = w.shape
+    columns, out = w.shape
     codes, errors = (torch.empty(w.shape, dtype=d, device=w.device) for d in (torch.uint8, torch.float32))
     visited = w if p is None else torch.empty_like(errors)
-    inverse = 1 / u.diagonal(dim1=1, dim2=2)
+    inverse = 1 / u.diagonal()
     operands = [t.contiguous() for t in (w, u, u if p is None else p, inverse, step, step if zero is None else zero)]
     with torch.cuda.device_of(w):
-        _program[(triton.cdiv(out, ROWS), batch)](
+        _program[(triton.cdiv(out, ROWS),)](
             *operands, codes, errors, visited, columns, out,
             float(2 ** (quant.bits - 1)), 1.0 if quant.quantizer == "sym_restricted" else 0.0, float(quant.levels),
             zero is not None, quant.float_zeros or quant.superblocks, p is not None, ROWS,

@@ -29,6 +29,9 @@ def block_shapes(source: Source, linears: Sequence[PlannedLinear], has_gram: boo
     """
     tokens, chosen = source.options.samples * source.seq_len, {n.name for n in linears if n.scheme is not None}
     batches = -(-source.options.samples // source.batch_size)
+    quants = [n.scheme.weights for n in linears if n.scheme is not None]
+    usual = [0 if not quant.superblocks else 1 if quant.symmetric else 2 for quant in quants]
+    integers = max(set(usual), key=usual.count, default=0)
     groups = [n.scheme.weights.grouping.size or n.shape[1] for n in linears if n.scheme is not None]
     share = _routed(source.config)
     found = []
@@ -50,7 +53,9 @@ def block_shapes(source: Source, linears: Sequence[PlannedLinear], has_gram: boo
             calls=float(batches * (OPERATIONS + len(own))),
         )
         found.append(
-            BlockShape(tuple(inputs), min(groups, default=1), source.options.samples, batches, forward, has_gram)
+            BlockShape(
+                tuple(inputs), min(groups, default=1), source.options.samples, batches, forward, has_gram, integers
+            )
         )
     return found
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from calibration.distributed import idle_words
 from calibration.launcher import launched
 from calibration.model.classes import text_config
 from calibration.model.headers import TensorInfo
@@ -85,6 +86,8 @@ def outlook(
     kind = f"{source.name}: {source.spec.family}, {source.spec.n_blocks} blocks"
     text = f"{o.samples} x {source.seq_len} tokens of {source.dataset}"
     duration = Duration({**before, **seconds}, launched()[1], tuple(unknown))
+    idle = idle_words(duration.processes, -(-o.samples // source.batch_size))
+    remarks = (*remarks, idle) if idle else remarks
     peak = max(peak, text_bytes_held(source, (source.dataset,)))
     return Outlook(command, kind, text, peak, disk, duration, (*remarks, *source.notes))
 

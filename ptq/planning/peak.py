@@ -1,11 +1,12 @@
 """The memory that a run takes at its fullest, by stage, from headers alone.
 
-Every stage is counted by what it holds at once; the constants were measured on the first blocks of SmolLM2-135M and on
-blocks of a Llama of hidden width 2048 (the process's own VmHWM, stage by stage). On 16 x 512 tokens the first two
-blocks of SmolLM2 take 76 MB by ``rtn`` (79 planned), 190 by ``gptq``, ``awq`` and ``awq+gptq`` (205), 257 by
-``rotate+gptq`` (245), 224 by ``gptaq`` (264: too much), one block 249 by ``awq+signround`` (262). Two blocks of width
-2048 take 551 by ``rtn`` (570), 472 by ``rotate+rtn`` (443), and on 2 x 512 tokens 710 by ``awq`` (765), 994 by
-``rotate+gptq`` (1027) and 1643 by ``signround`` (1747); ``--eval`` of two windows of 256 takes 1869 there (1861).
+Every stage is counted by what it holds at once; the constants were measured on the first two blocks of SmolLM2-135M
+and on two blocks of a Llama of hidden width 2048 (the process's own VmHWM, stage by stage), 4 bits in groups of 64,
+native files. On 16 x 512 tokens SmolLM2's take 67 MB by ``rtn`` (73 planned), 189 by ``gptq`` and 187 by ``awq``
+(205). Those of width 2048 take 138 by ``rtn`` (138), in compressed-tensors 183 (171), and on 2 x 512 tokens 601 by
+``awq`` (626), 928 by ``gptq`` (939), 1087 by ``rotate+gptq`` (939: too little), 1578 by ``gptaq`` (1738). Also too
+little: ``awq+gptq`` on 4 x 256 tokens and blocks of width 1024, 409 (264). An earlier version took 1643 by
+``signround`` (1747), and ``--eval`` of two windows of 256 took 1869 (1861), both at width 2048.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from ptq.planning.recipe import Recipe
 
 FACTOR, CROSS_FACTOR = 3, 3  # matrices [in, in] beside the statistics while GPTQ and GPTAQ round a linear
 STACKED = 14  # bytes per weight of the linears that are rounded together: them, two copies, codes in both orders
-ALONE = 3.5  # bytes per weight of a block that is rounded without text: codes, one linear as stored, what is written
+ALONE = 2.5  # bytes per weight of a block that is rounded without text: codes, one linear as stored, what is written
 BLOCK = 8.0  # bytes per weight of a block while it is rounded: masters, codes, what is packed and written
-LOADED = 6.0  # bytes per weight of a block while it is run: masters, and the stored tensors that they are made of
+LOADED = 4.0  # bytes per weight of a block while it is run: masters; what they are made of goes one by one
 DECODED = 2.5  # bytes per weight of a block while it is exported: codes as stored, unpacked, laid out anew
+STORED = 0.6  # the same where they are laid out already: in native files
+COMPARED = 2.9  # bytes per weight of a block while it is read back: codes as stored and unpacked, of both sides
 TURNING = 40  # bytes per value of the rows that are turned at a time: float64, before, behind and on the way
 MASKED = 9  # float32 tensors as large as the widest activation of a batch, while values are counted and pruned
 LIBRARIES = 10_000_000  # code that a run loads
@@ -57,13 +60,16 @@ def peak_by_stage(
     calibration: Calibration,
     hidden: int,
     output_bytes: int,
+    native: bool,
 ) -> dict[str, int]:
     """Bytes above interpreter and libraries, by stage of a run.
 
     Args:
         hidden: width of the hidden states.
         output_bytes: of all tensors that are written.
+        native: in the layout of finished blocks.
     """
+    laying = STORED if native else DECODED
     ordered = sorted(reader.infos.items(), key=lambda item: (item[1].shard, item[0]))
     pieces = [reader.piece_bytes(name, CHECKED_BYTES) for name, _ in ordered]
     block = sum(info.numel for n, info in ordered if n.startswith(spec.prefix(0)))
@@ -79,7 +85,8 @@ def peak_by_stage(
     stages = {
         "check weights": max((a + b for a, b in pairwise([0, *pieces])), default=0),  # one is hashed, the next one read
         "blocks": round(_blocks(spec, layout.linears, recipe.passes, calibration, hidden, block)),
-        "export": max(min(output_bytes, 2 * PIECE_BYTES) + round(DECODED * block), waiting + rewriting, passing),
+        "export": max(min(output_bytes, 2 * PIECE_BYTES) + round(laying * block), waiting + rewriting, passing),
+        "verify": round(COMPARED * block),
     }
     if calibration.forwards:
         front = [reader.infos[n] for n in outside if not n.startswith(("lm_head.", f"{spec.blocks}."))]
@@ -143,13 +150,16 @@ def _blocks(
     trained = [p for p in passes if p.references]
     graph = max((2 * (c.window if p.by_window else c.batch_tokens) * widths * c.itemsize for p in trained), default=0)
     graph += max((p.learned_bytes for p in trained), default=0) * block
-    inputs = sum(shapes[s.linears[0]][1] for s in spec.block(0).inputs if s.linears[0] in shapes)
-    watched = c.batch_tokens * inputs * c.itemsize if watches_float(passes) else 0  # what the float block sees there
+    inputs = [shapes[s.linears[0]][1] for s in spec.block(0).inputs if s.linears[0] in shapes]
+    watched = (
+        c.batch_tokens * sum(inputs) * c.itemsize if watches_float(passes) else 0
+    )  # what the float block sees there
     if any(Phase.GATE in p.phases for p in passes):
         watched += MASKED * 4 * widest * c.batch_tokens
     alone = bool(trained) and all(p.by_window for p in trained)
     training = graph + (c.window if alone else c.batch_tokens) * per_token
-    gathering = c.batch_tokens * per_token + kept  # the sums of a few batches beside those of all
+    beside = kept if c.tokens > c.batch_tokens else min(kept, 4 * max(inputs, default=0) ** 2)
+    gathering = c.batch_tokens * per_token + beside  # the sums of a lane, or one product, beside those of all
     working = max(gathering, training if trained else 0, rounding, (BLOCK - LOADED) * block)
     return weights + _states(passes, c, hidden) + kept + watched + working
 

@@ -139,7 +139,7 @@ def make_plan(
         raise PlanError(dict.fromkeys(problems))
     forwards = forwards_per_block(recipe.passes)
     tokens = samples * seq_len, batch_size * seq_len, seq_len
-    sizes = estimate(reader, config, spec, layout, recipe, forwards, tokens, forward_itemsize)
+    sizes = estimate(reader, config, spec, layout, recipe, forwards, tokens, forward_itemsize, fmt.name == "native")
     remarks = list(group_remarks(linears, layout.linears))
     remarks += architecture_remarks(reader, spec)
     remarks += [r for p in recipe.passes for r in p.remarks(view)]

@@ -50,6 +50,7 @@ def estimate(
     forwards: int,
     tokens: tuple[int, int, int],
     itemsize: int,
+    native: bool,
 ) -> Sizes:
     """What a run costs, from headers alone.
 
@@ -57,6 +58,7 @@ def estimate(
         forwards: passes over the calibration set per block.
         tokens: of the whole set, of one batch and of one window.
         itemsize: bytes per value of the forward dtype.
+        native: the format is that of finished blocks.
     """
     weights = sum(linear.numel for linear in layout.quantized)
     replaced = sum(reader.infos[f"{linear.name}.weight"].nbytes for linear in layout.quantized)
@@ -64,7 +66,7 @@ def estimate(
     output = reader.total_bytes - replaced + quantized_bytes + _untied_bytes(reader, spec, recipe)
     hidden = int(text_config(config).hidden_size)
     calibration = Calibration(*tokens, itemsize, forwards)
-    peak = max(peak_by_stage(reader, spec, layout, recipe, calibration, hidden, output).values())
+    peak = max(peak_by_stage(reader, spec, layout, recipe, calibration, hidden, output, native).values())
     return Sizes(
         float_bytes=reader.total_bytes,
         output_bytes=output,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from calibration.distributed import LANES, Processes
+from calibration.distributed import Processes, idle_words
 from calibration.model.contents import small_digest
 from calibration.model.opening import open_model, weights_fingerprint
 from calibration.progress import Progress
@@ -34,8 +34,6 @@ def refuse_other_models(
 
 def tell_idle(processes: Processes, batches: int, progress: Progress) -> None:
     """Say where some processes have nothing to do."""
-    busy = min(LANES, batches)
-    if processes.size > busy:
-        progress.message(
-            f"{processes.size} processes, and work for {busy}: {batches} calibration batches in at most {LANES} lanes"
-        )
+    words = idle_words(processes.size, batches)
+    if words is not None:
+        progress.message(words)
