@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from command import done, refused, run_ptq, snapshot
-from tiny_runs import logits, quantize, rewrite, tiny_checkpoint
+from tiny_runs import edit_config, logits, quantize, rewrite, tiny_checkpoint
 
 import ptq
 from calibration.errors import ToolkitError
@@ -34,10 +34,11 @@ def kinds(file: Path) -> dict[str, str]:
         ("llama-tied-bias", torch.float16, "F16", 1),
         ("qwen3", torch.float32, "F32", 0),
         ("gemma2", torch.bfloat16, "BF16", 32),
+        ("phi3", torch.float32, "F32", 0),
     ],
 )
 def test_a_float_model_in_its_own_dtype(family, dtype, matrices, file_type, tmp_path):
-    changes = {"mlp_bias": False} if family == "llama-tied-bias" else {}
+    changes = {"llama-tied-bias": {"mlp_bias": False}, "phi3": {"partial_rotary_factor": 0.5}}.get(family, {})
     model = tiny_checkpoint(family, tmp_path / "model", dtype, **changes)
     said = done("export", model, "--format", "gguf", "--out", tmp_path / "m.gguf")
     assert "as floats; every tensor read back and compared" in said
@@ -46,7 +47,7 @@ def test_a_float_model_in_its_own_dtype(family, dtype, matrices, file_type, tmp_
         assert tensor.tensor_type.name == (matrices if len(tensor.shape) == 2 else "F32"), tensor.name
     assert reader.fields["general.file_type"].contents() == file_type
     assert "general.quantized_by" not in reader.fields
-    assert ("output.weight" in kinds(tmp_path / "m.gguf")) == (family in ("llama", "qwen3"))
+    assert ("output.weight" in kinds(tmp_path / "m.gguf")) == (family in ("llama", "qwen3", "phi3"))
     expected, found = (logits(load_model(path, dtype=torch.float32).model) for path in (model, tmp_path / "m.gguf"))
     assert (found - expected).abs().max() <= (2e-3 if dtype == torch.bfloat16 else 1e-5) * expected.abs().max()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "model"]
@@ -100,6 +101,16 @@ def test_only_gguf_is_made_of_floats_and_of_a_file_the_floats_it_stands_for(tmp_
         "export", model, "--format", "gguf", "--out", tmp_path / "n.gguf"
     )
     assert not list(tmp_path.glob("n.*"))
+
+
+def test_what_llama_cpp_would_rotate_otherwise(tmp_path):
+    factors = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0}
+    phi = tiny_checkpoint("phi3", tmp_path / "phi")
+    edit_config(phi, rope_parameters={**factors, "rope_theta": 1e4, "original_max_position_embeddings": 32})
+    qwen = edit_config(tiny_checkpoint("qwen3", tmp_path / "qwen"), partial_rotary_factor=0.5)
+    for model, what in ((phi, "rope_type 'longrope' is not written"), (qwen, "rotates whole heads")):
+        assert what in refused("export", model, "--format", "gguf", "--out", tmp_path / "m.gguf")
+        assert not list(tmp_path.glob("m.gguf*"))
 
 
 def test_places_where_one_file_cannot_be(tmp_path):

@@ -138,7 +138,7 @@ def _config(file: Path, reader: Any) -> dict[str, Any]:
     except (ValueError, KeyError, OSError) as error:
         raise ToolkitError(f"{file}: {' '.join(str(error).split())}", "name the Hugging Face checkpoint") from None
     shapes = {tensor.name: tuple(int(n) for n in tensor.shape) for tensor in reader.tensors}
-    if "token_embd.weight" not in shapes or "blk.0.attn_q.weight" not in shapes:
+    if "token_embd.weight" not in shapes or not {"blk.0.attn_q.weight", "blk.0.attn_qkv.weight"} & set(shapes):
         raise ToolkitError(f"{file}: tensors are missing", "fetch the file again; a split file is joined first")
     prefix = f"{architecture}."
     keys = {n.removeprefix(prefix): f.contents() for n, f in reader.fields.items() if n.startswith(prefix)}

@@ -22,12 +22,14 @@ class Family:
         pairs: rows of q and k lie in pairs.
         norm_shift: added to the gains of norms.
         window: models whose layers see a window say how wide it is.
+        joined: q, k and v are one tensor, and so are gate and up.
     """
 
     architecture: str
     pairs: bool = False
     norm_shift: float = 0.0
     window: bool = False
+    joined: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -37,6 +39,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("qwen3"),
     "gemma2": Family("gemma2", norm_shift=1.0, window=True),
     "gemma3_text": Family("gemma3", norm_shift=1.0, window=True),
+    "phi3": Family("phi3", joined=True),
 }
 
 _BLOCK = {
@@ -57,6 +60,7 @@ _GEMMA = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_JOINED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -70,7 +74,8 @@ def checkpoint_name(name: str, model_type: str) -> str | None:
     if stem in _OUTSIDE:
         return f"{_OUTSIDE[stem]}.{kind}"
     parts = stem.split(".")
-    table = _BLOCK | (_GEMMA if FAMILIES[model_type].norm_shift else {})
+    family = FAMILIES[model_type]
+    table = _BLOCK | (_GEMMA if family.norm_shift else {}) | (_JOINED if family.joined else {})
     if len(parts) != 3 or parts[0] != "blk" or parts[2] not in table:
         return None
     return f"model.layers.{parts[1]}.{table[parts[2]]}.{kind}"
@@ -108,13 +113,21 @@ def complete(
     made, heads = dict(config), int(keys["attention.head_count"])
     made["tie_word_embeddings"] = "output.weight" not in shapes
     made["vocab_size"] = shapes["token_embd.weight"][1]
-    made["head_dim"] = width = int(keys.get("attention.key_length") or shapes["blk.0.attn_q.weight"][1] // heads)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):  # where the file has none: those of another model
+        if isinstance(made.get(key), int) and made[key] >= made["vocab_size"]:
+            made[key] = None
+    joined = FAMILIES[str(made["model_type"])].joined
+    whole_width = int(keys["embedding_length"]) if joined else shapes["blk.0.attn_q.weight"][1]
+    made["head_dim"] = width = int(keys.get("attention.key_length") or whole_width // heads)
     if made["model_type"] == "llama":
         made["attention_bias"] = "blk.0.attn_q.bias" in shapes
     if "attention.sliding_window" in keys:
-        made["sliding_window"] = int(keys["attention.sliding_window"])
+        made["sliding_window"] = int(keys["attention.sliding_window"]) or None
     rope = {"rope_type": "default", **(made.get("rope_parameters") or {})}
     made["rope_parameters"] = rope if "rope.freq_base" not in keys else {**rope, "rope_theta": keys["rope.freq_base"]}
+    if joined:
+        made["partial_rotary_factor"] = int(keys.get("rope.dimension_count", width)) / width
+        made["rope_parameters"]["partial_rotary_factor"] = made["partial_rotary_factor"]
     if FAMILIES[str(made["model_type"])].norm_shift:  # llama.cpp has these two in its code
         largest = int(keys["block_count"]) in (46, 62)  # the 27 B models
         made["query_pre_attn_scalar"] = int(keys["embedding_length"]) // heads if largest else width

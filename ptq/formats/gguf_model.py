@@ -31,6 +31,11 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return rope | {"rope_type": rope.get("rope_type") or rope.get("type") or "default"}
 
 
+def _rotated_share(config: Mapping[str, Any]) -> float:
+    """The part of a head's channels that is rotated."""
+    return float(_rope(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+
+
 def model_problems(layout: ModelLayout) -> list[Problem]:
     """Why llama.cpp cannot hold this model, or this toolkit does not write it there."""
     config = layout.config
@@ -48,6 +53,9 @@ def model_problems(layout: ModelLayout) -> list[Problem]:
     if rope["rope_type"] not in ("default", "linear", "llama3", "yarn"):
         reason = f"rope_type '{rope['rope_type']}' is not written to 'gguf'"
         found.append(Problem("rope_parameters", reason, checks.NATIVE))
+    if _rotated_share(config) != 1.0 and not FAMILIES[kind].joined:
+        reason = "llama.cpp rotates whole heads in this architecture"
+        found.append(Problem("partial_rotary_factor", reason, checks.NATIVE))
     return found
 
 
@@ -69,7 +77,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention.key_length": width,
         "attention.value_length": width,
         "rope.freq_base": float(rope["rope_theta"]),
-        "rope.dimension_count": width,
+        "rope.dimension_count": int(width * _rotated_share(config)),
         "vocab_size": int(config["vocab_size"]),
     }
     if rope["rope_type"] in ("linear", "yarn"):
