@@ -36,7 +36,8 @@ def bench(
     from calibration.text.encoding import prompt_ids
     from ptq.devices import parse_dtype, resolve_device
     from ptq.runtime.bench import measure_speed
-    from ptq.runtime.generate import check_inputs, decode_tokens, read_bandwidth, steps_text
+    from ptq.runtime.decoding.stepper import check_inputs, steps_text
+    from ptq.runtime.generate import decode_tokens, read_bandwidth
     from ptq.runtime.load import load_model
     from ptq.sparse.decoding import load_with_sites
     from sparsity.files import load_sparsity

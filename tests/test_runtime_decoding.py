@@ -13,8 +13,8 @@ from ptq.quantized import QuantizedTensor
 from ptq.runtime.attention import quantize_cache
 from ptq.runtime.decoding.builder import Unsupported
 from ptq.runtime.decoding.native import code_matrix, float_matrix, library, products
-from ptq.runtime.decoding.stepper import Stepper
-from ptq.runtime.generate import check_inputs, decode_tokens
+from ptq.runtime.decoding.stepper import Stepper, check_inputs
+from ptq.runtime.generate import decode_tokens
 from ptq.runtime.linear import QuantLinear
 from ptq.scheme import parse_scheme
 from sparsity.kernels.build import cpu_level

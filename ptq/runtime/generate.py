@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,9 +22,7 @@ from calibration.model.classes import rope_switch
 from calibration.shown import Shown
 from calibration.text.encoding import prompt_ids
 from ptq.runtime.decoding.native import Inputs
-from ptq.runtime.decoding.stepper import Stepper, first_step
-from ptq.runtime.kernels.rows import ROWS
-from ptq.runtime.linear import QuantLinear
+from ptq.runtime.decoding.stepper import Stepper, check_inputs, first_step, steps_text
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer shows for bytes of an unfinished character
 
@@ -129,30 +127,6 @@ def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = tokenizer.eos_token_id if ends is None else ends
     return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
-
-
-def steps_text(one_call: bool, inputs: Inputs) -> str:
-    """How steps were made, as commands say it."""
-    if inputs == "int8":
-        return "one call each, inputs rounded to 8 bits" if one_call else "the model's own, inputs not rounded"
-    return "one call each" if one_call else "the model's own"
-
-
-def check_inputs(model: Any, inputs: str) -> None:
-    """
-    Raises:
-        ToolkitError: inputs are to be rounded to something else than is known, or no linear is there to do it.
-    """
-    if inputs not in get_args(Inputs):
-        raise ToolkitError(f"inputs '{inputs}'", f"choose one of {', '.join(get_args(Inputs))}")
-    if inputs == "int15":
-        return
-    linears = (module for module in model.modules() if isinstance(module, QuantLinear))
-    if model.device.type != "cpu" or not any(module.kernel == ROWS.name for module in linears):
-        raise ToolkitError(
-            f"inputs '{inputs}': no linear of this model multiplies integer codes of its weight in decoding steps",
-            "leave it out; it is for weights of 2 to 8 bits on CPUs, loaded for decoding",
-        )
 
 
 class _Stream:

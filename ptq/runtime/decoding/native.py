@@ -63,7 +63,10 @@ def library(level: str | None = None) -> Any:
         ToolkitError: see `sparsity.kernels.build.compiled`.
     """
     shared = Path(build.__file__).parent
-    headers = [*(shared / name for name in build.HEADERS), FOLDER / "rows.h", FOLDER / "products.h"]
+    headers = [
+        *(shared / name for name in build.HEADERS),
+        *(FOLDER / f"{name}.h" for name in ("inputs", "rows", "products")),
+    ]
     return build.compiled("step", [FOLDER / "step.cpp"], headers, level)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -12,6 +12,8 @@ from calibration.errors import ToolkitError
 from ptq.runtime.decoding.builder import Unsupported
 from ptq.runtime.decoding.native import Inputs, library, run_step
 from ptq.runtime.decoding.program import Program, read_program
+from ptq.runtime.kernels.rows import ROWS
+from ptq.runtime.linear import QuantLinear
 
 TOLERANCE = {torch.float32: 0.003, torch.bfloat16: 0.05}
 """Of the first step: how far each block and the head may be from what the model's own makes of the same state, over
@@ -21,6 +23,30 @@ TOLERANCE_INT8 = 0.1
 """Where inputs are rounded to 8 bits: there 0.03 at most."""
 ROUNDED = 2.0**-8
 """Of the norm of a state in bfloat16: what rounding it may change beside that."""
+
+
+def steps_text(one_call: bool, inputs: Inputs) -> str:
+    """How steps were made, as commands say it."""
+    if inputs == "int8":
+        return "one call each, inputs rounded to 8 bits" if one_call else "the model's own, inputs not rounded"
+    return "one call each" if one_call else "the model's own"
+
+
+def check_inputs(model: Any, inputs: str) -> None:
+    """
+    Raises:
+        ToolkitError: inputs are to be rounded to something else than is known, or no linear is there to do it.
+    """
+    if inputs not in get_args(Inputs):
+        raise ToolkitError(f"inputs '{inputs}'", f"choose one of {', '.join(get_args(Inputs))}")
+    if inputs == "int15":
+        return
+    linears = (module for module in model.modules() if isinstance(module, QuantLinear))
+    if model.device.type != "cpu" or not any(module.kernel == ROWS.name for module in linears):
+        raise ToolkitError(
+            f"inputs '{inputs}': no linear of this model multiplies integer codes of its weight in decoding steps",
+            "leave it out; it is for weights of 2 to 8 bits on CPUs, loaded for decoding",
+        )
 
 
 class Stepper:
