@@ -1,6 +1,6 @@
 """Decoding speed beside llama.cpp's, by turns: the same model, as many bytes, threads and tokens.
 
-    python benchmarks/decoding.py MODEL FILE.gguf --llama BIN [--tokens 96] [--repeats 3]
+    python benchmarks/decoding.py MODEL FILE.gguf --llama BIN [--tokens 96] [--repeats 3] [--inputs int8]
 
 MODEL is a folder of `ptq quantize` or a float one, FILE.gguf what llama-bench (in the folder BIN) decodes. Ours: tokens
 over seconds of the median step behind the second, llama-bench: its "tg" line. Also transformers' own steps, with the
@@ -15,16 +15,19 @@ import json
 import statistics
 import subprocess
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 import ptq
+from ptq.runtime.decoding.native import Inputs
 from ptq.runtime.generate import decode_tokens, read_bandwidth, weight_bytes_per_token
 
 
-def speed(model: torch.nn.Module, tokens: int, fused: bool) -> float:
+def speed(model: torch.nn.Module, tokens: int, fused: bool, inputs: Inputs = "int15") -> float:
     ids = torch.arange(100, 132)[None]
-    times = decode_tokens(model, ids, tokens, fused=fused)[1]
+    _, times, one_call = decode_tokens(model, ids, tokens, fused=fused, inputs=inputs)
+    assert one_call == fused, "the first step was not the model's"
     return 1 / statistics.median(b - a for a, b in itertools.pairwise(times[3:]))
 
 
@@ -35,6 +38,7 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--inputs", choices=get_args(Inputs), default="int15")
     args = parser.parse_args()
     threads = torch.get_num_threads()
     command = [args.llama / "llama-bench", "-m", args.gguf, "-t", str(threads), "-p", "0", "-n", str(args.tokens)]
@@ -47,7 +51,7 @@ def main() -> None:
     print("| one call per step | llama-bench | transformers | read bandwidth GB/s |")
     print("| ---: | ---: | ---: | ---: |")
     for _ in range(args.repeats):
-        ours = speed(fused.model, args.tokens, True)
+        ours = speed(fused.model, args.tokens, True, args.inputs)
         done = subprocess.run([*command, "-r", "1", "-o", "json"], check=True, capture_output=True, text=True)
         theirs = json.loads(done.stdout)[0]["avg_ts"]
         own = speed(plain.model, args.tokens, False)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import Device, Model, TrustRemoteCode, quiet_libraries
+from cli.options import Device, Inputs, Model, TrustRemoteCode, quiet_libraries
 
 if TYPE_CHECKING:
     from ptq.runtime.bench import Speed
@@ -25,6 +25,7 @@ def bench(
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto (bfloat16), float32, bfloat16 or float16.")] = "auto",
     kernel: Annotated[str | None, typer.Option(help="Sparse kernel; default: the fastest that can run.")] = None,
+    inputs: Inputs = "int15",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure how fast MODEL decodes: dense, and sparse beside the bound from the bytes it skips."""
@@ -35,6 +36,7 @@ def bench(
     from calibration.text.encoding import prompt_ids
     from ptq.devices import parse_dtype, resolve_device
     from ptq.runtime.bench import measure_speed
+    from ptq.runtime.decoding.stepper import check_inputs, steps_text
     from ptq.runtime.generate import decode_tokens, read_bandwidth
     from ptq.runtime.load import load_model
     from ptq.sparse.decoding import load_with_sites
@@ -50,11 +52,12 @@ def bench(
 
     def show(name: str, speed: Speed, read: float, rest: str = "") -> None:
         share = "" if peak is None else f", {read * speed.tokens_per_second / peak:.0%} of bandwidth"
-        share += ", one call per step" if speed.one_call else ""
+        share += f", steps {steps_text(speed.one_call, inputs)}"  # type: ignore[arg-type]
         print(f"{name:<22}{speed.tokens_per_second:7.2f} tokens/s  {read / 1e6:9.2f} MB/token{share}{rest}")
 
     loaded = load_model(folder, dtype=width, device=where, trust_remote_code=trust_remote_code, decoding=True)
-    (dense,) = measure_speed(loaded.model, ids, new_tokens, repeats)
+    check_inputs(loaded.model, inputs)
+    (dense,) = measure_speed(loaded.model, ids, new_tokens, repeats, inputs=inputs)  # type: ignore[arg-type]
     show(f"dense ({loaded.path})", dense, dense.weight_bytes)
     if sparsity is None:
         return
@@ -64,7 +67,7 @@ def bench(
     decode_tokens(sparse.model, ids, new_tokens)
     decoder.phase.counting = False
     settings = [lambda masked=masked: setattr(decoder.phase, "masked", masked) for masked in (False, True)]
-    own, speed = measure_speed(sparse.model, ids, new_tokens, repeats, settings)
+    own, speed = measure_speed(sparse.model, ids, new_tokens, repeats, settings, inputs)  # type: ignore[arg-type]
     show("dense, same kernels", own, own.weight_bytes)
     read = own.weight_bytes - decoder.bytes_skipped(new_tokens - 1)
     gain = speed.tokens_per_second / max(own.tokens_per_second, dense.tokens_per_second)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Dense, Device, Model, TrustRemoteCode, quiet_libraries
+from cli.options import Dense, Device, Inputs, Model, TrustRemoteCode, quiet_libraries
 
 
 def generate(
@@ -24,6 +24,7 @@ def generate(
         bool, typer.Option("--bandwidth", help="Also measure the machine's read bandwidth and the share reached.")
     ] = False,
     dense: Dense = False,
+    inputs: Inputs = "int15",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a prompt with MODEL, float or quantized, and say how fast it was."""
@@ -52,6 +53,7 @@ def generate(
         sparse=not dense,
         trust_remote_code=trust_remote_code,
         stream=show,
+        inputs=inputs,  # type: ignore[arg-type]
     )
     show("")
     speed = result.decode_tokens_per_second

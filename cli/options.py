@@ -15,6 +15,12 @@ from cli.verbosity import verbosity
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, or `demo` (built in, no network).", metavar="MODEL")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with MODEL.")]
+Inputs = Annotated[
+    str,
+    typer.Option(
+        help="What decoding steps on CPUs round inputs of integer codes to: int15, or int8, faster and coarser."
+    ),
+]
 Dense = Annotated[bool, typer.Option("--dense", help="Ignore activation thresholds that lie in MODEL.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
 DryRun = Annotated[

@@ -8,11 +8,12 @@ from test_runtime_generate import tiny
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import ptq
+from calibration.errors import ToolkitError
 from ptq.quantized import QuantizedTensor
 from ptq.runtime.attention import quantize_cache
 from ptq.runtime.decoding.builder import Unsupported
-from ptq.runtime.decoding.native import float_matrix, library, products
-from ptq.runtime.decoding.stepper import Stepper
+from ptq.runtime.decoding.native import code_matrix, float_matrix, library, products
+from ptq.runtime.decoding.stepper import Stepper, check_inputs
 from ptq.runtime.generate import decode_tokens
 from ptq.runtime.linear import QuantLinear
 from ptq.scheme import parse_scheme
@@ -71,6 +72,26 @@ def test_products_of_codes(level, scheme, out, columns, wide):
             largest @ weight.abs().view(out, groups, -1).sum(2).T + 2e-6 * (x.double().abs() @ weight.abs().T) + 1e-6
         )
         assert (error <= allowed).all(), (error / allowed).max()
+
+
+@pytest.mark.parametrize(("scheme", "out", "columns"), SHAPES)
+def test_products_with_inputs_of_8_bits(level, scheme, out, columns):
+    """To the last bits what inputs rounded by the definition give: one step per 64 columns, or per 32."""
+    q = quantized(scheme, out, columns)
+    layer = QuantLinear(q, None, torch.float32, "cpu", "rows")
+    parts = (layer.get_buffer("codes"), layer.get_buffer("scale"), layer._buffers.get("zero"), columns)
+    group = columns // q.scale.shape[1]
+    cut = 64 if group % 64 == 0 or group == columns else 32
+    x = torch.randn(3, columns) * torch.logspace(-2, 2, columns)[torch.randperm(columns)]
+    padded = torch.nn.functional.pad(x, (0, -columns % cut)).unflatten(1, (-1, cut))
+    step = padded.abs().amax(2, keepdim=True) / 127
+    rounded = (torch.round(padded / step.clamp_min(1e-30)) * step).flatten(1)[:, :columns].double()
+    weight = q.dequantize(torch.float64)
+    found = products(code_matrix(*parts, inputs="int8"), x).double()
+    near = 2e-6 * (rounded.abs() @ weight.abs().T) + 1e-6
+    ties = step.double().sum() * 0.02 * weight.abs().max()  # of the float32 product that is rounded
+    assert ((found - rounded @ weight.T).abs() <= near + ties).all()
+    assert (found - x.double() @ weight.T).abs().max() > 10 * near.max(), "they are rounded"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -151,6 +172,50 @@ def test_codes_inside_a_model(level, monkeypatch):
     assert decode_tokens(model, ids, 16)[0] == expected and seen == [True]
 
 
+def coded_family() -> torch.nn.Module:
+    model = family("llama")
+    for name, module in list(model.named_modules()):
+        if name.endswith("_proj"):
+            q = quantized("w4a16-g32-sym", *module.weight.shape)
+            model.set_submodule(name, QuantLinear(q, None, torch.float32, "cpu", "rows"))
+    return model
+
+
+@pytest.mark.parametrize("wrong", ["codes", "scale", None])
+def test_inputs_of_8_bits_are_compared_too(level, monkeypatch, wrong):
+    """They differ by more than 15 bits may, and a weight that is read wrongly in one linear is still seen."""
+    seen, model, ids = watched(monkeypatch), coded_family(), torch.randint(1, 96, (1, 11))
+    made = code_matrix
+
+    def broken(codes, scale, *rest):
+        if wrong and scale.shape == (64, 3) and not kept:  # down of the first block
+            damaged = {"codes": (codes ^ 1, scale * 1), "scale": (codes, scale.roll(1, 0))}[wrong]
+            kept.extend(t.contiguous() for t in damaged)
+            codes, scale = kept
+        return made(codes, scale, *rest)
+
+    kept: list[torch.Tensor] = []
+    monkeypatch.setattr("ptq.runtime.decoding.builder.code_matrix", broken)
+    found = decode_tokens(model, ids, 6, inputs="int8")
+    assert seen == [wrong is None] and found.one_call == (wrong is None) and bool(kept) == bool(wrong)
+    monkeypatch.setattr("ptq.runtime.decoding.stepper.TOLERANCE_INT8", 0.0)
+    kept.clear()
+    assert not decode_tokens(model, ids, 3, inputs="int8").one_call, "what int15 may differ by is less"
+
+
+def test_inputs_are_refused_where_nothing_rounds_them(tmp_path):
+    model, words = family("llama"), "no linear of this model multiplies integer codes"
+    with pytest.raises(ToolkitError, match=words):
+        check_inputs(model, "int8")
+    with pytest.raises(ToolkitError, match=r"inputs 'int4'(?s:.*)int15, int8"):
+        ptq.generate("demo", "def", inputs="int4")
+    with pytest.raises(ToolkitError, match=words):
+        ptq.generate("demo", "def", inputs="int8")
+    ptq.quantize("demo", out=tmp_path / "q", method="rtn", scheme="w4a16-g32", format="native")
+    found = ptq.generate(tmp_path / "q", "def main(", max_new_tokens=6, inputs="int8")
+    assert found.one_call and found.steps == "one call each, inputs rounded to 8 bits"
+
+
 def test_a_checkpoint_generates_by_steps(tmp_path, monkeypatch):
     """The command's way: codes in rows, a quantized embedding with its tied head, steps taken over."""
     seen = watched(monkeypatch)
@@ -214,8 +279,6 @@ def test_a_model_that_does_more_is_seen(monkeypatch, part):
 
 
 def test_no_compiler(monkeypatch):
-    from calibration.errors import ToolkitError
-
     def none(*_: object) -> None:
         raise ToolkitError("C++ kernels: no compiler", "install one")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ptq.runtime.decoding.native import Inputs
 from ptq.runtime.generate import decode_tokens, weight_bytes_per_token
 
 
@@ -34,22 +35,24 @@ def measure_speed(
     new_tokens: int,
     repeats: int,
     settings: Sequence[Callable[[], None]] = (lambda: None,),
+    inputs: Inputs = "int15",
 ) -> list[Speed]:
     """Greedy decoding of ``new_tokens`` behind ``input_ids [1, n]``, once to warm up and then ``repeats`` times.
 
     Args:
         settings: called before each repeat, by turns, so that what is compared is measured in the same minutes.
+        inputs: see `decode_tokens`.
 
     Returns:
         one speed for each setting.
     """
-    decode_tokens(model, input_ids, 3)
+    decode_tokens(model, input_ids, 3, inputs=inputs)
     prefill, step = [float("inf")] * len(settings), [float("inf")] * len(settings)
     one_call = [True] * len(settings)
     for _ in range(repeats):
         for number, setting in enumerate(settings):
             setting()
-            _, times, taken_over = decode_tokens(model, input_ids, new_tokens)
+            _, times, taken_over = decode_tokens(model, input_ids, new_tokens, inputs=inputs)
             one_call[number] &= taken_over
             prefill[number] = min(prefill[number], times[1] - times[0])
             step[number] = min(step[number], *(b - a for a, b in itertools.pairwise(times[1:])))

@@ -21,7 +21,8 @@ from calibration.memory import peak_rss_bytes
 from calibration.model.classes import rope_switch
 from calibration.shown import Shown
 from calibration.text.encoding import prompt_ids
-from ptq.runtime.decoding.stepper import Stepper, first_step
+from ptq.runtime.decoding.native import Inputs
+from ptq.runtime.decoding.stepper import Stepper, check_inputs, first_step, steps_text
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer shows for bytes of an unfinished character
 
@@ -39,6 +40,7 @@ class Generation(Shown):
         peak_rss_bytes: highest resident set of the process so far.
         linears: how they were computed, as `Loaded.path` says.
         one_call: steps were one call each, see `decode_tokens`.
+        inputs: what these rounded inputs of integer codes to.
     """
 
     text: str
@@ -50,11 +52,12 @@ class Generation(Shown):
     peak_rss_bytes: int
     linears: str = ""
     one_call: bool = False
+    inputs: Inputs = "int15"
 
     @property
     def steps(self) -> str:
-        """``one call each`` or ``the model's own``"""
-        return "one call each" if self.one_call else "the model's own"
+        """``one call each`` or ``the model's own``, and that inputs were rounded to 8 bits, or not though asked for"""
+        return steps_text(self.one_call, self.inputs)
 
     def facts(self) -> Mapping[str, object]:
         speed = self.decode_tokens_per_second
@@ -177,6 +180,7 @@ def decode_tokens(
     end_tokens: frozenset[int] = frozenset(),
     on_token: Callable[[int], None] | None = None,
     fused: bool = True,
+    inputs: Inputs = "int15",
 ) -> Decoded:
     """Token by token after ``input_ids`` int64 ``[1, n]``, with a key-value cache.
 
@@ -184,7 +188,9 @@ def decode_tokens(
 
     Args:
         fused: on CPUs, steps behind the second token are one call each where `stepper` knows the model, the first such
-            step having given the model's own logits.
+            step having done the same as the model's own.
+        inputs: what such steps round those of integer codes to. The first of a sequence that is compared is the
+            model's own.
     """
     from transformers import DynamicCache
 
@@ -203,7 +209,7 @@ def decode_tokens(
             if stepper is not None:
                 logits = stepper(input_ids)
             elif fused and number == 1:
-                logits, stepper = first_step(model, input_ids, arguments, sequence.shape[1] - 1, room)
+                logits, stepper = first_step(model, input_ids, arguments, sequence.shape[1] - 1, room, inputs)
             else:
                 logits = model(input_ids=input_ids, **arguments).logits[0, -1]
             if temperature > 0:
@@ -234,15 +240,18 @@ def generate(
     seed: int = 0,
     stream: Callable[[str], None] | None = None,
     linears: str = "",
+    inputs: Inputs = "int15",
 ) -> Generation:
     """Continue ``prompt``: greedy at temperature 0, else sampled from the softmax with ``seed``.
 
     The model must be in evaluation mode. It stops at the model's end-of-text tokens. ``stream`` is handed the text as
-    it grows; the time it takes counts as decoding time. ``linears`` goes into the result.
+    it grows; the time it takes counts as decoding time. ``linears`` goes into the result; ``inputs`` see
+    `decode_tokens`.
 
     Raises:
-        ToolkitError: the prompt is empty, or nothing is to be generated.
+        ToolkitError: the prompt is empty, nothing is to be generated, or inputs cannot be rounded so.
     """
+    check_inputs(model, inputs)
     input_ids = prompt_ids(tokenizer, prompt).to(model.device)
     check_counts(max_new_tokens=max_new_tokens, seed=seed)
     check_amounts(temperature=temperature)
@@ -251,7 +260,9 @@ def generate(
     shown = None if stream is None else _Stream(tokenizer, stream)
     on_token = None if shown is None else shown.put
     ends = _end_tokens(model, tokenizer)
-    tokens, times, one_call = decode_tokens(model, input_ids, max_new_tokens, temperature, seed, ends, on_token)
+    tokens, times, one_call = decode_tokens(
+        model, input_ids, max_new_tokens, temperature, seed, ends, on_token, inputs=inputs
+    )
     if shown is not None:
         shown.finish()
     return Generation(
@@ -264,4 +275,5 @@ def generate(
         peak_rss_bytes=peak_rss_bytes(),
         linears=linears,
         one_call=one_call,
+        inputs=inputs,
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptq.runtime.decoding.native import Matrix, Op, code_matrix, float_matrix, pointer, set_mask, word_matrix
+from ptq.runtime.decoding.native import Inputs, Matrix, Op, code_matrix, float_matrix, pointer, set_mask, word_matrix
 from ptq.runtime.linear import QuantLinear
 from sparsity.decode import DecodeLinear, MaskedLinear, Phase
 from sparsity.kernels.kernel import Mask
@@ -72,12 +72,13 @@ class Builder:
         kept: tensors whose memory operations read.
     """
 
-    def __init__(self, dtype: torch.dtype, phase: Phase | None = None) -> None:
+    def __init__(self, dtype: torch.dtype, phase: Phase | None = None, inputs: Inputs = "int15") -> None:
         """
         Args:
             phase: of a model with thresholds, which its layers must share.
+            inputs: to what those of integer codes are rounded.
         """
-        self.dtype, self.phase = dtype, phase
+        self.dtype, self.phase, self.inputs = dtype, phase, inputs
         self.ops: list[Op] = []
         self.kept: list[torch.Tensor] = []
         self.size = 0
@@ -121,7 +122,7 @@ class Builder:
         stored = dict(module.named_buffers(recurse=False))
         bias = None if stored.get("bias") is None else self.keep(stored["bias"].float())
         codes, scale = (self.keep(stored[name]) for name in ("codes", "scale"))
-        return code_matrix(codes, scale, stored.get("zero"), module.in_features, bias)
+        return code_matrix(codes, scale, stored.get("zero"), module.in_features, bias, self.inputs)
 
     def masked(self, phase: Phase) -> bool:
         """Whether the thresholds of a layer apply.

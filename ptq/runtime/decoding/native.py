@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,6 +19,10 @@ FLOAT32, BFLOAT16, INT4, INT8, WORDS4 = range(5)
 PIECE = 64
 """Columns of codes that a line is padded to."""
 
+Inputs = Literal["int15", "int8"]
+"""What inputs of integer codes are rounded to: 15 bits per group of the weight, or 8 per 64 columns (32 in groups of
+32)."""
+
 POINTER, LONG, FLOAT, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 
 
@@ -28,7 +31,7 @@ class Matrix(ctypes.Structure):
 
     _fields_ = (
         *((name, POINTER) for name in ("data", "scale", "zero", "bias")),
-        *((name, LONG) for name in ("rows", "columns", "group", "kind", "wide")),
+        *((name, LONG) for name in ("rows", "columns", "group", "kind", "wide", "narrow")),
         *((name, POINTER) for name in ("threshold", "center")),
         *((name, LONG) for name in ("thresholds", "centers", "transposed")),
     )
@@ -60,7 +63,10 @@ def library(level: str | None = None) -> Any:
         ToolkitError: see `sparsity.kernels.build.compiled`.
     """
     shared = Path(build.__file__).parent
-    headers = [*(shared / name for name in build.HEADERS), FOLDER / "rows.h", FOLDER / "products.h"]
+    headers = [
+        *(shared / name for name in build.HEADERS),
+        *(FOLDER / f"{name}.h" for name in ("inputs", "rows", "products")),
+    ]
     return build.compiled("step", [FOLDER / "step.cpp"], headers, level)
 
 
@@ -94,12 +100,18 @@ def set_mask(matrix: Matrix, mask: Mask) -> None:
 
 
 def code_matrix(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, columns: int, bias: torch.Tensor | None = None
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    columns: int,
+    bias: torch.Tensor | None = None,
+    inputs: Inputs = "int15",
 ) -> Matrix:
     """Of packed codes, bfloat16 or float32 scales ``[out, groups]`` and uint8 zero points; the bias is float32."""
     kind = INT4 if codes.shape[1] == -(-columns // PIECE) * PIECE // 2 else INT8
+    wide, narrow = scale.dtype == torch.float32, inputs == "int8"
     parts = (pointer(t) for t in (codes, scale, zero, bias))
-    return Matrix(*parts, len(codes), columns, columns // scale.shape[1], kind, scale.dtype == torch.float32)
+    return Matrix(*parts, len(codes), columns, columns // scale.shape[1], kind, wide, narrow)
 
 
 def products(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
@@ -112,7 +124,8 @@ def products(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def run_step(ops: Iterable[Op], count: int, work: torch.Tensor, position: int) -> None:
-    """All operations of one step, on a workspace of floats."""
-    arguments = ops, LONG(count), POINTER(pointer(work)), LONG(position)
+def run_step(ops: Any, work: torch.Tensor, position: int, first: int = 0, last: int | None = None) -> None:
+    """Operations ``first`` to ``last`` of a step, all of them by default, on a workspace of floats."""
+    start, count = ctypes.byref(ops, first * ctypes.sizeof(Op)), (len(ops) if last is None else last) - first
+    arguments = start, LONG(count), POINTER(pointer(work)), LONG(position)
     library().ptq_step(*arguments, INT(torch.get_num_threads()))

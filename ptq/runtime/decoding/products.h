@@ -14,8 +14,10 @@ static inline long unit_of(const Matrix& w) {
 
 static inline void prepare(const Matrix& w, Input& x) {
     if (w.kind == BFLOAT16 && !w.transposed) x.pair();
-    if (w.kind == INT4) x.code(w.group, 8);
-    if (w.kind == INT8) x.code(w.group, 128);
+    if (w.kind != INT4 && w.kind != INT8) return;
+    const bool pieces = w.group % PIECE == 0 || w.group == w.columns;
+    if (w.narrow) x.code<1>(pieces ? PIECE : PIECE / 2);
+    else x.code<2>(w.group);
 }
 
 template <class W>

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ptq.runtime.decoding.builder import ATTEND, ROTATE, Builder, Unsupported, fitting, part
-from ptq.runtime.decoding.native import Op, pointer
+from ptq.runtime.decoding.native import Inputs, Op, pointer
 from sparsity.attach import PhaseWatch
 from sparsity.decode import GatedFeedForward, Phase
 from sparsity.kernels.build import cpu_level
@@ -42,6 +42,7 @@ class Program:
 
     Attributes:
         ops: an array of `Op`.
+        blocks: how many of them are done behind each decoder block; what is left is the head's.
         work: float32 workspace.
         hidden, logits: parts of it: where the state of the residual stream lies, and the result.
         keys, values: of each layer ``[key heads, positions, width]``, in the model's dtype.
@@ -50,6 +51,7 @@ class Program:
     """
 
     ops: Any
+    blocks: list[int]
     work: torch.Tensor
     hidden: torch.Tensor
     logits: torch.Tensor
@@ -59,11 +61,12 @@ class Program:
     phase: Phase | None
 
 
-def read_program(model: Any, positions: int, windows: Sequence[int]) -> Program:
+def read_program(model: Any, positions: int, windows: Sequence[int], inputs: Inputs = "int15") -> Program:
     """Of a model on the CPU in float32 or bfloat16, for sequences of up to so many tokens.
 
     Args:
         windows: of each block, how many positions it looks back at, itself included; 0: all.
+        inputs: to what those of integer codes are rounded.
 
     Raises:
         Unsupported: it is not made of the parts known here.
@@ -77,9 +80,11 @@ def read_program(model: Any, positions: int, windows: Sequence[int]) -> Program:
     changed = next((name for name, module in model.named_modules() if _changed(module, watches)), None)
     if changed is not None:
         raise Unsupported(f"hooks, or another forward pass, in {changed or 'the model'}")
-    reader = _Reader(model, positions, windows, watches[0].phase if len(watches) == 1 else None)
+    phase, blocks = watches[0].phase if len(watches) == 1 else None, []
+    reader = _Reader(model, positions, windows, Builder(model.dtype, phase, inputs))
     for number, layer in enumerate(part(reader.base, "layers")):
         reader.block(layer, number)
+        blocks.append(len(reader.build.ops))
     head = model.get_output_embeddings()
     build, width = reader.build, reader.width
     fitting(head, width, head.out_features)
@@ -88,6 +93,7 @@ def read_program(model: Any, positions: int, windows: Sequence[int]) -> Program:
     work = torch.zeros(build.size)
     return Program(
         (Op * len(build.ops))(*build.ops),
+        blocks,
         work,
         work[:width],
         work[logits : logits + head.out_features],
@@ -107,12 +113,12 @@ def _changed(module: nn.Module, known: Sequence[PhaseWatch]) -> bool:
 class _Reader:
     """One model on its way into a `Builder`."""
 
-    def __init__(self, model: Any, positions: int, windows: Sequence[int], phase: Phase | None) -> None:
+    def __init__(self, model: Any, positions: int, windows: Sequence[int], build: Builder) -> None:
         self.base: Any = model.get_decoder()
         self.config = self.base.config
         self.width: int = self.config.hidden_size
         self.positions, self.windows = positions, windows
-        self.build = Builder(model.dtype, phase)
+        self.build = build
         self.hidden = self.build.place("hidden", self.width)
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []

@@ -1,14 +1,15 @@
-// Dot products of rows of a weight with one vector: floats as they are, codes of 4 or 8 bits against the vector in 15.
+// Dot products of rows of a weight with one vector: floats as they are, codes of 4 or 8 bits against the vector in 15 bits
+// or, where that is asked for, in 8.
 //
-// The vector is cut into the weight's groups; within one it is `step * (128 high + low)` with `high` in [-127, 127] and
-// `low` in [-64, 63], so products of codes are exact integers, and what is lost is at most 2^-15 of the group's largest
-// value: less than bfloat16 activations lose. W = (code - zero) * scale, so
-//   sum x W = scale * step * (sum n code - zero * sum n)   with n = 128 high + low.
+// 15 bits: the vector is cut into the weight's groups; within one it is `step * n`, n = 128 high + low with `high` in
+// [-127, 127] and `low` in [-64, 63], so products of codes are exact integers, and what is lost is at most 2^-15 of the
+// group's largest value: less than bfloat16 activations lose. 8 bits: it is cut into pieces of 64 columns, or of 32 where
+// groups are not whole pieces, and n = high alone; up to 2^-8 of the largest value is lost. W = (code - zero) * scale, so
+//   sum x W = scale * step * (sum n code - zero * sum n).
 #pragma once
 #include <algorithm>
-#include <vector>
 
-#include "simd.h"
+#include "inputs.h"
 
 enum Kind : long { FLOAT32 = 0, BFLOAT16 = 1, INT4 = 2, INT8 = 3, WORDS4 = 4 };
 
@@ -20,78 +21,15 @@ struct Matrix {
     const uint8_t* zero;
     const float* bias;
     long rows, columns, group, kind, wide;  // wide: scales are floats, not bfloat16
+    long narrow;                            // inputs of codes are rounded to 8 bits, not to 15
     const float *threshold, *center;        // of inputs, one or one each; no threshold: all are in use
     long thresholds, centers, transposed;
 };
 
-constexpr int PIECE = 64;
-constexpr float MOST = 127 * 128;
-#if defined(__AVX2__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 1;
-#endif
-static inline long pieces_of(long columns) { return (columns + PIECE - 1) / PIECE; }
-
-// One vector in every form that a weight may ask for.
-struct Input {
-    std::vector<float> plain, pairs, step, sums;
-    std::vector<int8_t> high, low;
-    std::vector<int32_t> starts;  // per group, LANES values: minus the common zero point times the sum of n, and zeros
-    long size = 0, group = 0;     // group: of the codes that are there, 0 none
-    bool paired = false;
-
-    float* fresh(long n) {
-        plain.resize(size = n), group = 0, paired = false;
-        return plain.data();
-    }
-    void pair() {  // blocks of PAIR values in the order in which bfloat16 weights are taken apart; the rest as it is
-        if (paired) return;
-        pairs = plain, paired = true;
-        for (long c = 0; c + PAIR <= size; c += PAIR)
-            for (int i = 0; i < PAIR; i++) pairs[c + pair_position<bf16>(i)] = plain[c + i];
-    }
-    void code(long width, float middle) {
-        if (group == width && this->middle == middle) return;
-        group = width, this->middle = middle;
-        const long padded = pieces_of(size) * PIECE, groups = size / width;
-        high.assign(padded, 0), low.assign(padded, 0), step.resize(groups), sums.resize(groups);
-        bits.resize(width), starts.assign(groups * LANES, 0);
-        for (long g = 0; g < groups; g++) {
-            const float* x = plain.data() + g * width;
-            int8_t *upper = high.data() + g * width, *lower = low.data() + g * width;
-            int32_t most = 0, total = 0;  // of positive floats the larger one has the larger bits
-            std::memcpy(bits.data(), x, width * sizeof(float));
-            for (long i = 0; i < width; i++) most = std::max(most, bits[i] & 0x7fffffff);
-            float largest;
-            std::memcpy(&largest, &most, sizeof largest);
-            step[g] = largest / MOST;
-            const float inverse = largest > 0 ? MOST / largest : 0;
-            round(x, inverse, width);
-            for (long i = 0; i < width; i++) {
-                const int n = bits[i] - 0x4b400000, rounded = (n + 64) >> 7;
-                upper[i] = int8_t(rounded), lower[i] = int8_t(n - (rounded << 7));
-                total += n;
-            }
-            sums[g] = step[g] * float(total);
-            if (exact_start()) starts[g * LANES] = -int32_t(middle) * total;
-        }
-    }
-    // Whether the part that a common zero point takes away fits 32 bits beside the products.
-    bool exact_start() const { return float(group) * MOST * middle < 1e9f; }
-
-  private:
-    float middle = 0;
-    std::vector<int32_t> bits;
-    void round(const float* x, float inverse, long width) {  // to nearest: what is left below 1.5 * 2^23 is the integer
-        float moved[256];
-        for (long start = 0; start < width; start += 256) {
-            const long count = std::min(256L, width - start);
-            for (long i = 0; i < count; i++) moved[i] = x[start + i] * inverse + 12582912.f;
-            std::memcpy(bits.data() + start, moved, count * sizeof(float));
-        }
-    }
-};
+// Rows that are multiplied at a time. With 8 bits sums would wait for each other; with 15 there is more to multiply than
+// to wait for, and one row after the other is read faster than four at once.
+template <int BYTES> constexpr int TOGETHER = BYTES == 2 ? 1 : 4;
+constexpr int AHEAD = 4;  // rows that are fetched in front of the one in use
 
 template <class W> static inline float dot_floats(const W* row, const Input& x) {
     const float* values = sizeof(W) == 2 ? x.pairs.data() : x.plain.data();
@@ -117,8 +55,9 @@ template <class W> static inline float dot_floats(const W* row, const Input& x) 
 using Sum = __m256i;
 static inline Sum none() { return _mm256_setzero_si256(); }
 static inline Sum add(Sum a, Sum b) { return _mm256_add_epi32(a, b); }
-static inline Sum widened(__m256i high, __m256i low) {
-    return add(_mm256_madd_epi16(high, _mm256_set1_epi16(128)), _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
+template <int BYTES> static inline Sum widened(__m256i high, __m256i low) {
+    const Sum sum = _mm256_madd_epi16(high, _mm256_set1_epi16(BYTES == 2 ? 128 : 1));
+    return BYTES == 2 ? add(sum, _mm256_madd_epi16(low, _mm256_set1_epi16(1))) : sum;
 }
 static inline __m256i product(__m256i codes, const int8_t* n) {
     return _mm256_maddubs_epi16(codes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(n)));
@@ -127,32 +66,35 @@ static inline void nibbles(const uint8_t* p, __m256i& lower, __m256i& upper) {
     const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), mask = _mm256_set1_epi8(15);
     lower = _mm256_and_si256(raw, mask), upper = _mm256_and_si256(_mm256_srli_epi16(raw, 4), mask);
 }
-static inline Sum half(__m256i codes, const int8_t* high, const int8_t* low) {
-    return widened(product(codes, high), product(codes, low));
+template <int BYTES> static inline Sum half(__m256i codes, const int8_t* high, const int8_t* low) {
+    return widened<BYTES>(product(codes, high), BYTES == 2 ? product(codes, low) : none());
 }
-template <int N> static inline Sum pieces4(const uint8_t* p, const int8_t* high, const int8_t* low) {
+template <int BYTES, int N> static inline Sum pieces4(const uint8_t* p, const int8_t* high, const int8_t* low) {
     static_assert(N <= 4, "eight products of 15 * 127 * 2 fit 16 bits");
-    __m256i upper, lower;
+    __m256i upper = none(), lower = none();
 #pragma GCC unroll 4
     for (int k = 0; k < N; k++) {
         __m256i a, b;
         nibbles(p + k * PIECE / 2, a, b);
         const __m256i u = _mm256_add_epi16(product(a, high + k * PIECE), product(b, high + k * PIECE + 32));
+        upper = k ? _mm256_add_epi16(upper, u) : u;
+        if (BYTES == 1) continue;
         const __m256i l = _mm256_add_epi16(product(a, low + k * PIECE), product(b, low + k * PIECE + 32));
-        upper = k ? _mm256_add_epi16(upper, u) : u, lower = k ? _mm256_add_epi16(lower, l) : l;
+        lower = k ? _mm256_add_epi16(lower, l) : l;
     }
-    return widened(upper, lower);
+    return widened<BYTES>(upper, lower);
 }
-static inline Sum start_at(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+template <int BYTES>
 static inline void halves4(const uint8_t* p, const int8_t* high, const int8_t* low, Sum& first, Sum& second) {
     __m256i a, b;
     nibbles(p, a, b);
-    first = half(a, high, low), second = half(b, high + 32, low + 32);
+    first = half<BYTES>(a, high, low), second = half<BYTES>(b, high + 32, low + 32);
 }
-static inline Sum half8(const uint8_t* p, const int8_t* high, const int8_t* low) {  // a byte is 16 times a nibble and one
+// a byte is 16 times a nibble and one
+template <int BYTES> static inline Sum half8(const uint8_t* p, const int8_t* high, const int8_t* low) {
     __m256i a, b;
     nibbles(p, a, b);
-    return add(half(a, high, low), _mm256_slli_epi32(half(b, high, low), 4));
+    return add(half<BYTES>(a, high, low), _mm256_slli_epi32(half<BYTES>(b, high, low), 4));
 }
 struct Total {
     __m256 v = _mm256_setzero_ps();
@@ -167,26 +109,29 @@ struct Total {
 using Sum = int32_t;
 static inline Sum none() { return 0; }
 static inline Sum add(Sum a, Sum b) { return a + b; }
+template <int BYTES> static inline int whole(const int8_t* high, const int8_t* low, int i) {
+    return BYTES == 2 ? 128 * high[i] + low[i] : high[i];
+}
+template <int BYTES>
 static inline void halves4(const uint8_t* p, const int8_t* high, const int8_t* low, Sum& first, Sum& second) {
     first = second = 0;
     for (int i = 0; i < 32; i++) {
-        first += (p[i] & 15) * (128 * high[i] + low[i]);
-        second += (p[i] >> 4) * (128 * high[32 + i] + low[32 + i]);
+        first += (p[i] & 15) * whole<BYTES>(high, low, i);
+        second += (p[i] >> 4) * whole<BYTES>(high, low, 32 + i);
     }
 }
-template <int N> static inline Sum pieces4(const uint8_t* p, const int8_t* high, const int8_t* low) {
+template <int BYTES, int N> static inline Sum pieces4(const uint8_t* p, const int8_t* high, const int8_t* low) {
     Sum sum = 0;
     for (int k = 0; k < N; k++) {
         Sum first, second;
-        halves4(p + k * PIECE / 2, high + k * PIECE, low + k * PIECE, first, second);
+        halves4<BYTES>(p + k * PIECE / 2, high + k * PIECE, low + k * PIECE, first, second);
         sum += first + second;
     }
     return sum;
 }
-static inline Sum start_at(const int32_t* p) { return *p; }
-static inline Sum half8(const uint8_t* p, const int8_t* high, const int8_t* low) {
+template <int BYTES> static inline Sum half8(const uint8_t* p, const int8_t* high, const int8_t* low) {
     Sum sum = 0;
-    for (int i = 0; i < 32; i++) sum += p[i] * (128 * high[i] + low[i]);
+    for (int i = 0; i < 32; i++) sum += p[i] * whole<BYTES>(high, low, i);
     return sum;
 }
 struct Total {
@@ -199,88 +144,102 @@ struct Total {
 static inline Vec load_any(const float* p) { return Vec::load(p); }
 static inline Vec load_any(const bf16* p) { return load_wide(p); }
 
-// factors[g] = scale * step for up to `count` groups from `first` on.
-template <class S> static inline void factors_of(const S* scale, const float* step, long count, float* factors) {
-    long g = 0;
-    for (; g + Vec::N <= count; g += Vec::N) Vec::zero().fma(load_any(scale + g), Vec::load(step + g)).store(factors + g);
-    for (; g < count; g++) factors[g] = to_float(scale[g]) * step[g];
-}
-
-// The sum of scale * zero * sums over a row's groups.
-template <class S> static inline float shift_of(const S* scale, const uint8_t* zero, float middle, const Input& x, long groups) {
-    Vec total = Vec::zero();
+// A row's factors = scale * step for `count` cuts from `first` on, and what its zero points take away with them.
+template <class S, long KIND>
+static inline float factors_of(const S* scale, const uint8_t* zero, const Input& x, long per, long first, long count, float* factors) {
+    const float middle = KIND == INT8 ? 128.f : 8.f, *step = x.step.data() + first, *sums = x.sums.data() + first;
+    Vec shift = Vec::zero();
     float rest = 0;
     long g = 0;
-    for (; g + Vec::N <= groups; g += Vec::N) {
-        const Vec z = zero ? load_wide(zero + g) : Vec::all(middle);
-        total = total.fma(Vec::zero().fma(load_any(scale + g), z), Vec::load(x.sums.data() + g));
+    for (; per == 1 && g + Vec::N <= count; g += Vec::N) {
+        const Vec factor = Vec::zero().fma(load_any(scale + first + g), Vec::load(step + g));
+        factor.store(factors + g);
+        const Vec z = zero ? load_wide(zero + first + g) : Vec::all(middle);
+        shift = shift.fma(factor, Vec::zero().fma(z, Vec::load(sums + g)));
     }
-    for (; g < groups; g++) rest += to_float(scale[g]) * (zero ? float(zero[g]) : middle) * x.sums[g];
-    return rest + total.sum();
+    for (; g < count; g++) {
+        const long group = per == 1 ? first + g : (first + g) / per;
+        factors[g] = to_float(scale[group]) * step[g];
+        rest += factors[g] * ((zero ? float(zero[group]) : middle) * sums[g]);
+    }
+    return rest + shift.sum();
 }
 
 // sum of n * code over columns that are whole pieces, or whole halves of pieces for codes of 8 bits
-template <long KIND> static inline Sum columns_of(const uint8_t* codes, const Input& x, long from, long to) {
+template <long KIND, int BYTES> static inline Sum columns_of(const uint8_t* codes, const Input& x, long from, long to) {
     const int8_t *high = x.high.data(), *low = x.low.data();
     Sum sum = none();
     long c = from;
     if (KIND == INT8) {
-        for (; c < to; c += PIECE / 2) sum = add(sum, half8(codes + c, high + c, low + c));
+        for (; c < to; c += PIECE / 2) sum = add(sum, half8<BYTES>(codes + c, high + c, low + c));
         return sum;
     }
-    for (; c + 4 * PIECE <= to; c += 4 * PIECE) sum = add(sum, pieces4<4>(codes + c / 2, high + c, low + c));
-    for (; c < to; c += PIECE) sum = add(sum, pieces4<1>(codes + c / 2, high + c, low + c));
+    for (; c + 4 * PIECE <= to; c += 4 * PIECE) sum = add(sum, pieces4<BYTES, 4>(codes + c / 2, high + c, low + c));
+    for (; c < to; c += PIECE) sum = add(sum, pieces4<BYTES, 1>(codes + c / 2, high + c, low + c));
     return sum;
 }
 
-// N pieces per group; 0: groups of half a piece, two per piece; -1: any number.
-template <class S, long KIND, int N> static inline float dot_groups(const Matrix& w, const Input& x, long row) {
-    constexpr long AT_ONCE = 64, LONGEST = 2048;  // groups, and columns whose sum fits 32 bits
-    const long groups = w.columns / w.group, line = pieces_of(w.columns) * (KIND == INT4 ? PIECE / 2 : PIECE);
+// Outputs of R rows side by side, so that a piece of the input is loaded once and sums do not wait for each other.
+// N pieces per cut; 0: cuts of half a piece, two per piece; -1: any number.
+template <class S, long KIND, int BYTES, int N, int R> static inline void dot_rows(const Matrix& w, const Input& x, long row, float* y) {
+    constexpr long AT_ONCE = 64, LONGEST = 2048;  // cuts, and columns whose sum fits 32 bits
+    const long cuts = x.step.size(), groups = w.columns / w.group, per = cuts / groups;
+    const long line = pieces_of(w.columns) * (KIND == INT4 ? PIECE / 2 : PIECE);
     const uint8_t* codes = static_cast<const uint8_t*>(w.data) + row * line;
-    const S* scale = static_cast<const S*>(w.scale) + row * groups;
     const int8_t *high = x.high.data(), *low = x.low.data();
-    const bool starts = !w.zero && x.exact_start();
-    const int32_t* start = x.starts.data();
-    float factors[AT_ONCE];
-    Total total;
-    for (long first = 0; first < groups; first += AT_ONCE) {
-        const long count = std::min(AT_ONCE, groups - first);
-        factors_of(scale + first, x.step.data() + first, count, factors);
+    float factors[R][AT_ONCE], shift[R] = {};
+    Total total[R];
+    for (long first = 0; first < cuts; first += AT_ONCE) {
+        const long count = std::min(AT_ONCE, cuts - first);
+        for (int r = 0; r < R; r++)
+            shift[r] += factors_of<S, KIND>(static_cast<const S*>(w.scale) + (row + r) * groups,
+                                            w.zero ? w.zero + (row + r) * groups : nullptr, x, per, first, count, factors[r]);
         for (long g = 0; g < count; g++) {
-            const long c = (first + g) * w.group;
-            const Sum begin = starts ? start_at(start + (first + g) * LANES) : none();
-            if constexpr (N > 0) {
-                total.take(factors[g], add(begin, pieces4<N>(codes + c / 2, high + c, low + c)));
-            } else if constexpr (N == 0) {
-                Sum one, two;
-                halves4(codes + c / 2, high + c, low + c, one, two);
-                total.take(factors[g], add(begin, one));
-                if (++g < count) total.take(factors[g], starts ? add(start_at(start + (first + g) * LANES), two) : two);
-            } else {
-                total.take(factors[g], begin);
-                for (long from = c; from < c + w.group; from += LONGEST)
-                    total.take(factors[g], columns_of<KIND>(codes, x, from, std::min(c + w.group, from + LONGEST)));
+            const long c = (first + g) * x.cut;
+            if constexpr (N >= 0)  // one line after the other, whatever the number of rows
+                for (int k = 0; k < R * std::max(N, 1) * PIECE / 2; k += 64) __builtin_prefetch(codes + AHEAD * line + R * (c / 2) + k);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                const uint8_t* at = codes + r * line;
+                if constexpr (N >= 0) at += c / 2;
+                if constexpr (N > 0) {
+                    total[r].take(factors[r][g], pieces4<BYTES, N>(at, high + c, low + c));
+                } else if constexpr (N == 0) {
+                    Sum one, two;
+                    halves4<BYTES>(at, high + c, low + c, one, two);
+                    total[r].take(factors[r][g], one);
+                    if (g + 1 < count) total[r].take(factors[r][g + 1], two);
+                } else {
+                    for (long from = c, end = std::min(c + x.cut, w.columns); from < end; from += LONGEST)
+                        total[r].take(factors[r][g], columns_of<KIND, BYTES>(at, x, from, std::min(end, from + LONGEST)));
+                }
             }
+            if (N == 0) g++;
         }
     }
-    const float middle = KIND == INT8 ? 128.f : 8.f;
-    return total.sum() - (starts ? 0.f : shift_of(scale, w.zero ? w.zero + row * groups : nullptr, middle, x, groups));
+    for (int r = 0; r < R; r++) y[r] = total[r].sum() - shift[r];
 }
 
-template <class S, long KIND, int N>
+template <class S, long KIND, int BYTES, int N>
 static inline void code_rows(const Matrix& w, const Input& x, long from, long to, float* y) {
-    for (long r = from; r < to; r++) y[r - from] = dot_groups<S, KIND, N>(w, x, r);
+    long r = from;
+    for (; r + TOGETHER<BYTES> <= to; r += TOGETHER<BYTES>) dot_rows<S, KIND, BYTES, N, TOGETHER<BYTES>>(w, x, r, y + r - from);
+    for (; r < to; r++) dot_rows<S, KIND, BYTES, N, 1>(w, x, r, y + r - from);
+}
+
+template <class S, int BYTES> static inline void code_rows(const Matrix& w, const Input& x, long from, long to, float* y) {
+    if (w.kind == INT8) return code_rows<S, INT8, BYTES, -1>(w, x, from, to, y);
+    if (x.cut == PIECE / 2) return code_rows<S, INT4, BYTES, 0>(w, x, from, to, y);
+    if (x.cut == PIECE) return code_rows<S, INT4, BYTES, 1>(w, x, from, to, y);
+    if constexpr (BYTES == 2) {
+        if (x.cut == 2 * PIECE) return code_rows<S, INT4, BYTES, 2>(w, x, from, to, y);
+        code_rows<S, INT4, BYTES, -1>(w, x, from, to, y);
+    }
 }
 
 template <class S> static inline void code_rows(const Matrix& w, const Input& x, long from, long to, float* y) {
-    if (w.kind == INT8) return code_rows<S, INT8, -1>(w, x, from, to, y);
-    switch (w.group) {
-        case PIECE / 2: return code_rows<S, INT4, 0>(w, x, from, to, y);
-        case PIECE: return code_rows<S, INT4, 1>(w, x, from, to, y);
-        case 2 * PIECE: return code_rows<S, INT4, 2>(w, x, from, to, y);
-        default: return code_rows<S, INT4, -1>(w, x, from, to, y);
-    }
+    if (x.bytes == 1) code_rows<S, 1>(w, x, from, to, y);
+    else code_rows<S, 2>(w, x, from, to, y);
 }
 
 template <class W> static inline void float_rows(const Matrix& w, const Input& x, long from, long to, float* y) {
