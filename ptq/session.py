@@ -107,7 +107,7 @@ class Session:
         if source is not None and (file_of(source) or source).resolve().is_relative_to(self.target):
             raise ToolkitError(
                 f"--out {self.out}: the model that is read ({file_of(source) or source}) is there",
-                "choose another output",
+                f"choose another output {'file' if self.single else 'folder'}",
             )
 
     def _check_contents(self, overwrite: bool, resume: bool, resumable: bool) -> None:
