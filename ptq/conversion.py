@@ -35,6 +35,7 @@ from ptq.session import Session
 from sparsity.files import Sparsity, load_sparsity, save_sparsity
 
 GGUF = Gguf.name
+QUANTIZE = "run `ptq quantize` on it: its formats hold models that GGUF does not"
 
 
 @dataclass(frozen=True, repr=False)
@@ -111,6 +112,8 @@ def export_model(
     layout = replace(layout, outside=outside.planned(embeddings, head, format, default))
     whole, layout = layout, base_of(layout) if adapter else layout
     problems += FORMATS[format].check(layout)
+    if found is None:  # no other format is made of floats
+        problems = [replace(problem, fix=QUANTIZE) if problem.fix == NATIVE else problem for problem in problems]
     if problems:
         raise PlanError(problems)
     sparsity = load_sparsity(folder)

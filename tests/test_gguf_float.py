@@ -14,6 +14,7 @@ from tiny_runs import edit_config, logits, quantize, rewrite, tiny_checkpoint
 
 import ptq
 from calibration.errors import ToolkitError
+from calibration.model.gguf import let_go, open_file
 from ptq.formats import gguf_file
 from ptq.runtime.load import load_model
 
@@ -174,3 +175,32 @@ def test_numbers_of_the_header_that_cannot_be(tmp_path):
     assert f"{tmp_path / 'name.gguf'}: tensor 'blk.1.ffn_gata.weight' is not known" in message
     config = json.loads((model / "config.json").read_text())
     assert (config["num_key_value_heads"], config["num_hidden_layers"]) == (2, 2)
+
+
+def resident_file_bytes() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+    return 1024 * int(line.split()[1])
+
+
+def test_pages_that_were_read_are_given_back(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("w", np.ones((16, 1 << 20), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    reader = open_file(tmp_path / "m.gguf")
+    before = resident_file_bytes()
+    assert reader.tensors[0].data.sum() == 16 << 20
+    assert resident_file_bytes() - before > 60e6
+    let_go(reader)
+    assert resident_file_bytes() - before < 5e6
+    assert reader.tensors[0].data.sum() == 16 << 20
+
+
+def test_a_family_without_gguf_is_not_sent_to_formats_that_floats_have_not(tmp_path):
+    message = refused(
+        "export", tiny_checkpoint("gpt2", tmp_path / "m"), "--format", "gguf", "--out", tmp_path / "m.gguf"
+    )
+    assert "model_type gpt2: is not written to 'gguf'" in message and "run `ptq quantize` on it" in message
+    assert "native" not in message

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from pathlib import Path
@@ -94,6 +95,14 @@ def open_file(path: Path) -> Any:
     return reader
 
 
+def let_go(reader: Any) -> None:
+    """Give back the pages of a mapped file that were read: until then they count as resident memory, in the end all
+    of the file. They are read again where they are wanted again."""
+    mapped = reader.data.base
+    if isinstance(mapped, mmap.mmap) and hasattr(mapped, "madvise"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
 def _check_places(path: Path, reader: Any) -> None:
     """Refuse tensors that do not lie one behind the other, as GGUF has them: one wrong number in the table, and a
     weight is read from the bytes of another."""
@@ -172,7 +181,8 @@ class GgufReader(CheckpointReader):
         self.config = read_config(folder)
         self._tensors: dict[str, Any] = {}
         self.infos, self._in_file, self._open = {}, {}, {}
-        tensors = open_file(folder / LINK).tensors
+        self._file = open_file(folder / LINK)
+        tensors = self._file.tensors
         matrices = [_FLOATS.get(t.tensor_type.name) for t in tensors if len(t.shape) == 2]
         quantized = any(dtype is None for dtype in matrices)
         dtype = torch.bfloat16 if quantized else next((d for d in matrices if d is not None), torch.float32)
@@ -203,6 +213,10 @@ class GgufReader(CheckpointReader):
         if order is not None:
             values[order] = values.clone()
         return values.to(self.computed or self.infos[name].dtype)
+
+    def close(self) -> None:
+        """Give its pages back. Reading another tensor reads them again."""
+        let_go(self._file)
 
     def piece_bytes(self, name: str, most: int) -> int:
         """All of them: tensors are dequantized as a whole."""

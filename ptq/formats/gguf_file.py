@@ -14,6 +14,7 @@ import torch
 
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import disk_errors
+from calibration.model.gguf import let_go
 from calibration.model.gguf_families import norm_shift, paired_rows
 from ptq.formats import gguf_blocks, gguf_superblocks
 from ptq.formats.gguf_model import (
@@ -254,7 +255,8 @@ def verify_file(
     import gguf
 
     names, counted = tensor_names(layout.config), _counted(layout)
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    reader = gguf.GGUFReader(path)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def check(name: str, expected: torch.Tensor, step: float = 0.0) -> None:
         stored = tensors.get(tensor_name(name, names))
@@ -278,4 +280,5 @@ def verify_file(
             check(f"{name}.weight", expected, float(q.step.abs().max()))
             count += 1
             advance(name)
+        let_go(reader)
     return count - len(layout.outside)
