@@ -240,4 +240,4 @@ def test_without_a_hub_the_default_text_is_the_built_in_one(
 def test_the_commit_is_read_from_what_was_downloaded() -> None:
     commit = "b0" * 20
     assert _revision({f"hf://datasets/Salesforce/wikitext@{commit}/w/test.parquet": {}}) == commit
-    assert _revision({"/tmp/local.parquet": {}}) == _revision(None) == ""
+    assert _revision({"folder/local.parquet": {}}) == _revision(None) == ""
