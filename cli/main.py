@@ -121,7 +121,8 @@ def _tell_short_memory(error: Exception) -> None:
     reason = " ".join(str(error).split())[:160] or type(error).__name__
     print(f"error: no memory is left ({reason})", file=sys.stderr)
     print("    fix: fewer --samples, a shorter --seq-len or no --eval take less; --dry-run plans it", file=sys.stderr)
-    kept = how_to_go_on(sys.argv[1:]) or "nothing is left of it: the same command starts anew"
+    left = " ".join(getattr(error, "__notes__", ()))
+    kept = how_to_go_on(sys.argv[1:]) or left or "nothing is left of it: the same command starts anew"
     print(kept, file=sys.stderr)
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from calibration.errors import ToolkitError
+from calibration.errors import ToolkitError, short_of_memory
 from calibration.model.checkpoint import disk_errors, sync_folder, write_atomically
 from calibration.model.gguf import file_of
 from calibration.model.reading import read_json
@@ -185,8 +186,12 @@ class Session:
         """Remove DIR.partial where the work inside fails, for work that cannot be resumed."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            if short_of_memory(error):  # removing takes some, and what the frames of the error hold may be all there is
+                traceback.clear_frames(error.__traceback__)
             shutil.rmtree(self.partial, ignore_errors=True)
+            if self.partial.exists():
+                error.add_note(f"{self.partial} could not be removed: delete it, then the same command starts anew")
             self.release()
             raise
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 from command import done, products, refused, run_ptq, text_file, tiny
 
 import calibration.walk.finished
@@ -155,6 +158,34 @@ def test_commands_without_resume_clean_up(place, tmp_path, monkeypatch):
     result = run_ptq("export", tmp_path / "q", "--format", "native", "--out", tmp_path / "out")
     assert result.code == 143 and "nothing is left of it" in result.err
     assert [p.name for p in tmp_path.iterdir()] == ["q"]
+
+
+def test_without_memory_what_was_held_is_let_go_before_the_folder_is_removed(place, tmp_path, monkeypatch):
+    import ptq.conversion
+    import ptq.session
+
+    done(*words(place, tmp_path / "q"))
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def write(*_, **__):
+        largest = torch.zeros(9)
+        held.append(weakref.ref(largest))
+        raise MemoryError
+
+    def remove(path, ignore_errors):
+        seen.append(held[-1]() is None)
+
+    seen: list[bool] = []
+    command = ["export", tmp_path / "q", "--format", "native", "--out", tmp_path / "out"]
+    monkeypatch.setattr(ptq.conversion, "write_checkpoint", write)
+    message = refused(*command)
+    assert "no memory is left" in message and "nothing is left of it" in message
+    monkeypatch.setattr(ptq.session.shutil, "rmtree", remove)
+    message = refused(*command)
+    assert seen == [True] and f"{tmp_path}/out.partial could not be removed" in message
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "out.partial")
+    done(*command)
 
 
 def test_damaged_and_foreign_files_of_an_interrupted_run(place, tmp_path, monkeypatch):
