@@ -77,7 +77,8 @@ def expected(network: PreTrainedModel, changes: Changes, ids: torch.Tensor) -> d
     generator = torch.Generator().manual_seed(0)
     scale = 1 / (2 * len(ids) * (ids.shape[1] - 1))
     found: dict[str, dict[tuple[str, str], float]] = {way: defaultdict(float) for way in WAYS}
-    moments, squares = defaultdict(WeightGradients), defaultdict(float)
+    moments = {name: WeightGradients(*change.shape, change.device) for (name, _), change in changes.items()}
+    squares: dict[str, torch.Tensor | float] = defaultdict(float)
     output_errors: dict[tuple[str, str], torch.Tensor | float] = defaultdict(float)
     for window in ids.split(1):
         log_p = network(window, use_cache=False).logits[0, :-1].log_softmax(-1)

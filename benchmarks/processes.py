@@ -1,10 +1,12 @@
 """Wall time of one command by 1 process of 1 thread, 1 process of N threads and N processes of 1 thread each.
 
     python benchmarks/processes.py MODEL --dataset TEXT [--processes 2] [--method awq+gptq] [--repeats 2]
+    python benchmarks/processes.py MODEL --dataset TEXT --command fit --bpw 3.25
+    python benchmarks/processes.py MODEL --dataset TEXT --command "study sensitivity" --schemes w3a16
 
 The three take turns, so that what else the machine does meets all of them; the fastest of each counts. Files of one
 thread must be the same byte for byte, whatever the number of processes: ends with code 1 where they are not. Run it
-where nobody else uses the machine.
+where nobody else uses the machine. What else is on the command line goes to the command.
 """
 
 from __future__ import annotations
@@ -22,19 +24,24 @@ from pathlib import Path
 
 
 def run(words: list[str], processes: int, threads: int, out: Path) -> tuple[float, dict[str, object]]:
-    """Seconds of a whole run and its ``timings.json``; its files are in ``out``."""
+    """Seconds of a whole run and its ``timings.json``, if it has one; its files are in the folder ``out``."""
     shutil.rmtree(out, ignore_errors=True)
+    target = out
+    if words[0] == "fit":
+        out.mkdir()
+        target = out / "fit.toml"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else ()), "-m", "cli.main", *words, "--out", str(out)]
+    command = [sys.executable, *(launcher if processes > 1 else ()), "-m", "cli.main", *words, "--out", str(target)]
     begun = time.monotonic()
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, stdout=subprocess.DEVNULL)
-    return time.monotonic() - begun, json.loads((out / "timings.json").read_text())
+    timings = out / "timings.json"
+    return time.monotonic() - begun, json.loads(timings.read_text()) if timings.exists() else {}
 
 
 def digest(folder: Path) -> str:
-    """sha256 (first 16 hex digits) over the weights."""
+    """sha256 (first 16 hex digits) over the weights; over all files where there are none."""
     found = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in sorted(folder.rglob("*.safetensors")) or sorted(path for path in folder.rglob("*") if path.is_file()):
         found.update(path.read_bytes())
     return found.hexdigest()[:16]
 
@@ -44,13 +51,14 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--method", default="awq+gptq")
+    parser.add_argument("--command", default="quantize", help="quantize, fit or study sensitivity")
+    parser.add_argument("--method", default="awq+gptq", help="of quantize")
     parser.add_argument("--samples", default="16")
     parser.add_argument("--seq-len", default="512")
     parser.add_argument("--repeats", type=int, default=2)
-    o = parser.parse_args()
-    words = ["quantize", o.model, "--method", o.method, "--dataset", o.dataset, "--samples", o.samples]
-    words += ["--seq-len", o.seq_len]
+    o, rest = parser.parse_known_args()
+    words = [*o.command.split(), o.model, "--dataset", o.dataset, "--samples", o.samples, "--seq-len", o.seq_len]
+    words += ["--method", o.method, *rest] if o.command == "quantize" else rest
     kinds = [(1, 1), (1, o.processes), (o.processes, 1)]
     best: dict[tuple[int, int], tuple[float, dict[str, object], str]] = {}
     with tempfile.TemporaryDirectory() as place:
@@ -59,12 +67,15 @@ def main() -> None:
                 seconds, timings = run(words, *kind, Path(place) / "out")
                 if kind not in best or seconds < best[kind][0]:
                     best[kind] = seconds, timings, digest(Path(place) / "out")
-    print("| processes x threads | s | quantize, s | MB sent and received by the first | sha256 of the weights |")
+    print("| processes x threads | s | quantize, s | MB sent and received by the first | sha256 |")
     print("| --- | ---: | ---: | ---: | --- |")
     for (processes, threads), (seconds, timings, found) in best.items():
-        stages, wire = timings["stages"], timings["wire_bytes"]
-        assert isinstance(stages, dict) and isinstance(wire, int)
-        print(f"| {processes} x {threads} | {seconds:.1f} | {stages['quantize']:.1f} | {wire / 1e6:.1f} | {found} |")
+        more = ["", ""]
+        if timings:
+            stages, wire = timings["stages"], timings["wire_bytes"]
+            assert isinstance(stages, dict) and isinstance(wire, int)
+            more = [f"{stages['quantize']:.1f}", f"{wire / 1e6:.1f}"]
+        print(f"| {processes} x {threads} | {seconds:.1f} | {more[0]} | {more[1]} | {found} |")
     sys.exit(0 if best[1, 1][2] == best[o.processes, 1][2] else 1)
 
 

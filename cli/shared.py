@@ -12,7 +12,7 @@ from calibration.errors import ToolkitError
 from calibration.launcher import launched, local_number
 from cli.interrupts import how_to_go_on
 
-COMMANDS = ("quantize", "sparsify", "analyze", "eval")
+COMMANDS = ("quantize", "sparsify", "analyze", "eval", "fit", "study sensitivity")
 
 
 def first() -> bool:
@@ -26,8 +26,9 @@ def refuse_others(words: Sequence[str]) -> None:
     Raises:
         ToolkitError: names the command.
     """
-    command = next((word for word in words if not word.startswith("-")), None)
-    if launched()[1] > 1 and command is not None and command not in COMMANDS:
+    named = [word for word in words if not word.startswith("-")]
+    command = " ".join(named[: 2 if named[:1] == ["study"] else 1])
+    if launched()[1] > 1 and command and command not in COMMANDS:
         raise ToolkitError(
             f"ptq {command}: started as {launched()[1]} processes, which share the work of {', '.join(COMMANDS)} only",
             "run the command without torchrun or accelerate launch",
@@ -67,7 +68,7 @@ def tell_state(error: ToolkitError) -> None:
     """Where the end of another process has ended this one: what is kept, and the command that goes on."""
     presence = _presence()
     if presence is not None and isinstance(error, presence.OtherEnded):
-        print(how_to_go_on(sys.argv[1:]) or "nothing was begun, and nothing is left of it", file=sys.stderr)
+        print(how_to_go_on(sys.argv[1:]) or "nothing is left of it; run the same command again", file=sys.stderr)
 
 
 def stay() -> None:

@@ -41,7 +41,7 @@ def swept(fit: Fit, scheme=W3, seed: int = 0, progress=None) -> tuple[Sensitivit
     """In float64, every linear of the model with one scheme."""
     job, names = fit.job, [name for unit in fit.units for name in unit.names]
     skeleton = Skeleton(job.config, job.plan.spec, torch.float64, job.device)
-    blocks = FloatBlocks(job.reader, skeleton, schemes=job.plan.schemes, batch_size=2, master_dtype=torch.float64)
+    blocks = FloatBlocks(job.reader, skeleton, schemes=job.plan.schemes, batch_size=1, master_dtype=torch.float64)
     tokens = job.windows(Silent())
     sweep = Sweep(dict.fromkeys(names, (scheme,)), {"all": dict.fromkeys(names, scheme)}, False, len(tokens), seed=seed)
     return sweep.run(blocks, tokens, progress or Silent()), tokens.input_ids
@@ -55,15 +55,16 @@ def test_losses_are_those_of_gradients_through_the_whole_model(tmp_path, family)
     model = tiny_model(family, vocab_size=260).double()
     model.config._experts_implementation = "eager"  # the default one knows no float64
     parameters = dict(model.named_parameters())
-    spec, generator = fit.plan.spec, torch.Generator().manual_seed(0)
+    spec = fit.plan.spec
+    seeds = torch.randint(2**62, (WINDOWS,), generator=torch.Generator().manual_seed(0)).tolist()
     paths = {name: spec.root_module_name(f"{name}.weight") for name in found.nearest}
     paths = {name: path for name, path in paths.items() if path in parameters}  # experts are one tensor in the class
     assert len(paths) == len(found.nearest) or family == "mixtral"
     moments = {name: [] for name in paths}
-    for window in ids.split(1):
+    for window, seed in zip(ids.split(1), seeds, strict=True):
         model.zero_grad()
         log_p = model(window, use_cache=False).logits[0, :-1].log_softmax(-1)
-        labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        labels = torch.multinomial(log_p.detach().exp(), 1, generator=torch.Generator().manual_seed(seed))
         (-log_p.gather(1, labels).sum()).backward()
         for name, path in paths.items():
             d = parameters[path].grad
@@ -132,7 +133,7 @@ def test_how_losses_add_up():
 def test_states_come_back_as_they_were(tmp_path, dtype):
     fit = prepared(tmp_path, "llama")
     skeleton = Skeleton(fit.job.config, fit.plan.spec, dtype, fit.job.device)
-    states = FloatBlocks(fit.job.reader, skeleton).enter(fit.job.windows(Silent()), Silent()).first(2)
+    states = FloatBlocks(fit.job.reader, skeleton, batch_size=1).enter(fit.job.windows(Silent()), Silent()).first(2)
     own = [[torch.randn(1, LENGTH, 64).to(dtype) for _ in range(2)] for _ in range(3)]
     with KeptStates() as kept:
         for windows in own:

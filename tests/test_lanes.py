@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from several_processes import batches_of_two_windows, command_on_a_tiny_llama, digests, together
+from tiny_runs import text_file, tiny_checkpoint
 
 from calibration.distributed import LANES, Processes, lanes_of, owners_by_cost
 from calibration.nested import moved, nbytes
@@ -161,6 +162,42 @@ def test_an_analysis_has_the_same_bytes(command, tmp_path):
         found.append(digests(tmp_path / "out"))
         shutil.rmtree(tmp_path / "out")
     assert found[0] == found[1] and "channels.safetensors" in found[0]
+
+
+FITS = {
+    "fit": ["fit", "--bpw", "3.25", "--schemes", "w2a16-g32,w3a16-g32,w4a16-g32", "--out", "out/fit.toml"],
+    "study": ["study", "sensitivity", "--schemes", "w2a16-g32,w4a16-g32", "--windows", "6"],
+    "analyze": ["analyze", "--sensitivity", "w3a16-g32"],
+}
+
+
+@pytest.mark.parametrize("name", ["fit", "study", pytest.param("analyze", marks=pytest.mark.slow)])
+def test_a_fit_has_the_same_bytes(command, tmp_path, name):
+    """Ten windows in eight lanes. The study writes every number to its last digit; what a fit chooses hangs on them."""
+    found, where = [], FITS[name].index("sensitivity") + 1 if name == "study" else 1
+    for size in (1, 3):
+        if name == "fit":
+            (tmp_path / "out").mkdir()
+        results = together(size, [*FITS[name][:where], *command[1:], "--samples", "10", *FITS[name][where:]], tmp_path)
+        assert [code for code, _ in results] == [0] * size, results
+        assert all(not text for _, text in results[1:]), "only the first process prints"
+        found.append(digests(tmp_path / "out"))
+        shutil.rmtree(tmp_path / "out")
+    assert found[0] == found[1] and found[0]
+
+
+@pytest.mark.slow
+def test_experts_that_some_processes_do_not_see(tmp_path):
+    """Two windows are two lanes: the third process has none, and prices linears all the same."""
+    model, text = tiny_checkpoint("mixtral", tmp_path / "model"), text_file(tmp_path)
+    options = ["--samples", "2", "--seq-len", "16", "--dataset", str(text), "--schemes", "w3a16-g32", "--out", "out"]
+    found = []
+    for size in (1, 3):
+        results = together(size, ["study", "sensitivity", str(model), *options], tmp_path)
+        assert [code for code, _ in results] == [0] * size, results
+        found.append(digests(tmp_path / "out"))
+        shutil.rmtree(tmp_path / "out")
+    assert found[0] == found[1] and "3 processes, and work for 2" in results[0][1]
 
 
 def test_scores_are_the_same_to_the_last_digit(command, tmp_path):

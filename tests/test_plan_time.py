@@ -13,6 +13,8 @@ from command import done, refused, run_ptq, text_file, tiny
 import ptq
 from calibration.walk.cost import BlockShape, InputShape, Work
 from calibration.walk.passes import Pass, Phase
+from ptq.fitting.outlook import busiest
+from ptq.fitting.sensitivity import Sweep
 from ptq.methods import METHODS
 from ptq.planning import rates
 from ptq.planning.block_time import block_shapes
@@ -219,6 +221,19 @@ def test_other_commands_have_a_dry_run(there, name):
     printed = done(*COMMANDS[name], "--dry-run", "--out", "new")
     assert "time about" in printed and "memory about" in printed
     assert sorted(p.name for p in there.iterdir()) == before
+
+
+def test_a_fit_takes_as_long_as_the_busiest_of_its_processes(there, monkeypatch):
+    words = [*COMMANDS["fit"], "--samples", "8"]
+    alone = outlook(*words)["seconds"]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    shared = outlook(*words)
+    for phase in ("forward", "head"):
+        assert shared["seconds"][phase] == pytest.approx(alone[phase] / 2)
+    assert all(shared["seconds"][phase] < alone[phase] for phase in ("backward", "choice"))
+    assert shared["processes"] == 2 and "in each of 2 processes" in done(*words, "--dry-run")
+    assert busiest(Sweep({}, {}, False, 16), 3) == (6, 2), "lanes of two windows, of which probes see two lanes"
 
 
 WRONG = {

@@ -74,6 +74,33 @@ def test_processes_that_differ_are_refused(command, tmp_path, monkeypatch, named
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
+def fit_of(command: list[str], *more: str) -> list[str]:
+    return ["fit", *command[1:], "--bpw", "4.25", "--schemes", "w3a16-g32,w4a16-g32", *more]
+
+
+@pytest.mark.parametrize(("named", "theirs"), [("budget", ["--bpw", "4"]), ("schemes", ["--schemes", "w3a16-g32"])])
+def test_fits_that_differ_are_refused(command, tmp_path, named, theirs):
+    at = several_processes.free_port()
+    words = [fit_of(command), fit_of(command, *theirs)]
+    children = [several_processes.start_one(rank, 2, at, words[rank], tmp_path) for rank in range(2)]
+    assert several_processes.wait(children, 120) == [2, 2]
+    assert f"'{named}' differs between the processes" in said(tmp_path, 0, 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_process_ends_a_fit(command, tmp_path):
+    words = fit_of(command, "--samples", "200")
+    first, second, third = several_processes.start(3, words, tmp_path)
+    while "sensitivities ..." not in (tmp_path / "rank0.log").read_text():
+        assert forked.wait(first, 0) is None
+        time.sleep(0.002)
+    forked.kill(second)
+    assert several_processes.wait([first, third], several_processes.PATIENCE) == [2, 2]
+    told = said(tmp_path, 0, 2)
+    assert "error: process 2 of 3 has ended" in told and "nothing is left of it" in told
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_port_that_is_taken_is_named(command, tmp_path, monkeypatch):
     monkeypatch.setattr("calibration.joining.TOGETHER", 2.0)
     with socket.socket() as taken:
@@ -182,9 +209,9 @@ def launched(monkeypatch, rank: int = 0, size: int = 2) -> None:
 
 def test_what_cannot_be_shared_is_refused(command, tmp_path, monkeypatch):
     launched(monkeypatch)
-    for name in sorted({*COMMANDS, "study"} - {"quantize", "sparsify", "analyze", "eval"}):
+    for name in sorted({*COMMANDS} - {"quantize", "sparsify", "analyze", "eval", "fit"}):
         assert f"ptq {name}: started as 2 processes" in refused(name, "demo")
-    assert "ptq fit: started as 2 processes" in refused("--verbose", "fit", "demo")
+    assert "ptq study calibration: started as 2 processes" in refused("--verbose", "study", "calibration", "demo")
     assert "--tasks piqa: the harness runs in one process" in refused("eval", "demo", "--tasks", "piqa")
     assert os.listdir(tmp_path) == []
 
@@ -194,7 +221,7 @@ def test_what_cannot_be_shared_is_refused(command, tmp_path, monkeypatch):
     [
         (["quantize", "--method", "rtn"], "reads no calibration text"),
         pytest.param(["quantize", "--method", "signround"], "signround: looks at", marks=pytest.mark.slow),
-        pytest.param(["analyze", "--sensitivity", "w4a16"], "--sensitivity: not shared", marks=pytest.mark.slow),
+        pytest.param(["analyze", "--try"], "--try: not shared", marks=pytest.mark.slow),
         pytest.param(
             ["sparsify", "--method", "scap", "--max-ppl-increase", "1%"],
             "--max-ppl-increase: scap is searched for",

@@ -38,7 +38,7 @@ class KeptStates:
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="ptq-states-")  # noqa: SIM115 (closed by __exit__)
-        self._first = torch.empty(0)
+        self._like = torch.empty(0)
         self._windows = 0
 
     def __enter__(self) -> KeptStates:
@@ -54,17 +54,16 @@ class KeptStates:
             ToolkitError: the disk is full.
         """
         self._windows = len(states.batches)
-        self._first = states.batches[0].new_empty(0)
         with disk_errors(Path(tempfile.gettempdir())):
             for window in states.batches:
+                self._like = window.new_empty(0)
                 self._file.write(window.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
             self._file.flush()
 
     def load(self, block: int, states: HiddenStates) -> None:
         """Put the states that enter ``block`` into ``states``, a stream of the same windows."""
-        shape = states.batches[0].shape
-        size = shape.numel() * self._first.element_size()
-        self._file.seek(block * self._windows * size)
-        for window in range(self._windows):
-            raw = torch.frombuffer(bytearray(self._file.read(size)), dtype=self._first.dtype)
-            states.batches[window] = raw.view(shape).to(self._first.device)
+        for window, other in enumerate(states.batches):
+            size = other.numel() * self._like.element_size()
+            self._file.seek((block * self._windows + window) * size)
+            raw = torch.frombuffer(bytearray(self._file.read(size)), dtype=self._like.dtype)
+            states.batches[window] = raw.view(other.shape).to(self._like.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -135,13 +134,12 @@ class HiddenStates:
         )
         return other
 
-    def first(self, windows: int) -> HiddenStates:
-        """A stream of its own of the first so many windows, one to a batch. Tensors are views until a block replaces
-        them."""
+    def first(self, batches: int) -> HiddenStates:
+        """A stream of its own of the first so many batches of this process, in one lane. Tensors are shared until a
+        block replaces them."""
         other = self.copy()
-        rows = (batch[row : row + 1] for batch in self.batches for row in range(batch.shape[0]))
-        other.batches = list(itertools.islice(rows, windows))
-        other.numbers, other.lanes = list(range(len(other.batches))), [range(len(other.batches))]
+        other.batches, other.numbers = self.batches[:batches], self.numbers[:batches]
+        other.lanes = [range(len(other.batches))]
         return other
 
     @property

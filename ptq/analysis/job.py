@@ -82,7 +82,8 @@ def analyze(
     the walk over the blocks, one forward pass, is made again.
 
     Args:
-        processes: that share the windows of that walk; the first one writes, and all get the record.
+        processes: that share the windows of that walk, and sensitivities; the first one writes, and all get the
+            record.
 
     Raises:
         ToolkitError: whatever can be refused; ``out`` is then not there.
@@ -103,10 +104,12 @@ def analyze(
     text = _token_texts(source.folder, source.dataset, o.trust_remote_code)
     subject = Subject(float_weights(reader, spec), source.config, spec, source.dtype, source.device)
     forward = f"{source.dtype} on {source.device.type}"
-    refuse_other_models(processes, source.folder, {"text": tokens.source, "forward": forward}, o.trust_remote_code)
+    facts = {"text": tokens.source, "forward": forward, "sensitivity": [*o.sensitivity, o.probe_windows]}
+    refuse_other_models(processes, source.folder, facts, o.trust_remote_code)
     tell_idle(processes, -(-len(tokens) // batch_size_of(tokens)), progress)
     if not processes.first:
         observe(subject, tokens, text, progress, processes)
+        parts.sensitivity(fit, o.sensitivity, tokens, progress, processes)
         processes.mind_first_only()
         return cast(AnalysisRecord, processes.agree_at_the_end(None))
     session.begin(_identity(source, tokens) if o.try_advice else {"analyze": fingerprint(reader)}, resume)
@@ -114,8 +117,8 @@ def analyze(
     with nullcontext() if o.try_advice else session.unless_done():
         softmax = None if o.softmax is None else parts.softmax(tokens, o.softmax, progress)
         found = observe(subject, tokens, text, progress, processes)
+        sensitivity, edge = parts.sensitivity(fit, o.sensitivity, tokens, progress, processes)
         processes.mind_first_only()
-        sensitivity, edge = parts.sensitivity(fit, o.sensitivity, tokens, progress)
         refusal = {} if parts.quantized else {"refusal": refusal_of(source.folder, _run_options(source))}
         advice = advise(found.sites, found.weights, **refusal)
         trials = parts.trials(advice, tokens, session.partial / TRIALS, progress) if o.try_advice else ()
@@ -145,10 +148,9 @@ def analyze(
 
 
 def _check_shared(options: AnalysisOptions, source: Source, processes: Processes) -> None:
-    """Refuse what several processes cannot share: all but the walk, and that on GPUs."""
+    """Refuse what several processes cannot share: all but the walk and sensitivities, and these on GPUs."""
     asked = {
         "--clipped-softmax": options.softmax is not None,
-        "--sensitivity": bool(options.sensitivity),
         "--try": options.try_advice,
         f"--device {source.device.type}": source.device.type != "cpu",
     }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from calibration.architectures import ArchitectureSpec
+from calibration.distributed import Processes
 from calibration.errors import ToolkitError
 from calibration.memory import return_freed
 from calibration.progress import Progress
@@ -60,12 +61,13 @@ class Parts:
         return found
 
     def sensitivity(
-        self, fit: Fit | None, schemes: Sequence[str], tokens: TokenBatches, progress: Progress
+        self, fit: Fit | None, schemes: Sequence[str], tokens: TokenBatches, progress: Progress, processes: Processes
     ) -> tuple[tuple[SchemeSensitivity, ...], tuple[Point, ...]]:
-        """Every linear alone, and what mixing could reach; one block in memory. Empty without ``fit``."""
+        """Every linear alone, and what mixing could reach; one block in memory. Empty without ``fit``. The
+        ``processes`` share the work, and all get the result."""
         if fit is None:
             return (), ()
-        found = measure_sensitivity(fit, schemes, tokens, self.probe_windows, progress)
+        found = measure_sensitivity(fit, schemes, tokens, self.probe_windows, progress, processes)
         fit.job.reader.close()
         return found, frontier(found)
 

@@ -220,14 +220,20 @@ def fit(
         method: rtn, gptq, awq or awq+gptq.
         schemes: on offer; none: all widths and groups.
 
+    Where ``torchrun`` or ``accelerate launch`` has started several processes, they share the work; the first one
+    writes, and calls ``progress``.
+
+    Returns:
+        The same in every process.
+
     Raises:
         ToolkitError, PlanError: a budget that cannot be kept, and whatever else can be refused.
     """
     budget = parse_budget(_text(size), bpw, _text(max_ppl_increase))
-    with checkpoint(model, tokenizer) as folder, text_file(dataset) as text:
+    with joined(device) as processes, checkpoint(model, tokenizer) as folder, text_file(dataset) as text:
         options = Options(text, samples, seq_len, seed, device, dtype, trust_remote_code=trust_remote_code)
-        where = None if out is None else Path(out)
-        return fit_model(folder, budget, method, format, schemes, options, where, overwrite, display(progress))
+        where, shown = _path(out), display(progress) if processes.first else Silent()
+        return fit_model(folder, budget, method, format, schemes, options, where, overwrite, shown, processes)
 
 
 def sparsify(

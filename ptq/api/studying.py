@@ -189,11 +189,18 @@ def study_sensitivity(
     """
     if windows < 1:
         raise ToolkitError(f"--windows {windows}: less than 1", "give --windows a positive number")
-    with checkpoint(model, tokenizer) as folder, text_file(dataset) as text:
+    with joined(device) as processes, checkpoint(model, tokenizer) as folder, text_file(dataset) as text:
         options = Options(text, samples, seq_len, seed, device, dtype, trust_remote_code=trust_remote_code)
-        render = sensitivity_markdown.render
         return sensitivity.study_sensitivity(
-            folder, schemes, options, windows, out, render, overwrite=overwrite, progress=display(progress)
+            folder,
+            schemes,
+            options,
+            windows,
+            out,
+            sensitivity_markdown.render,
+            overwrite=overwrite,
+            progress=display(progress) if processes.first else Silent(),
+            processes=processes,
         )
 
 

@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from calibration.distributed import Processes
 from calibration.errors import ToolkitError, unknown_value
 from calibration.model.skeleton import Skeleton
 from calibration.progress import Progress
@@ -23,6 +25,7 @@ from ptq.fitting.units import Unit, check_mixing, units_of
 from ptq.formats.registry import FORMATS, PREFERRED, Format
 from ptq.planning.job import Job, Options, prepare
 from ptq.planning.plan import Plan
+from ptq.run.agreement import refuse_other_models, tell_idle
 from ptq.scheme import BITS, GROUP_SIZES, QuantScheme, parse_scheme
 from ptq.scheme_names import names_group
 
@@ -122,26 +125,45 @@ class Fit:
         return Sweep(options, probes, feedback, self.windows, seed=self.job.options.seed)
 
     def measure(self, progress: Progress) -> Sensitivities:
-        """Forward and back through the float blocks; see `ptq.fitting.sensitivity` and `sweep`."""
+        """Forward and back through the float blocks, in one process; see `ptq.fitting.sensitivity` and `sweep`."""
         self.job.tell(progress)
         return self.sweep(self.planned(), self.job.windows(progress), progress)
 
-    def sweep(self, sweep: Sweep, tokens: TokenBatches, progress: Progress) -> Sensitivities:
-        """Measure, once there is room for it.
+    def refuse_differences(self, processes: Processes, tokens: TokenBatches, asked: Mapping[str, Any]) -> None:
+        """Refuse processes that are about to measure something else, on another text or for another purpose.
+
+        Args:
+            asked: what else must be the same, by the names that a user knows it by.
 
         Raises:
-            ToolkitError: no room for the hidden states of every block.
+            ToolkitError: names what differs.
         """
-        job = self.job
+        job, o = self.job, self.job.options
+        measured = {"calibration": tokens.source, "seed": o.seed, "forward": f"{job.dtype} on {job.device.type}"}
+        refuse_other_models(processes, job.folder, {**asked, **measured}, o.trust_remote_code)
+
+    def sweep(
+        self, sweep: Sweep, tokens: TokenBatches, progress: Progress, processes: Processes | None = None
+    ) -> Sensitivities:
+        """Measure, once there is room for it.
+
+        Args:
+            processes: that share the windows; all get what was found.
+
+        Raises:
+            ToolkitError: no room for the hidden states of every block, or another process has ended.
+        """
+        job, processes = self.job, processes or Processes()
         check_room(kept_bytes(job, sweep.windows))
         if job.device.type == "cpu":
             tell_short(sweeping_bytes(job, sweep), progress)
         if sweep.windows < len(tokens):
             progress.message(f"gradients are taken on {sweep.windows} of {len(tokens)} windows")
+        tell_idle(processes, min(sweep.windows, len(tokens)), progress)
         skeleton = Skeleton(job.config, job.plan.spec, job.dtype, job.device)
         skeleton.check_complete(job.reader.infos)
-        blocks = FloatBlocks(job.reader, skeleton, schemes=job.plan.schemes, batch_size=job.batch_size)
-        return sweep.run(blocks, tokens, progress)
+        blocks = FloatBlocks(job.reader, skeleton, schemes=job.plan.schemes, batch_size=1)
+        return sweep.run(blocks, tokens, progress, processes)
 
     def solve(self, sensitivities: Sensitivities, budget: Budget) -> Choice:
         """The choice of least expected divergence under the budget.

@@ -20,7 +20,8 @@ def kept_bytes(job: Job, windows: int) -> int:
 
 def sweeping_bytes(job: Job, sweep: Sweep) -> int:
     """At the fullest, above interpreter and libraries: on the way forward the states and a block, at the head what lies
-    outside the blocks and logits, on the way back states and gradients, a block, the graph of a window and moments."""
+    outside the blocks and logits, on the way back states and gradients, a block, and the sums over all windows with
+    those of a lane and the graph of a window, or with what the price of a linear takes."""
     spec, reader, itemsize = job.plan.spec, job.reader, job.dtype.itemsize
     numel = {name: info.numel for name, info in reader.infos.items()}
     block = sum(n for name, n in numel.items() if name.startswith(spec.prefix(0)))
@@ -31,13 +32,14 @@ def sweeping_bytes(job: Job, sweep: Sweep) -> int:
     streams = (len(sweep.probes) + len(sweep.alone())) * min(sweep.probed, sweep.windows)
     streams *= job.seq_len * _token_bytes(job)
     weights = round(LOADED * block) + (itemsize * block if itemsize != 4 else 0)
-    moments = 4 * (sum(n**2 for n in inputs) + sum(shape[1] ** 2 for shape in shapes.values()))
+    sums = 4 * (sum(n**2 for n in inputs) + sum(shape[1] ** 2 for shape in shapes.values()))
     graph = 2 * job.seq_len * sum(sum(shape) for shape in shapes.values()) * itemsize
-    rounding = 4 * (FACTOR + 1) * max(inputs, default=0) ** 2
+    pricing = 4 * (FACTOR + 2) * max(inputs, default=0) ** 2
     logits = LOGITS * 4 * min(PIECE_ELEMENTS, job.seq_len * int(text_config(job.config).vocab_size))
     forward = weights + 4 * block + states + streams
     head = 2 * states + streams + itemsize * outside + logits
-    back = weights + 2 * states + moments + max(graph, rounding)
+    lane = sums if sweep.windows > 1 else 0
+    back = weights + 2 * states + sums + max(lane + graph, pricing)
     return max(forward, head, back) + LIBRARIES + WITH_TEXT
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from calibration.distributed import Processes
 from calibration.walk.head import LogProbabilities
 from calibration.walk.segment import Segment
 from calibration.walk.states import HiddenStates
@@ -27,6 +28,11 @@ class Divergence:
     nll: float = 0.0
     positions: int = 0
 
+    def add(self, other: Divergence) -> None:
+        self.kl += other.kl
+        self.nll += other.nll
+        self.positions += other.positions
+
     def means(self) -> tuple[float, float]:
         return max(self.kl, 0.0) / self.positions, self.nll / self.positions
 
@@ -41,13 +47,13 @@ class Probes:
     def __init__(self, rounded: Mapping[str, Mapping[str, QuantScheme]]) -> None:
         self._rounded = rounded
         self._streams: dict[str, HiddenStates] = {}
-        self.divergences = {name: Divergence() for name in rounded}
+        self._found: dict[tuple[str, int], Divergence] = {}
 
     def run_block(self, segment: Segment, entering: HiddenStates, advance: Callable[[], None]) -> None:
         """Through one block.
 
         Args:
-            entering: of the float model, one window to a batch.
+            entering: of the float model, the windows of this process, one to a batch.
         """
         for probe, schemes in self._rounded.items():
             own = {n: schemes[full] for n in segment.spec.linears if (full := segment.full_name(n)) in schemes}
@@ -64,6 +70,7 @@ class Probes:
 
         Args:
             ids: ``[1, L]``, states ``[1, L, hidden]`` of the float model behind the last block.
+            window: by its place among those of this process.
             piece: positions that predict a token of the window.
         """
         targets = ids[0, piece.start + 1 : piece.stop + 1, None]
@@ -71,11 +78,18 @@ class Probes:
         p = log_p.exp()
         for probe, stream in self._streams.items():
             difference = log_p - log_probabilities(ids[:, piece], stream.batches[window][:, piece])
-            found = self.divergences[probe]
-            found.kl += float((p * difference).sum())
-            found.nll += float(difference.gather(1, targets.to(difference.device)).sum())
-            found.positions += len(targets)
+            kl, nll = (p * difference).sum(), difference.gather(1, targets.to(difference.device)).sum()
+            found = self._found.setdefault((probe, stream.numbers[window]), Divergence())
+            found.add(Divergence(float(kl), float(nll), len(targets)))
             advance()
+
+    def divergences(self, processes: Processes) -> dict[str, Divergence]:
+        """Of every probe on the windows of all ``processes``, added up in the order of the windows."""
+        of_windows = {key: found for own in processes.all_values(self._found) for key, found in own.items()}
+        total = {probe: Divergence() for probe in self._rounded}
+        for probe, number in sorted(of_windows, key=lambda key: key[1]):
+            total[probe].add(of_windows[probe, number])
+        return total
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from calibration.distributed import Processes
 from calibration.model.checkpoint import write_atomically
 from calibration.progress import Progress
 from calibration.shown import Shown
@@ -92,24 +93,35 @@ def fit_model(
     out: Path | None,
     overwrite: bool,
     progress: Progress,
+    processes: Processes | None = None,
 ) -> Fitted:
     """Measure every linear, choose under the budget, and write the recipe into the file ``out``.
 
+    Args:
+        processes: that share the work; the first one writes, and all get the result.
+
     Raises:
-        ToolkitError, PlanError: see `prepare_fit`, `Fit.check` and `Fit.solve`; ``out`` exists, or has no folder.
+        ToolkitError, PlanError: see `prepare_fit`, `Fit.check` and `Fit.solve`; ``out`` exists, or has no folder;
+            processes that differ.
     """
-    check_recipe_file(out, overwrite)
+    processes = processes or Processes()
+    if processes.first:
+        check_recipe_file(out, overwrite)
     fit = prepare_fit(model, method=method, format=format, schemes=schemes, options=options)
     fit.check(budget)
-    sensitivities = fit.measure(progress)
+    fit.job.tell(progress)
+    tokens = fit.job.windows(progress)
+    asked = {"budget": budget, "method": method, "format": fit.format.name, "schemes": list(schemes)}
+    fit.refuse_differences(processes, tokens, asked)
+    sensitivities = fit.sweep(fit.planned(), tokens, progress, processes)
     choice = fit.solve(sensitivities, budget)
+    frontier = _frontier(fit, sensitivities, processes)
+    processes.mind_first_only()
     note = f"{fit.job.name} under {budget}: {_summary(choice)}"
-    found = Fitted(
-        fit.job.name, budget, choice, _frontier(fit, sensitivities), fit.recipe(choice, note), sensitivities.checks
-    )
-    if out is not None:
+    found = Fitted(fit.job.name, budget, choice, frontier, fit.recipe(choice, note), sensitivities.checks)
+    if processes.first and out is not None:
         write_atomically(out, found.recipe.encode("utf-8"))
-    return found
+    return processes.agree_at_the_end(found)
 
 
 def _summary(choice: Choice) -> str:
@@ -119,11 +131,14 @@ def _summary(choice: Choice) -> str:
     )
 
 
-def _frontier(fit: Fit, sensitivities: Sensitivities) -> tuple[FrontierPoint, ...]:
+def _frontier(fit: Fit, sensitivities: Sensitivities, processes: Processes) -> tuple[FrontierPoint, ...]:
+    """Each point by one of the processes."""
     uniform, lowest = fit.uniform(sensitivities), fit.sizes(fit.smallest())[0]
-    points = []
-    for bpw in (quarter / 4 for quarter in QUARTERS if quarter / 4 >= lowest):
-        within = [u for u in uniform if u.bits_per_weight <= bpw]
+    shown = [quarter / 4 for quarter in QUARTERS if quarter / 4 >= lowest]
+
+    def point(i: int) -> FrontierPoint:
+        within = [u for u in uniform if u.bits_per_weight <= shown[i]]
         best = min(within, key=lambda u: u.divergence, default=None)
-        points.append(FrontierPoint(bpw, fit.solve(sensitivities, Budget(bpw=bpw)), best))
-    return tuple(points)
+        return FrontierPoint(shown[i], fit.solve(sensitivities, Budget(bpw=shown[i])), best)
+
+    return tuple(processes.spread([1.0] * len(shown), point))

@@ -10,34 +10,33 @@ uncorrelated, and the rows of D to have one second moment but for a factor:
 per position, sums over windows. Tokens stay together: what attention averages over many tokens does not average out.
 (A diagonal over outputs beside a matrix over inputs: Shampoo's form of the Fisher matrix, Gupta et al. 2018, arXiv
 1802.09568; measured beside others in docs/results.md.)
+
+Several processes share the windows, one to a batch, in lanes (`calibration.distributed`): each carries the states, the
+gradients and the probes of its own. The sums over windows come to all, and every linear is priced by one of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from calibration.distributed import Processes
 from calibration.memory import return_freed
 from calibration.model.skeleton import release
 from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
-from calibration.walk.backward import WeightGradients, block_backward, head_gradient
-from calibration.walk.capture import Watcher, accumulate
+from calibration.walk.backward import head_gradient
 from calibration.walk.float_blocks import FloatBlocks
 from calibration.walk.head import head, pieces
 from calibration.walk.kept_states import KeptStates
 from calibration.walk.segment import Segment
 from calibration.walk.states import HiddenStates
-from calibration.walk.statistics import Gram
-from calibration.walk.token_weights import stream_writers, weights_by_norm
+from ptq.fitting.prices import BlockSums, Prices, prices, pricing_cost, sums_of_block
 from ptq.fitting.probes import Divergence, Probes
 from ptq.fitting.together import Point, Together
-from ptq.fitting.work import AtHead, InBlock, Work
-from ptq.numerics.feedback import column_costs, feedback_errors
-from ptq.numerics.grids import fake_quantize
-from ptq.numerics.objective import output_energies, output_energy
+from ptq.fitting.work import AtHead, Work
 from ptq.scheme import QuantScheme
 
 CHECKED = 6
@@ -116,29 +115,43 @@ class Sweep:
         return found
 
     @torch.no_grad()
-    def run(self, blocks: FloatBlocks, tokens: TokenBatches, progress: Progress) -> Sensitivities:
-        """Forward and back once."""
+    def run(
+        self, blocks: FloatBlocks, tokens: TokenBatches, progress: Progress, processes: Processes | None = None
+    ) -> Sensitivities:
+        """Forward and back once.
+
+        Args:
+            blocks: with batches of one window.
+            processes: that share the windows; all get what was found.
+
+        Raises:
+            ToolkitError: the disk is full, or another process has ended.
+        """
+        processes = processes or Processes()
         ids, alone = tokens.input_ids[: self.windows], self.alone()
         probes = Probes({**self.probes, **alone})
-        states = blocks.enter(TokenBatches(ids, {}), progress).first(len(ids))
-        work = Work.of(blocks, self.options, (*self.probes.values(), *alone.values()), ids.shape, self.probed)
+        states = blocks.enter(TokenBatches(ids, {}), progress, processes)
+        probed = states.first(sum(number < self.probed for number in states.numbers)).numbers
+        shape = len(states.batches), ids.shape[1]
+        work = Work.of(blocks, self.options, (*self.probes.values(), *alone.values()), shape, len(probed))
         progress.stage("sensitivities", work.total)
         found = Sensitivities()
         with KeptStates() as kept:
             for index in range(len(blocks)):
                 segment, tell = blocks.load(index), work.in_block(index, progress)
                 kept.append(states)
-                probes.run_block(segment, states.first(self.probed), tell.probe)
+                if probed:
+                    probes.run_block(segment, states.first(len(probed)), tell.probe)
                 states.run(segment.module, index, True, lambda _, tell=tell: tell.forward())  # type: ignore[misc]
                 self._drop(segment)
             gradients = self._head(blocks, ids, states, probes, work.at_head(progress))
             for index in reversed(range(len(blocks))):
-                segment = blocks.load(index)
+                segment, tell = blocks.load(index), work.in_block(index, progress)
                 kept.load(index, states)
-                positions = len(ids) * (ids.shape[1] - 1)
-                self._backward(segment, states, gradients, positions, found, work.in_block(index, progress))
+                sums = sums_of_block(segment, self._at_work(segment), states, gradients, processes, tell.backward)
+                self._price(segment, sums, len(ids) * (ids.shape[1] - 1), found, processes, tell.rounded)
                 self._drop(segment)
-        self._compare(found, probes.divergences)
+        self._compare(found, probes.divergences(processes))
         return found
 
     @staticmethod
@@ -150,83 +163,52 @@ class Sweep:
     def _head(
         self, blocks: FloatBlocks, ids: torch.Tensor, ends: HiddenStates, probes: Probes, tell: AtHead
     ) -> list[torch.Tensor]:
-        """The divergences of the probes, and the gradients behind the last block."""
-        generator = torch.Generator().manual_seed(self.seed)
+        """The divergences of the probes, and the gradients behind the last block. Every window has labels of its own
+        seed, whichever process has it."""
+        seeds = torch.randint(2**62, (len(ids),), generator=torch.Generator().manual_seed(self.seed)).tolist()
         gradients = []
         with head(blocks.skeleton, blocks.outside_parameters()) as log_probabilities:
-            for window in range(len(ids)):
-                own, states = ids[window : window + 1], ends.batches[window]
-                for piece in pieces(blocks.skeleton, ids.shape[1]) if window < self.probed else ():
+            for window, number in enumerate(ends.numbers):
+                own, states = ids[number : number + 1], ends.batches[window]
+                for piece in pieces(blocks.skeleton, ids.shape[1]) if number < self.probed else ():
                     probes.run_head(log_probabilities, own, window, piece, states, tell.probe)
+                generator = torch.Generator().manual_seed(seeds[number])
                 gradients.append(head_gradient(blocks.skeleton, log_probabilities, own, states, generator))
                 tell.gradient()
         release(blocks.skeleton.model)
         return gradients
 
-    def _backward(
+    def _price(
         self,
         segment: Segment,
-        states: HiddenStates,
-        gradients: list[torch.Tensor],
+        sums: BlockSums,
         positions: int,
         found: Sensitivities,
-        tell: InBlock,
+        processes: Processes,
+        tell: Callable[[str], None],
     ) -> None:
-        """Gradients through one block, and the losses of its linears."""
-        inputs = {
-            shared: [name for name in shared.linears if segment.full_name(name) in self.options]
-            for shared in segment.spec.inputs
-        }
-        device = next(iter(segment.masters.values())).device
-        moments = {name: WeightGradients() for names in inputs.values() for name in names}
-        grams = {names[0]: Gram(segment.weight(names[0]).shape[1], device) for names in inputs.values() if names}
+        """The linears of one block under every scheme, each by one of the processes."""
+        linears = {segment.full_name(name): name for name in sums.moments}
+        names = list(linears)
 
-        paths = {segment.architecture.module_name(name): [gram] for name, gram in grams.items()}
-        watchers: dict[str, Watcher] = {name: moment.update for name, moment in moments.items()}
-        with accumulate(segment.module, paths, weights_by_norm, writes=stream_writers(segment)):
-            block_backward(segment, states, gradients, watchers, tell.backward)
-        for names in filter(None, inputs.values()):
-            gram = grams.pop(names[0])
-            for name in names:
-                self._objectives(segment, name, gram, found)
-            gram.shrink()
-            for name in names:
-                self._losses(segment, name, moments.pop(name), gram, positions, found)
-                tell.rounded(segment.full_name(name))
+        def of_linear(i: int) -> Prices:
+            full, w = names[i], segment.weight(linears[names[i]])
+            gram, moments = sums.pop(linears[full])
+            return prices(w, self.options[full], self._probed(full), gram, moments, positions, self.feedback)
 
-    def _losses(
-        self,
-        segment: Segment,
-        name: str,
-        moments: WeightGradients,
-        gram: Gram,
-        positions: int,
-        found: Sensitivities,
-    ) -> None:
-        """Of one linear under every scheme."""
-        full, w = segment.full_name(name), segment.weight(name)
-        probed = self._probed(full)
-        losses = found.losses[full] = dict.fromkeys(self.options[full], 0.0)
-        nearest = found.nearest[full] = dict.fromkeys(probed, 0.0)
-        if not gram.tokens:
-            return  # an expert that no token went through
-        shares = moments.rows / (2 * positions * moments.rows.sum().clamp(min=torch.finfo(moments.rows.dtype).tiny))
-        costs = column_costs(gram.matrix, moments.columns) if self.feedback else None
-        for scheme in losses:
-            rounded = fake_quantize(w, scheme.weights)
-            if costs is None or scheme in probed:
-                losses[scheme] = float(shares @ output_energies(rounded - w, moments.columns))
-            if scheme in probed:
-                nearest[scheme] = losses[scheme]
-            if costs is not None:
-                losses[scheme] = float(shares @ feedback_errors(w, rounded, costs))
+        costs = [
+            pricing_cost(segment.weight(name).shape, len(self.options[full]), len(self._probed(full)), self.feedback)
+            for full, name in linears.items()
+        ]
+        for full, priced in zip(names, processes.spread(costs, of_linear), strict=True):
+            found.losses[full], found.nearest[full] = priced.losses, priced.nearest
+            found.objectives[full] = priced.objectives
+            tell(full)
 
-    def _objectives(self, segment: Segment, name: str, gram: Gram, found: Sensitivities) -> None:
-        """Of one linear under the schemes of probes, on the tokens as they are."""
-        full, w = segment.full_name(name), segment.weight(name)
-        objectives = found.objectives[full] = dict.fromkeys(self._probed(full), 0.0)
-        for scheme in objectives if gram.tokens else ():
-            objectives[scheme] = float(output_energy(fake_quantize(w, scheme.weights) - w, gram.matrix)) / gram.tokens
+    def _at_work(self, segment: Segment) -> list[str]:
+        """The linears of a block that have options, by block-relative name, input by input."""
+        linears = (name for shared in segment.spec.inputs for name in shared.linears)
+        return [name for name in linears if segment.full_name(name) in self.options]
 
     def _probed(self, full: str) -> set[QuantScheme]:
         return {schemes[full] for schemes in self.probes.values() if full in schemes}

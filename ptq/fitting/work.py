@@ -45,7 +45,7 @@ class Work:
 
     Attributes:
         forward, backward: of one window, by block.
-        rounding: by linear.
+        rounding: by linear, of those of all processes.
         probing: windows of probes that go through each block.
         head: of one piece of a window of one probe.
         head_calls: how many of those there are.
@@ -73,8 +73,8 @@ class Work:
         """From headers.
 
         Args:
-            shape: windows that gradients see, and tokens in each.
-            probed: windows that probes see.
+            shape: windows of this process that gradients see, and tokens in each.
+            probed: of these, windows that probes see.
         """
         infos, spec = blocks.reader.infos, blocks.skeleton.spec
         (windows, length), n = shape, len(blocks)

@@ -99,7 +99,7 @@ def walking(
         seconds = share * rates.seconds(block.forward * float(count) + gathering(block, kinds, source.dtype.itemsize))
         for step in passes:
             tasks = [rates.seconds(task) for task in step.cost(block)]
-            seconds += _longest(tasks, processes) if step.spreads else sum(tasks)
+            seconds += longest(tasks, processes) if step.spreads else sum(tasks)
         copies = (LOADING if forwards else ALONE) + RESTORING * onwards
         disk = Work(read=weights * 2.0, written=stored, hashed=2 * stored, fresh=float(copies * weights))
         found.append(seconds + rates.seconds(disk))
@@ -112,7 +112,7 @@ def lane_share(batches: int, processes: int) -> float:
     return -(-lanes // min(processes, lanes)) / lanes
 
 
-def _longest(tasks: Sequence[float], processes: int) -> float:
+def longest(tasks: Sequence[float], processes: int) -> float:
     """What the busiest of some processes has to do."""
     owners = owners_by_cost(tasks, processes)
     return max(sum(t for t, owner in zip(tasks, owners, strict=True) if owner == p) for p in range(processes))

@@ -72,12 +72,14 @@ def outlook(
     remarks: Sequence[str] = (),
     *,
     infos: Mapping[str, TensorInfo],
+    batches: int | None = None,
 ) -> Outlook:
     """An outlook whose phases begin with those that all commands have: the text, the class of the model, embedding.
 
     Args:
         seconds, peak: of what is the command's own.
         infos: headers of the float tensors.
+        batches: that processes share; None: those of the text.
     """
     rates = rates_of(source.device, source.dtype)
     before, unknown = preparing(source, rates)
@@ -86,7 +88,7 @@ def outlook(
     kind = f"{source.name}: {source.spec.family}, {source.spec.n_blocks} blocks"
     text = f"{o.samples} x {source.seq_len} tokens of {source.dataset}"
     duration = Duration({**before, **seconds}, launched()[1], tuple(unknown))
-    idle = idle_words(duration.processes, -(-o.samples // source.batch_size))
+    idle = idle_words(duration.processes, batches or -(-o.samples // source.batch_size))
     remarks = (*remarks, idle) if idle else remarks
     peak = max(peak, text_bytes_held(source, (source.dataset,)))
     return Outlook(command, kind, text, peak, disk, duration, (*remarks, *source.notes))

@@ -13,7 +13,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+from calibration.distributed import Processes
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import write_atomically
 from calibration.model.opening import fingerprint
@@ -104,6 +106,7 @@ def study_sensitivity(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
+    processes: Processes | None = None,
 ) -> SensitivityStudy:
     """Measure every linear under every scheme; write ``sensitivity.json`` and ``sensitivity.md`` into ``out``.
 
@@ -113,20 +116,29 @@ def study_sensitivity(
         options: calibration text, device and dtype.
         windows: calibration windows, from the first on, that probes are run on.
         render: the study as Markdown.
+        processes: that share the work; the first one writes, and all get the study.
 
     Raises:
-        ToolkitError, PlanError: whatever can be refused, before a weight is read.
+        ToolkitError, PlanError: whatever can be refused, before a weight is read; processes that differ.
     """
-    progress = progress or Silent()
+    progress, processes = progress or Silent(), processes or Processes()
     session = Session(Path(out))
-    session.check(overwrite, resume=False, resumable=False)
+    if processes.first:
+        session.check(overwrite, resume=False, resumable=False)
     fit = prepare_sensitivity(model, schemes, options)
-    session.check(overwrite, resume=False, source=fit.job.reader.folder, resumable=False)
+    if processes.first:
+        session.check(overwrite, resume=False, source=fit.job.reader.folder, resumable=False)
     fit.job.tell(progress)
     tokens = fit.job.windows(progress)
+    fit.refuse_differences(processes, tokens, {"schemes": list(schemes), "windows": windows})
+    if not processes.first:
+        measure_sensitivity(fit, schemes, tokens, windows, progress, processes)
+        processes.mind_first_only()
+        return cast(SensitivityStudy, processes.agree_at_the_end(None))
     session.begin({"sensitivity": fingerprint(fit.job.reader)}, resume=False)
     with session.unless_done():
-        found = measure_sensitivity(fit, schemes, tokens, windows, progress)
+        found = measure_sensitivity(fit, schemes, tokens, windows, progress, processes)
+        processes.mind_first_only()
         study = SensitivityStudy(
             model=fit.job.name,
             fingerprint=fingerprint(fit.job.reader),
@@ -139,6 +151,7 @@ def study_sensitivity(
         write_atomically(session.partial / SENSITIVITY_FILE, study.to_json().encode())
         write_atomically(session.partial / "sensitivity.md", render(study).encode())
         session.finish()
+    processes.agree_at_the_end(study)
     return study
 
 
@@ -155,9 +168,15 @@ def prepare_sensitivity(model: str | Path, schemes: Sequence[str], options: Opti
 
 
 def measure_sensitivity(
-    fit: Fit, schemes: Sequence[str], tokens: TokenBatches, windows: int, progress: Progress
+    fit: Fit,
+    schemes: Sequence[str],
+    tokens: TokenBatches,
+    windows: int,
+    progress: Progress,
+    processes: Processes | None = None,
 ) -> tuple[SchemeSensitivity, ...]:
-    """Forward and back through the float blocks, once for all schemes; probes see the first ``windows`` windows."""
+    """Forward and back through the float blocks, once for all schemes; probes see the first ``windows`` windows. The
+    ``processes`` share it, and all get the result."""
     offered = {name: unit.options for unit in fit.units for name in unit.names}
     probes: dict[str, dict[str, QuantScheme]] = {}
     for scheme, any_group in dict.fromkeys((parse_scheme(text), not names_group(text)) for text in schemes):
@@ -173,7 +192,7 @@ def measure_sensitivity(
     options = {name: found for name, found in options.items() if found}
     seen, seed = gradient_windows(fit, windows), fit.job.options.seed
     sweep = Sweep(options, probes, feedback=False, windows=seen, probed=windows, seed=seed)
-    measured = fit.sweep(sweep, tokens, progress)
+    measured = fit.sweep(sweep, tokens, progress, processes)
     return tuple(_of_scheme(fit, scheme, probe, measured) for scheme, probe in probes.items())
 
 
