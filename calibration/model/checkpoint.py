@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from safetensors import SafetensorError
@@ -155,9 +156,7 @@ class CheckpointReader:
         """uint8 ``[n_bytes]`` of a tensor from its byte ``first`` on."""
         data = torch.empty(n_bytes, dtype=torch.uint8)
         try:
-            if info.shard not in self._open:
-                self._open[info.shard] = (self.folder / info.shard).open("rb", buffering=0)
-            file = self._open[info.shard]
+            file = self._opened(info.shard)
             file.seek(info.start + first)
             view = memoryview(data.numpy().data)
             while view:
@@ -168,6 +167,23 @@ class CheckpointReader:
         except OSError as error:
             raise ToolkitError(f"{self.folder / info.shard}: cannot read {name} ({error})", "fetch it again") from None
         return data
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Tell the system, where it listens, which tensors are read next: it fetches them from the disk meanwhile."""
+        if hasattr(os, "posix_fadvise"):
+            for part in (part for name in names for part in self.infos[name].parts or (self.infos[name],)):
+                os.posix_fadvise(self._opened(part.shard).fileno(), part.start, part.nbytes, os.POSIX_FADV_WILLNEED)
+
+    def again(self) -> Self:
+        """The same tensors by open files of its own, for another thread."""
+        other = copy.copy(self)
+        other._open = {}
+        return other
+
+    def _opened(self, shard: str) -> Any:
+        if shard not in self._open:
+            self._open[shard] = (self.folder / shard).open("rb", buffering=0)
+        return self._open[shard]
 
     def close(self) -> None:
         """Close all shards. Reading another tensor opens them again."""

@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,9 @@ class GgufReader(CheckpointReader):
     def close(self) -> None:
         """Give its pages back. Reading another tensor reads them again."""
         let_go(self._file)
+
+    def expect(self, names: Iterable[str]) -> None:
+        """The file is mapped: what is read next comes when it is touched."""
 
     def piece_bytes(self, name: str, most: int) -> int:
         """All of them: tensors are dequantized as a whole."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from calibration.model.checkpoint import TensorSource
 from calibration.model.skeleton import Skeleton, load_parameters, places, release
 from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
+from calibration.walk.ahead import Ahead
 from calibration.walk.capture import transform_input
 from calibration.walk.context import Context
 from calibration.walk.masters import Masters
@@ -42,6 +43,10 @@ class FloatBlocks:
     schemes: Callable[[int], Mapping[str, Any]] = lambda index: {}
     batch_size: int = 4
     master_dtype: torch.dtype = torch.float32
+
+    @cached_property
+    def _ahead(self) -> Ahead:
+        return Ahead(self.reader, self.skeleton.device)
 
     def __len__(self) -> int:
         return self.skeleton.spec.n_blocks
@@ -132,7 +137,7 @@ class FloatBlocks:
         spec, prefix = self.skeleton.spec, self.skeleton.spec.prefix(index)
         names = self._names(index)
         dtypes = {n: self.reader.infos[prefix + n].dtype for n in names}
-        read: dict[str, Callable[[], torch.Tensor]] = {n: partial(self.reader.tensor, prefix + n) for n in names}
+        read: dict[str, Callable[[], torch.Tensor]] = {n: partial(self._ahead.tensor, prefix + n) for n in names}
         for step in self.passes:
             for linear in step.new_biases(spec, index, read):
                 shape = self.reader.infos[f"{prefix}{linear}.weight"].shape
@@ -143,6 +148,9 @@ class FloatBlocks:
         if with_module:
             self.fill(index, {n: masters[n].to(self.skeleton.dtype) for n in masters})
             self.reader.close()
+        if index + 1 < len(self):
+            following = self.skeleton.spec.prefix(index + 1)
+            self._ahead.expect([following + n for n in self._names(index + 1)])
         return Segment(
             index=index,
             prefix=spec.prefix(index),

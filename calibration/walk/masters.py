@@ -31,7 +31,8 @@ class Masters(MutableMapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name in self._unread or name in self._stored:
-            self._made[name] = self._read(name).to(self.device, self.dtype)
+            # as it is stored, and without waiting where it lies in pinned memory: the device makes the float32 of it
+            self._made[name] = self._read(name).to(self.device, non_blocking=True).to(self.dtype)
             self._stored.pop(name)
         elif name in self._later:
             self._made[name] = self._later.pop(name)()
@@ -65,7 +66,7 @@ class Masters(MutableMapping[str, torch.Tensor]):
         if self.dtype == torch.float32 and (name in self._unread or name in self._stored):
             stored = self._read(name)
             if stored.dtype in HALVES:
-                return stored.to(self.device)
+                return stored.to(self.device, non_blocking=True)
         return self[name]
 
     def overwrite(self, name: str, make: Callable[[], torch.Tensor]) -> None:
