@@ -20,10 +20,11 @@ from ptq.planning import rates
 from ptq.planning.block_time import block_shapes
 from ptq.planning.duration import block_seconds, expected
 from ptq.planning.job import Options, prepare
-from ptq.planning.rates import Rates, measure_rates
+from ptq.planning.rates import Rates
 from ptq.sparse.methods import all_methods
 
-UNIT = Rates(**{field.name: 1.0 for field in fields(Rates)})
+UNIT = Rates(torch.device("cpu"), torch.float32, 1)
+vars(UNIT).update({field.name: 1.0 for field in fields(Work)})
 SHAPE = BlockShape(
     (InputShape(64, (64, 32, 32), 512.0), InputShape(96, (64,), 512.0)), 32, 8, 2, Work(products=1e6), True
 )
@@ -53,7 +54,9 @@ def test_work_adds_up_and_takes_its_share_of_every_rate():
     work = Work(products=2.0, calls=3.0) + Work(products=1.0, read=4.0) * 2.0
     assert work == Work(products=4.0, calls=3.0, read=8.0)
     assert UNIT.seconds(work) == 15.0
-    assert replace(UNIT, products=4.0).seconds(work) == 12.0
+    faster = Rates(torch.device("cpu"), torch.float32, 1)
+    vars(faster).update(vars(UNIT), products=4.0)
+    assert faster.seconds(work) == 12.0
 
 
 @pytest.mark.parametrize("name", sorted(all_methods()))
@@ -104,7 +107,7 @@ def test_a_new_method_need_not_say_anything():
 
 
 def test_rates_of_this_machine():
-    found = measure_rates(torch.device("cpu"), torch.float32, torch.get_num_threads())
+    found = Rates(torch.device("cpu"), torch.float32, torch.get_num_threads())
     assert 1e8 < found.exact < 1e14 and found.products == found.exact
     assert found.fresh > 1e7 and found.values > 1e7 and found.calls > 1e3 and found.written > 1e5
 
@@ -120,20 +123,24 @@ def test_a_busy_machine_does_not_count(monkeypatch):
     """Waiting for a core takes no time, and threads that wait for each other are no reason for a rate below one
     thread's."""
     assert rates._best(lambda: time.sleep(0.05), torch.device("cpu"), 1) < 0.01
-    before, values = torch.get_num_threads(), {1: 6.0, 2: 2.0}
-    shared = {"products": 9.0, "exact": 9.0, "fresh": 1.0, "calls": 1.0}
-
-    def of_threads(device, dtype):
-        return {**shared, "values": values[torch.get_num_threads()]}
-
-    monkeypatch.setattr(rates, "_processor_rates", of_threads)
+    before, seconds = torch.get_num_threads(), {1: 2.0, 2: 6.0}
+    monkeypatch.setattr(rates, "_best", lambda work, device: seconds[torch.get_num_threads()])
     try:
         torch.set_num_threads(2)
-        found = measure_rates.__wrapped__(torch.device("cpu"), torch.float32, 2)
+        found = Rates(torch.device("cpu"), torch.float32, 2)
+        assert found.calls == 100.0
         assert torch.get_num_threads() == 2
+        seconds[1] = 10.0
+        assert found.calls == 100.0  # measured once
+        assert Rates(torch.device("cpu"), torch.float32, 2).calls == 200 / 6
     finally:
         torch.set_num_threads(before)
-    assert (found.values, found.products) == (6.0, 9.0)
+
+
+def test_only_what_a_plan_has_is_measured(monkeypatch):
+    found = Rates(torch.device("cpu"), torch.bfloat16, 1)
+    monkeypatch.setattr(Rates, "_product_rate", lambda *_: pytest.fail("no matrix is multiplied"))
+    assert found.seconds(Work(values=1e6, text=1e6)) > 0
 
 
 def test_the_time_of_blocks_follows_the_text_and_the_processes(place):

@@ -14,6 +14,7 @@ import torch
 from calibration.errors import ToolkitError
 from calibration.model.checkpoint import CheckpointReader
 from calibration.model.reading import file_digest, inside
+from calibration.threads import one_thread
 
 PIECE_BYTES = 1 << 20  # of a tensor at a time: small enough for memory that was just freed to be taken again
 SMALL_FILES = (
@@ -69,7 +70,7 @@ def check_weights(reader: CheckpointReader, advance: Callable[[str], None] | Non
     GPT-2 files carry (``attention.masked_bias``, -1e9) is -inf in float16.
     """
     digest = hashlib.sha256()
-    with ThreadPoolExecutor(1) as hashing:  # hashlib lets go of the interpreter: the next piece is read meanwhile
+    with one_thread(), ThreadPoolExecutor(1) as hashing:  # which lets go of the interpreter: the next piece is read
         for name, info in sorted(reader.infos.items(), key=lambda item: (item[1].shard, item[0])):
             hashed: Future[None] = hashing.submit(digest.update, f"{name} {info.dtype} {info.shape} ".encode())
             bad = 0

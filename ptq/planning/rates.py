@@ -7,18 +7,18 @@ is taken to be lower than that of one thread.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import mmap
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import fields
+from functools import cache, cached_property
 
 import torch
 
+from calibration.threads import one_thread
 from calibration.walk.cost import Work
 
 TRIES, LONG_TRIES, LONG = 12, 3, 0.2  # the last one in seconds of all tries
@@ -30,80 +30,83 @@ TOKENIZED = 1.5e6  # bytes of text per second: byte-level BPE on one core; not m
 NO_DISK = 5e8  # bytes per second, where no file can be made to try
 
 
-@dataclass(frozen=True)
 class Rates:
-    """Amounts per second, by the names that they have in `Work`."""
-
-    products: float
-    exact: float
-    values: float
-    fresh: float
-    calls: float
-    read: float
-    written: float
-    hashed: float
-    text: float = TOKENIZED
-
-    def seconds(self, work: Work) -> float:
-        """How long work takes that is done one after the other."""
-        return sum(float(getattr(work, field.name) / getattr(self, field.name)) for field in fields(Rates))
-
-
-@functools.cache
-def measure_rates(device: torch.device, dtype: torch.dtype, threads: int) -> Rates:
-    """The rates here and now.
+    """Amounts per second, by the names that they have in `Work`. Each is measured when a plan first has something of
+    its kind: products in bfloat16 take seconds where the processor cannot, and rounding without text has no products.
 
     Args:
         dtype: of forward passes.
-        threads: of torch; measured with as many as it has, once for every number.
+        threads: of torch; measured with as many as it has, and with one.
     """
-    found = _processor_rates(device, dtype)
-    if threads > 1 and device.type == "cpu":
-        with _one_thread():
-            alone = _processor_rates(device, dtype)
-        found = {name: max(rate, alone[name]) for name, rate in found.items()}
-    read, written = _disk_rates()
-    data = bytes(BYTES)
-    hashed = BYTES / _best(lambda: hashlib.sha256(data), torch.device("cpu"), LONG_TRIES)
-    return Rates(**found, read=read, written=written, hashed=hashed)
 
+    text = TOKENIZED
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    def __init__(self, device: torch.device, dtype: torch.dtype, threads: int) -> None:
+        self._device, self._dtype, self._threads = device, dtype, threads
 
+    def seconds(self, work: Work) -> float:
+        """How long work takes that is done one after the other."""
+        amounts = {field.name: float(getattr(work, field.name)) for field in fields(Work)}
+        return sum(amount / float(getattr(self, name)) for name, amount in amounts.items() if amount)
 
-def _processor_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What needs no files, by the names in `Rates`, with the threads that torch has."""
-    m, k, n = PRODUCT
-    operations = 2.0 * m * k * n
+    @cached_property
+    def products(self) -> float:
+        return self.exact if self._dtype == torch.float32 else self._product_rate(self._dtype)
 
-    def product_rate(width: torch.dtype) -> float:
-        a, b = (torch.ones(shape, dtype=width, device=device) for shape in ((m, k), (k, n)))
-        return operations / _best(lambda: a @ b, device)
+    @cached_property
+    def exact(self) -> float:
+        return self._product_rate(torch.float32)
 
-    exact = product_rate(torch.float32)
-    x = torch.ones(CACHED, device=device)
-    y = torch.empty_like(x)
-    small = torch.ones(8, device=device)
-    large = torch.ones(FRESH, device=device)
+    @cached_property
+    def values(self) -> float:
+        x = torch.ones(CACHED, device=self._device)
+        y = torch.empty_like(x)
 
-    def elementwise() -> None:
-        torch.div(x, 3.0, out=y)
-        y.round_().clamp_(-8, 7).mul_(3.0)
+        def elementwise() -> None:
+            torch.div(x, 3.0, out=y)
+            y.round_().clamp_(-8, 7).mul_(3.0)
 
-    return {
-        "products": exact if dtype == torch.float32 else product_rate(dtype),
-        "exact": exact,
-        "values": 4 * CACHED / _best(elementwise, device),
-        "fresh": LARGE * FRESH / _best(lambda: _fresh(large), device),
-        "calls": 200 / _best(lambda: [small + 1 for _ in range(200)], device),
-    }
+        return self._rate(4.0 * CACHED, elementwise)
+
+    @cached_property
+    def fresh(self) -> float:
+        large = torch.ones(FRESH, device=self._device)
+        return self._rate(LARGE * FRESH, lambda: _fresh(large))
+
+    @cached_property
+    def calls(self) -> float:
+        small = torch.ones(8, device=self._device)
+        return self._rate(200.0, lambda: [small + 1 for _ in range(200)])
+
+    @cached_property
+    def read(self) -> float:
+        return self._disk[0]
+
+    @cached_property
+    def written(self) -> float:
+        return self._disk[1]
+
+    @cached_property
+    def hashed(self) -> float:
+        data = bytes(BYTES)
+        return BYTES / _best(lambda: hashlib.sha256(data), torch.device("cpu"), LONG_TRIES)
+
+    @cached_property
+    def _disk(self) -> tuple[float, float]:
+        return _disk_rates()
+
+    def _product_rate(self, width: torch.dtype) -> float:
+        m, k, n = PRODUCT
+        a, b = (torch.ones(shape, dtype=width, device=self._device) for shape in ((m, k), (k, n)))
+        return self._rate(2.0 * m * k * n, lambda: a @ b)
+
+    def _rate(self, amount: float, work: Callable[[], object]) -> float:
+        """``amount`` per second, of work on the processor with the threads that torch has, or with one."""
+        found = amount / _best(work, self._device)
+        if self._threads > 1 and self._device.type == "cpu":
+            with one_thread():
+                found = max(found, amount / _best(work, self._device))
+        return found
 
 
 def _fresh(values: torch.Tensor) -> None:
@@ -152,6 +155,11 @@ def _disk_rates() -> tuple[float, float]:
     return read, write
 
 
+@cache
+def _rates(device: torch.device, dtype: torch.dtype, threads: int) -> Rates:
+    return Rates(device, dtype, threads)
+
+
 def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
-    """`measure_rates` with the threads that torch has now."""
-    return measure_rates(device, dtype, torch.get_num_threads())
+    """`Rates` with the threads that torch has now; none is measured twice in a process."""
+    return _rates(device, dtype, torch.get_num_threads())
