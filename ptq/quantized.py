@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from calibration.threads import one_thread
 from ptq.numerics.binary import mixed_values, unpack_mask
 from ptq.numerics.grids import levels_of, step_of
 from ptq.numerics.groups import join, rows_per_group, scales_of_rows, split
@@ -134,8 +135,9 @@ class QuantizedTensor:
             zero = None if zero is None else zero[:, index]
             return (levels_of(self.codes, zero, quant) * step[:, index]).to(dtype)
         out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
-        for rows in row_chunks(*self.shape, multiple=rows_per_group(quant, self.shape[0]), size=CACHED_BYTES):
-            out[rows] = self._rows(step, rows)
+        with one_thread():
+            for rows in row_chunks(*self.shape, multiple=rows_per_group(quant, self.shape[0]), size=CACHED_BYTES):
+                out[rows] = self._rows(step, rows)
         return out
 
     def by_rows(self, dtype: torch.dtype = torch.float32) -> Callable[[slice], torch.Tensor]:

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from calibration.threads import one_thread
 from calibration.walk.context import Context
 from calibration.walk.masters import HALVES
 from calibration.walk.passes import Pass, Phase
@@ -41,13 +42,14 @@ def round_to_nearest(
     quant, global_scale = scheme.weights, own_global_scale(w, scheme.weights, global_scale)
     dtype = torch.float32 if w.dtype in HALVES else w.dtype
     codes, grids = torch.empty(w.shape, dtype=torch.uint8, device=w.device), []
-    for rows in row_chunks(*w.shape, multiple=rows_per_group(quant, len(w)), size=CACHED_BYTES):
-        part = w[rows].to(dtype)
-        own = grid.rows(quant, len(w), rows) if grid else grid_of(part, quant, None, global_scale)
-        grids.append(own)
-        zero = None if own.zero is None else own.zero.unsqueeze(-1)
-        step = step_of(own.scale, global_scale).unsqueeze(-1)
-        codes[rows] = join(nearest_codes(split(part, quant.grouping), step, zero, quant), quant.grouping)
+    with one_thread():
+        for rows in row_chunks(*w.shape, multiple=rows_per_group(quant, len(w)), size=CACHED_BYTES):
+            part = w[rows].to(dtype)
+            own = grid.rows(quant, len(w), rows) if grid else grid_of(part, quant, None, global_scale)
+            grids.append(own)
+            zero = None if own.zero is None else own.zero.unsqueeze(-1)
+            step = step_of(own.scale, global_scale).unsqueeze(-1)
+            codes[rows] = join(nearest_codes(split(part, quant.grouping), step, zero, quant), quant.grouping)
     grid = grid or stacked(grids, quant)
     return QuantizedTensor(codes, grid.scale.float(), zero_of(grid, quant), scheme, global_scale=global_scale)
 

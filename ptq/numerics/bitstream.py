@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import torch
 
+from calibration.threads import one_thread
+
 CHUNK = 1 << 18  # codes at a time on a CPU: what is made on the way stays in cache
 
 
@@ -21,6 +23,7 @@ def words_per_row(n: int, bits: int) -> int:
     return -(-n * bits // 32)
 
 
+@one_thread()
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes ``[rows, n]`` (any integer dtype, values in [0, 2^bits)) to int32 words ``[rows, ceil(n*bits/32)]``.
 
@@ -40,6 +43,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return words
 
 
+@one_thread()
 def unpack(words: torch.Tensor, bits: int, n: int) -> torch.Tensor:
     """The inverse of `pack`: int32 ``[rows, ceil(n*bits/32)]`` to uint8 codes ``[rows, n]``."""
     codes = torch.empty(words.shape[0], n, dtype=torch.uint8, device=words.device)

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import torch
 
+from calibration.threads import one_thread
 from ptq.numerics.grids import Grid, grid_of, own_global_scale, round_to_grid
 from ptq.numerics.groups import rows_per_group
 from ptq.scheme import TensorQuant
 
-CACHED_BYTES = 1_000_000  # of float32 rows that stay in cache
+CACHED_BYTES = 1_000_000  # of float32 rows that stay in cache: for `one_thread`
 ROW_BYTES = 16_000_000  # rows are handled in chunks of about this many bytes, which keeps candidates out of main memory
 
 
@@ -21,6 +22,7 @@ def row_chunks(rows: int, columns: int, *, multiple: int = 1, size: int = ROW_BY
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
+@one_thread()
 def relative_energy(
     w: torch.Tensor, changed: Callable[[slice], torch.Tensor], dtype: torch.dtype | None = None
 ) -> float:
