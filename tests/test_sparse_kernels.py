@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import mmap
 
@@ -210,12 +211,26 @@ def test_a_transposed_copy_serves_dense_products_without_a_second_one():
 @pytest.mark.parametrize("shape", [(3, 5), (1200, 1001)])
 def test_copies_on_huge_pages_are_copies(shape):
     x = draw(*shape).T
-    copy = on_huge_pages(x)
-    assert torch.equal(copy, x) and copy.is_contiguous()
+    made = on_huge_pages(x)
+    assert torch.equal(made, x) and made.is_contiguous()
     if x.nbytes >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        assert copy.data_ptr() % HUGE == 0
-    copy += 1
-    assert not torch.equal(copy, x)
+        assert made.data_ptr() % HUGE == 0
+    made += 1
+    assert not torch.equal(made, x)
+
+
+def test_small_tensors_share_huge_pages_and_nothing_else():
+    """Each has a storage of its own, so that copying or writing one does not take the others along."""
+    first, second = on_huge_pages(draw(40, 100)), on_huge_pages(torch.arange(3000))
+    assert first.untyped_storage().nbytes() == 16000 and second.untyped_storage().nbytes() == 24000
+    assert all(t.data_ptr() % 64 == 0 for t in (first, second)) and torch.equal(second, torch.arange(3000))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert 0 < second.data_ptr() - first.data_ptr() < HUGE
+    expected = first.clone()
+    second.fill_(-1)
+    copied = copy.deepcopy(first)
+    del second
+    assert torch.equal(first, expected) and torch.equal(copied, expected)
 
 
 # --- the dispatcher and bad input ---------------------------------------------------------------------------------

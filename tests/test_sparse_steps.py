@@ -12,14 +12,17 @@ from test_sparse_decode import gate_sites, input_sites, linears
 from transformers import DynamicCache
 
 from calibration.architectures import resolve
-from ptq.runtime.decoding.builder import Unsupported
-from ptq.runtime.decoding.stepper import Stepper
+from ptq.runtime.decoding.builder import LINEAR, Unsupported
+from ptq.runtime.decoding.native import Op, run_step, set_mask, word_matrix
+from ptq.runtime.decoding.stepper import Stepper, check_inputs
 from ptq.runtime.generate import decode_tokens
 from ptq.runtime.kernels.rows import ROWS
 from ptq.runtime.linear import QuantLinear
 from ptq.sparse.decoding import int4_layers
 from sparsity.attach import attach, decode_modes
 from sparsity.decode import MaskedLinear, Phase
+from sparsity.kernels.int4 import Int4Rows
+from sparsity.kernels.kernel import Mask
 from sparsity.sites import Site
 
 __all__ = ["level"]  # a fixture
@@ -110,6 +113,57 @@ def test_threads_share_the_outputs(kind, scheme):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.parametrize("inputs", ["int15", "int8"])
+@pytest.mark.parametrize("scheme", ["w4a16-g32-asym", "w4a16-g64-sym", "w4a16-g128-asym", "w4a16-gchannel-sym"])
+@pytest.mark.parametrize(("columns", "rows", "threads"), [(256, 200, 2), (1280, 2200, 3)])
+def test_products_of_the_inputs_in_use(level, scheme, inputs, columns, rows, threads):
+    """Against float64: masks and centers by the plain inputs, which are rounded to 15 or 8 bits behind them. Some
+    groups have no input in use, some hold values so large and of one sign that their products go beyond 16 bits."""
+    q = quantized(scheme, rows, columns, seed=1)
+    weight = Int4Rows.pack(q.codes, q.scale, q.zero, "input")
+    x = torch.randn(columns) * torch.logspace(-1, 1, columns)
+    mask = Mask(torch.rand(columns) * 0.4 + 0.1, torch.randn(columns) * 0.05)
+    x[:64], x[64:128] = x[:64].abs() + 3, mask.center[64:128] + 0.05
+    kept = torch.where((x - mask.center).abs() <= mask.threshold, 0.0, x - mask.center)
+    cut = min(64, columns // q.scale.shape[1]) if inputs == "int8" else columns // q.scale.shape[1]
+    most = kept.view(-1, cut).abs().amax(1, keepdim=True) / (127 if inputs == "int8" else 32512 / 2)
+    bias = torch.randn(rows)
+    matrix = word_matrix(weight, bias, inputs)
+    set_mask(matrix, mask)
+    op = Op(kind=LINEAR, source=0, target=columns, first=matrix, barrier=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        work = torch.cat((x, torch.zeros(rows)))
+        run_step((Op * 1)(op), work, 0)
+    finally:
+        torch.set_num_threads(before)
+    exact, plain = q.dequantize(torch.float64), kept.double()
+    allowed = (most / 2 * (kept.view(-1, cut) != 0)).flatten().double() @ exact.abs().T
+    error = (work[columns:].double() - bias.double() - plain @ exact.T).abs()
+    near = 3e-6 * (plain.abs() @ exact.abs().T) + 1e-5
+    assert (error <= 1.01 * allowed + near).all(), (error / (allowed + near)).max()
+    assert not kept[64:128].any() and kept[:64].all() and (inputs == "int15" or error.max() > 10 * near.max())
+
+
+def test_nan_shows_in_sparse_steps(level):
+    q = quantized("w4a16-g64-sym", 64, 128, seed=1)
+    weight, x = Int4Rows.pack(q.codes, q.scale, q.zero, "input"), torch.ones(128)
+    x[70] = torch.nan
+    op = Op(kind=LINEAR, source=0, target=128, first=word_matrix(weight, None), barrier=1)
+    work = torch.cat((x, torch.zeros(64)))
+    run_step((Op * 1)(op), work, 0)
+    assert work[128:].isnan().all()
+
+
+def test_inputs_of_8_bits():
+    """Asked for, they are what sparse steps round to as well."""
+    model, _ = sparse_model("teal", "w4a16-g32-asym")
+    check_inputs(model, "int8")
+    found = decode_tokens(model, prompt(), STEPS, inputs="int8")
+    assert found.one_call and len(found.tokens) == STEPS
 
 
 def test_bfloat16_is_taken_over():

@@ -65,8 +65,8 @@ class Int4Rows:
         padded = torch.nn.functional.pad(codes, (0, -width % PIECE))
         nibbles = padded.reshape(lines, -1, 8, 16).transpose(2, 3)  # [lines, pieces, word, nibble]
         packed = on_huge_pages((nibbles[..., ::2] | nibbles[..., 1::2] << 4).reshape(lines, -1))
-        zero = None if zero is None else zero.to(torch.uint8).contiguous()
-        return Int4Rows(mode, packed, narrow.contiguous(), zero, width, group)
+        zero = None if zero is None else on_huge_pages(zero.to(torch.uint8))
+        return Int4Rows(mode, packed, on_huge_pages(narrow), zero, width, group)
 
     def dequantize(self, index: torch.Tensor | None = None) -> torch.Tensor:
         """Float32 ``[lines, width]``, or the lines of ``index`` only."""

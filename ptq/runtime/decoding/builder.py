@@ -164,7 +164,7 @@ class Builder:
             matrix = float_matrix(self.keep(rows), bias, module.mode == "input")
         else:
             self.kept += [rows.codes, rows.scale, *([] if rows.zero is None else [rows.zero])]
-            matrix = word_matrix(rows, bias)
+            matrix = word_matrix(rows, bias, self.inputs)
         return matrix if mask is None else self._pruned(matrix, mask)
 
     def norm(self, module: nn.Module, width: int) -> Norm:

@@ -1,4 +1,4 @@
-"""The C++ side (``rows.h``, ``products.h``, ``step.cpp``): its structures, and calls with tensors."""
+"""The C++ side (``rows.h``, ``columns.h``, ``products.h``, ``step.cpp``): its structures, and calls with tensors."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def library(level: str | None = None) -> Any:
     shared = Path(build.__file__).parent
     headers = [
         *(shared / name for name in build.HEADERS),
-        *(FOLDER / f"{name}.h" for name in ("inputs", "rows", "products")),
+        *(FOLDER / f"{name}.h" for name in ("inputs", "rows", "columns", "products")),
     ]
     return build.compiled("step", [FOLDER / "step.cpp"], headers, level)
 
@@ -84,12 +84,12 @@ def float_matrix(weight: torch.Tensor, bias: torch.Tensor | None, transposed: bo
     return Matrix(*parts, transposed=transposed)
 
 
-def word_matrix(weight: Int4Rows, bias: torch.Tensor | None) -> Matrix:
+def word_matrix(weight: Int4Rows, bias: torch.Tensor | None, inputs: Inputs = "int15") -> Matrix:
     """Of codes for sparse products, in either mode; the bias is float32."""
     transposed = weight.mode == "input"
     rows, columns = (weight.width, weight.lines) if transposed else (weight.lines, weight.width)
     parts = (pointer(t) for t in (weight.codes, weight.scale, weight.zero, bias))
-    return Matrix(*parts, rows, columns, weight.group, WORDS4, transposed=transposed)
+    return Matrix(*parts, rows, columns, weight.group, WORDS4, narrow=inputs == "int8", transposed=transposed)
 
 
 def set_mask(matrix: Matrix, mask: Mask) -> None:

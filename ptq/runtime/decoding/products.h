@@ -1,7 +1,7 @@
 // Products of one vector with a weight in any of its forms, and what thresholds of activation sparsity leave out of them.
 #pragma once
+#include "columns.h"
 #include "gemv.h"
-#include "int4.h"
 #include "rows.h"
 
 static_assert(gemv::ROWS == int4::ROWS, "one list of kept rows serves both");
@@ -12,12 +12,16 @@ static inline long unit_of(const Matrix& w) {
     return w.kind == WORDS4 ? int4::PIECE : 64 / long(sizeof(bf16));
 }
 
-static inline void prepare(const Matrix& w, Input& x) {
-    if (w.kind == BFLOAT16 && !w.transposed) x.pair();
-    if (w.kind != INT4 && w.kind != INT8) return;
+static inline void code(const Matrix& w, Input& x) {
     const bool pieces = w.group % PIECE == 0 || w.group == w.columns;
     if (w.narrow) x.code<1>(pieces ? PIECE : PIECE / 2);
     else x.code<2>(w.group);
+}
+
+static inline void prepare(const Matrix& w, Input& x) {
+    if (w.kind == BFLOAT16 && !w.transposed) x.pair();
+    if (w.kind == INT4 || w.kind == INT8) code(w, x);
+    if (w.kind == INT8) x.widen();
 }
 
 template <class W>
@@ -27,16 +31,28 @@ static inline void float_columns(const Matrix& w, const Kept<1>& kept, long from
                                 int(std::min<long>(gemv::WIDTH, to - c)));
 }
 
+// The inputs in use, less their center, 0 for the others; what is in use is decided before anything is rounded.
+static inline void keep(const Matrix& w, const Input& x, Input& kept) {
+    float* to = kept.fresh(x.size);
+    const long step = w.centers > 1;
+    for (long i = 0; i < x.size; i++) to[i] = w.center ? x.plain[i] - w.center[i * step] : x.plain[i];
+    if (!w.threshold) return;
+    if (w.thresholds > 1)
+        for (long i = 0; i < x.size; i++) to[i] = std::fabs(to[i]) <= w.threshold[i] ? 0.f : to[i];
+    else
+        for (long i = 0; i < x.size; i++) to[i] = std::fabs(to[i]) <= *w.threshold ? 0.f : to[i];
+}
+
 // y = bias + sum over the inputs in use: lines of the transposed weight.
 static inline void kept_columns(const Matrix& w, const Input& x, long from, long to, float* y) {
-    const long group = w.kind == WORDS4 ? w.group : w.columns;
-    const Kept<1> kept(x.plain.data(), w.columns, group, gemv::ROWS, w.threshold, w.thresholds, w.center, w.centers);
-    if (w.kind == FLOAT32) return float_columns<float>(w, kept, from, to, y);
-    if (w.kind == BFLOAT16) return float_columns<bf16>(w, kept, from, to, y);
-    const long line = (w.rows + int4::PIECE - 1) / int4::PIECE * (int4::PIECE / 2);
-    for (long c = from; c < to; c += int4::WIDTH)
-        int4::input_block<float, 1>(static_cast<const uint8_t*>(w.data), line, static_cast<const bf16*>(w.scale), w.zero, w.rows,
-                                    kept, w.bias, y + c - from, c, int(std::min<long>(int4::WIDTH, to - c)));
+    if (w.kind == WORDS4) {
+        static thread_local Input kept;
+        keep(w, x, kept);
+        code(w, kept);
+        return w.narrow ? coded_columns<1>(w, kept, from, to, y) : coded_columns<2>(w, kept, from, to, y);
+    }
+    const Kept<1> kept(x.plain.data(), w.columns, w.columns, gemv::ROWS, w.threshold, w.thresholds, w.center, w.centers);
+    w.kind == FLOAT32 ? float_columns<float>(w, kept, from, to, y) : float_columns<bf16>(w, kept, from, to, y);
 }
 
 // y[0 : to - from] = gate (x W^T + bias) at the rows whose gate is in use, 0 elsewhere; `gate` is of these rows, the

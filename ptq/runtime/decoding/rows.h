@@ -90,11 +90,12 @@ static inline void halves4(const uint8_t* p, const int8_t* high, const int8_t* l
     nibbles(p, a, b);
     first = half<BYTES>(a, high, low), second = half<BYTES>(b, high + 32, low + 32);
 }
-// a byte is 16 times a nibble and one
-template <int BYTES> static inline Sum half8(const uint8_t* p, const int8_t* high, const int8_t* low) {
-    __m256i a, b;
-    nibbles(p, a, b);
-    return add(half<BYTES>(a, high, low), _mm256_slli_epi32(half<BYTES>(b, high, low), 4));
+// bytes take n as a whole, because products of theirs with another byte do not fit 16 bits two and two
+static inline Sum half8(const uint8_t* p, const int16_t* n) {
+    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i *even = reinterpret_cast<const __m256i*>(n), *odd = even + 1;
+    return add(_mm256_madd_epi16(_mm256_and_si256(raw, _mm256_set1_epi16(255)), _mm256_loadu_si256(even)),
+               _mm256_madd_epi16(_mm256_srli_epi16(raw, 8), _mm256_loadu_si256(odd)));
 }
 struct Total {
     __m256 v = _mm256_setzero_ps();
@@ -129,9 +130,9 @@ template <int BYTES, int N> static inline Sum pieces4(const uint8_t* p, const in
     }
     return sum;
 }
-template <int BYTES> static inline Sum half8(const uint8_t* p, const int8_t* high, const int8_t* low) {
+static inline Sum half8(const uint8_t* p, const int16_t* n) {
     Sum sum = 0;
-    for (int i = 0; i < 32; i++) sum += p[i] * whole<BYTES>(high, low, i);
+    for (int i = 0; i < 16; i++) sum += p[2 * i] * n[i] + p[2 * i + 1] * n[16 + i];
     return sum;
 }
 struct Total {
@@ -171,7 +172,7 @@ template <long KIND, int BYTES> static inline Sum columns_of(const uint8_t* code
     Sum sum = none();
     long c = from;
     if (KIND == INT8) {
-        for (; c < to; c += PIECE / 2) sum = add(sum, half8<BYTES>(codes + c, high + c, low + c));
+        for (; c < to; c += PIECE / 2) sum = add(sum, half8(codes + c, x.whole.data() + c));
         return sum;
     }
     for (; c + 4 * PIECE <= to; c += 4 * PIECE) sum = add(sum, pieces4<BYTES, 4>(codes + c / 2, high + c, low + c));
@@ -196,13 +197,17 @@ template <class S, long KIND, int BYTES, int N, int R> static inline void dot_ro
                                             w.zero ? w.zero + (row + r) * groups : nullptr, x, per, first, count, factors[r]);
         for (long g = 0; g < count; g++) {
             const long c = (first + g) * x.cut;
+            constexpr long EACH = std::max(N, 1) * (KIND == INT8 ? PIECE : PIECE / 2);  // bytes of a cut
             if constexpr (N >= 0)  // one line after the other, whatever the number of rows
-                for (int k = 0; k < R * std::max(N, 1) * PIECE / 2; k += 64) __builtin_prefetch(codes + AHEAD * line + R * (c / 2) + k);
+                for (int k = 0; k < R * EACH; k += 64) __builtin_prefetch(codes + AHEAD * line + R * (KIND == INT8 ? c : c / 2) + k);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
                 const uint8_t* at = codes + r * line;
-                if constexpr (N >= 0) at += c / 2;
-                if constexpr (N > 0) {
+                if constexpr (N >= 0) at += KIND == INT8 ? c : c / 2;
+                if constexpr (N == 1 && KIND == INT8) {
+                    const int16_t* n = x.whole.data() + c;
+                    total[r].take(factors[r][g], add(half8(at, n), half8(at + PIECE / 2, n + PIECE / 2)));
+                } else if constexpr (N > 0) {
                     total[r].take(factors[r][g], pieces4<BYTES, N>(at, high + c, low + c));
                 } else if constexpr (N == 0) {
                     Sum one, two;
@@ -228,7 +233,8 @@ static inline void code_rows(const Matrix& w, const Input& x, long from, long to
 }
 
 template <class S, int BYTES> static inline void code_rows(const Matrix& w, const Input& x, long from, long to, float* y) {
-    if (w.kind == INT8) return code_rows<S, INT8, BYTES, -1>(w, x, from, to, y);
+    if (w.kind == INT8)  // n as a whole
+        return x.cut == PIECE ? code_rows<S, INT8, 1, 1>(w, x, from, to, y) : code_rows<S, INT8, 1, -1>(w, x, from, to, y);
     if (x.cut == PIECE / 2) return code_rows<S, INT4, BYTES, 0>(w, x, from, to, y);
     if (x.cut == PIECE) return code_rows<S, INT4, BYTES, 1>(w, x, from, to, y);
     if constexpr (BYTES == 2) {

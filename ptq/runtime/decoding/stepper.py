@@ -14,6 +14,9 @@ from ptq.runtime.decoding.native import Inputs, library, run_step
 from ptq.runtime.decoding.program import Program, read_program
 from ptq.runtime.kernels.rows import ROWS
 from ptq.runtime.linear import QuantLinear
+from sparsity.decode import DecodeLinear
+from sparsity.kernels.int4 import Int4Rows
+from sparsity.kernels.native import NATIVE
 
 TOLERANCE = {torch.float32: 0.003, torch.bfloat16: 0.05}
 """Of the first step: how far each block and the head may be from what the model's own makes of the same state, over
@@ -41,12 +44,17 @@ def check_inputs(model: Any, inputs: str) -> None:
         raise ToolkitError(f"inputs '{inputs}'", f"choose one of {', '.join(get_args(Inputs))}")
     if inputs == "int15":
         return
-    linears = (module for module in model.modules() if isinstance(module, QuantLinear))
-    if model.device.type != "cpu" or not any(module.kernel == ROWS.name for module in linears):
+    if model.device.type != "cpu" or not any(map(_multiplies_integers, model.modules())):
         raise ToolkitError(
             f"inputs '{inputs}': no linear of this model multiplies integer codes of its weight in decoding steps",
             "leave it out; it is for weights of 2 to 8 bits on CPUs, loaded for decoding",
         )
+
+
+def _multiplies_integers(module: torch.nn.Module) -> bool:
+    if isinstance(module, DecodeLinear):
+        return module.kernel is NATIVE and module.mode == "input" and isinstance(module.weight_rows, Int4Rows)
+    return isinstance(module, QuantLinear) and module.kernel == ROWS.name
 
 
 class Stepper:

@@ -54,11 +54,11 @@ def _pack(q: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> dict[
     codes, scale = q.codes, q.step.float().expand(q.shape[0], -1).contiguous()
     narrow = scale.to(torch.bfloat16)
     scale = narrow if torch.equal(narrow.float(), scale) else scale
-    packed = {"scale": scale}
+    packed = {"scale": on_huge_pages(scale)}
     if q.zero is None:
         codes = codes + ((128 if wide else 8) - 2 ** (bits - 1))
     else:
-        packed["zero"] = q.zero.to(torch.uint8).expand(q.shape[0], -1).contiguous()
+        packed["zero"] = on_huge_pages(q.zero.to(torch.uint8).expand(q.shape[0], -1))
     padded = torch.nn.functional.pad(codes, (0, -q.shape[1] % PIECE))
     packed["codes"] = on_huge_pages(padded) if wide else pack_rows(codes)
     return packed
