@@ -189,7 +189,7 @@ class Timings:
 
     Attributes:
         seconds: wall time of the whole run; ``stages`` splits it by name.
-        peak_rss_bytes: highest resident set; ``base_rss_bytes`` is what the interpreter and libraries took before.
+        peak_rss_bytes: highest resident set; ``base_rss_bytes`` what interpreter and libraries took when it began.
         device, threads: where it ran.
         resumed_from: number of blocks that were already there.
         processes: that shared the run.

@@ -37,6 +37,9 @@ class Planted:
             t = t * (s if t.ndim == 1 else s[:, None])
         return t / self._columns[name] if name in self._columns else t
 
+    def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
+        return self.tensor(name)[indices]
+
     def close(self) -> None:
         self._reader.close()
 

@@ -253,6 +253,11 @@ def test_factor_of_the_inverse():
     assert damping == 0.01 and torch.equal(u, u.triu()) and (u.diagonal() > 0).all()
     damped = h + 0.01 * h.diagonal().mean() * EYE
     assert torch.allclose(u.T @ u @ damped, EYE, rtol=0, atol=1e-10)
+    order, diagonal = torch.randperm(len(h), generator=torch.Generator().manual_seed(0)), 2 * h.diagonal()
+    other = h.clone()
+    other.diagonal().copy_(diagonal)
+    expected = inverse_factor(other[order][:, order], 0.01)[0]
+    assert torch.equal(inverse_factor(h, 0.01, order, diagonal)[0], expected)
     _, damping = inverse_factor(torch.ones(4, 4) - 0.01 * torch.eye(4), 1e-4)  # smallest eigenvalue -0.01
     assert 0.01 < damping <= 0.1
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from command import process, tiny
+from command import environment, process, tiny
 
 from calibration.record import read_timings
 
@@ -39,3 +41,26 @@ def test_planned_memory_is_what_a_run_takes(tmp_path, method):
         if abs(planned - taken) <= 0.15 * taken + NOISE:
             return
     pytest.fail(f"{planned / 1e6:.0f} MB planned, {taken / 1e6:.0f} MB taken")
+
+
+APART = """
+import torch
+from calibration.memory import large_apart, rss_bytes
+torch.ones(7_500_000)  # 30 MB, after which glibc keeps what is smaller
+kept = []
+def left():
+    before = rss_bytes()
+    large = torch.ones(5_000_000)
+    kept.append(torch.ones(50_000))
+    del large
+    return rss_bytes() - before
+with large_apart():
+    print(max(left() for _ in range(3)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_what_is_large_goes_back_at_once_although_something_small_lies_behind_it():
+    words = [sys.executable, "-c", APART]
+    result = subprocess.run(words, capture_output=True, text=True, check=True, env=environment())
+    assert int(result.stdout) < 5e6

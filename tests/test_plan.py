@@ -7,6 +7,7 @@ import os
 import re
 import struct
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -246,8 +247,7 @@ def test_every_family_has_a_plan(family, tmp_path):
 
 
 def test_memory_follows_the_format_and_the_lanes(place):
-    """Native files take finished blocks as they are. One batch is one lane: there is no second sum beside the total,
-    only a product."""
+    """Native files take finished blocks as they are. One batch is one lane: its sums are the total."""
     options = Options(dataset=str(place / "text.txt"), samples=4, seq_len=16)
     by_format = [
         prepare(place / "llama", method="rtn", scheme="w4a16-g32", format=name).plan.sizes.peak_bytes
@@ -257,10 +257,23 @@ def test_memory_follows_the_format_and_the_lanes(place):
     job = prepare(place / "llama", method="awq", scheme="w4a16-g32", options=options)
     infos, linears, passes = job.reader.infos, job.plan.layout.linears, job.plan.recipe.passes
     one, two = (
-        walk_bytes(infos, job.spec, linears, passes, Calibration(256, batch, 16, 4, 1), 64) for batch in (256, 255)
+        walk_bytes(infos, job.spec, linears, passes, Calibration(256, batch, 16, 4, 1, 260), 64) for batch in (256, 255)
     )
     inputs = [
         next(n.shape[1] for n in linears if n.name.endswith(e)) for e in ("q_proj", "o_proj", "up_proj", "down_proj")
     ]
     per_token = 4 * (3 * max(max(n.shape) for n in linears) + 4 * 64)
-    assert two - one == 4 * sum(n * n for n in inputs) - 4 * max(inputs) ** 2 - per_token
+    assert two - one == 4 * sum(n * n for n in inputs) - per_token
+
+
+def test_memory_does_not_follow_the_vocabulary(place):
+    """Of the embedding a walk has the rows of its tokens, and of the head nothing."""
+    options = Options(dataset=str(place / "text.txt"), samples=4, seq_len=16)
+    job = prepare(place / "llama", method="awq", scheme="w4a16-g32", options=options)
+    infos, linears, passes = job.reader.infos, job.plan.layout.linears, job.plan.recipe.passes
+    taken = set()
+    for rows in (100_000, 10_000_000):
+        outside = {n: replace(infos[n], shape=(rows, 64)) for n in ("model.embed_tokens.weight", "lm_head.weight")}
+        calibration = Calibration(256, 256, 16, 4, 1, rows)
+        taken.add(walk_bytes({**infos, **outside}, job.spec, linears, passes, calibration, 64))
+    assert len(taken) == 1

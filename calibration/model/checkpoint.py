@@ -32,6 +32,8 @@ class TensorSource(Protocol):
 
     def tensor(self, name: str) -> torch.Tensor: ...
 
+    def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor: ...
+
     def close(self) -> None: ...
 
 
@@ -114,6 +116,22 @@ class CheckpointReader:
         """One tensor, read and not mapped: pages of a mapped shard count as resident memory. In its stored dtype, but
         for float8 and MXFP4 codes, which come multiplied by their scales."""
         return self._values(name, self.infos[name])
+
+    def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
+        """Rows ``[count, ...]`` of a tensor by their numbers, int64 ``[count]`` and rising, as `tensor` has them. Of a
+        tensor that is stored as it is read, no other row is read."""
+        info = self.infos[name]
+        assert not len(indices) or 0 <= int(indices[0]) <= int(indices[-1]) < info.shape[0], f"{name}: no such row"
+        if info.parts or info.codes is not None:
+            return self.tensor(name)[indices]
+        made, width = torch.empty(len(indices), *info.shape[1:], dtype=info.dtype), info.nbytes // info.shape[0]
+        first = 0
+        for run in indices.tensor_split((indices.diff() != 1).nonzero().flatten() + 1):  # of rows side by side
+            own = made[first : first + len(run)]
+            if len(run):
+                own.copy_(self._read(name, info, own.nbytes, int(run[0]) * width).view(info.dtype).view(own.shape))
+            first += len(run)
+        return made
 
     def _values(self, name: str, info: TensorInfo) -> torch.Tensor:
         if info.parts:

@@ -215,6 +215,16 @@ class GgufReader(CheckpointReader):
             values[order] = values.clone()
         return values.to(self.computed or self.infos[name].dtype)
 
+    def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
+        """Rows of an embedding, of which the others are not dequantized."""
+        import gguf
+
+        stored = self._tensors[self.stored_name(name)]
+        assert paired_rows(name, self.config) is None, f"{name}: its rows lie in another order"
+        values = torch.tensor(gguf.quants.dequantize(stored.data[indices.numpy()], stored.tensor_type))
+        values = values.view(len(indices), *self.infos[name].shape[1:]) - norm_shift(name, self.config)
+        return values.to(self.computed or self.infos[name].dtype)
+
     def close(self) -> None:
         """Give its pages back. Reading another tensor reads them again."""
         let_go(self._file)

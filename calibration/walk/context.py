@@ -10,6 +10,7 @@ import torch
 from calibration.architectures.spec import SharedInput
 from calibration.distributed import Processes
 from calibration.errors import ToolkitError
+from calibration.memory import return_freed
 from calibration.model.watching import Watch, Watches, watching
 from calibration.nested import moved
 from calibration.walk.capture import Call, Inputs, accumulate, record_calls, record_inputs
@@ -252,6 +253,7 @@ class Context:
         gathered = {key: fresh.pop(key) for key in own}
         self._store.update(gathered)
         self._products.clear()
+        return_freed()  # activations of the forward passes lie between the sums
         for (shared, _), statistic in gathered.items():
             if self._weigh is not None and isinstance(statistic, Gram):
                 statistic.shrink()

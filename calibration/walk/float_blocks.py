@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -13,6 +14,7 @@ from calibration.distributed import Processes
 from calibration.memory import return_freed
 from calibration.model.checkpoint import TensorSource
 from calibration.model.skeleton import Skeleton, load_parameters, places, release
+from calibration.model.token_rows import only_rows, token_table
 from calibration.progress import Progress
 from calibration.text.crops import TokenBatches
 from calibration.walk.ahead import Ahead
@@ -83,15 +85,21 @@ class FloatBlocks:
             return_freed()
 
     def enter(self, tokens: TokenBatches, progress: Progress, processes: Processes | None = None) -> HiddenStates:
-        """The hidden states that enter the first block: load what comes before it, run every batch (of this process),
-        drop it again."""
+        """The hidden states that enter the first block: load what comes before it (of the token embedding the rows of
+        these tokens), run every batch (of this process), drop it again."""
         progress.stage("embed", 1)
-        outside = self.outside
-        names = self.skeleton.stem_names(outside.names)
-        stem = {self.skeleton.spec.root_module_name(n): self.cast(outside.tensor(n)) for n in names}
-        load_parameters(self.skeleton.model, stem)
-        self.reader.close()
-        states = HiddenStates.from_tokens(self.skeleton, tokens, self.batch_size, processes)
+        outside, table = self.outside, token_table(self.skeleton.model)
+        names = {self.skeleton.spec.root_module_name(n): n for n in self.skeleton.stem_names(outside.names)}
+        with ExitStack() as stack:
+            if table is not None and table[0] in names:
+                wanted = tokens.input_ids.unique()
+                rows = self.cast(outside.rows(names.pop(table[0]), wanted))
+                stack.enter_context(only_rows(table[1], wanted.to(self.skeleton.device), rows))
+                del rows
+            stem = {path: self.cast(outside.tensor(name)) for path, name in names.items()}
+            load_parameters(self.skeleton.model, stem)
+            self.reader.close()
+            states = HiddenStates.from_tokens(self.skeleton, tokens, self.batch_size, processes)
         for name in stem:
             parent, _, leaf = name.rpartition(".")
             module = self.skeleton.model.get_submodule(parent)
@@ -171,4 +179,5 @@ class FloatBlocks:
                 step.apply(segment, Context(segment, None, (), False, False, lambda _: None))
         if with_module:
             segment.sync()
+            return_freed()  # what masters were made of
         return segment

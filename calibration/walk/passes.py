@@ -175,7 +175,8 @@ class Pass(ABC):
 
     def outside(self, architecture: ArchitectureSpec, names: Collection[str]) -> Mapping[str, Callable[[Read], Any]]:
         """Changes outside the blocks (embeddings, final norm, head): full name -> how to make the tensor from those
-        before the pass. May add names to ``names``."""
+        before the pass. May add names to ``names``. An embedding is made row by row: what it is read from may have the
+        rows of some tokens only."""
         return {}
 
     def new_biases(self, architecture: ArchitectureSpec, index: int, stored: Collection[str]) -> Collection[str]:

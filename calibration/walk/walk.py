@@ -7,14 +7,14 @@ are the only truth: ``--resume`` replays finished blocks to get the hidden state
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from calibration.distributed import Processes
-from calibration.memory import return_freed
+from calibration.memory import large_apart, return_freed
 from calibration.model.skeleton import release
 from calibration.model.watching import Watch, watching
 from calibration.progress import Progress
@@ -99,7 +99,8 @@ class Walk:
         batches = len(states.batches) if states else 0
         units = (end - done) * units_per_block(passes) - (stream == "quantized" and done < end == n_blocks)
         progress.stage("blocks", batches * units + linears)  # nothing follows the last block: it is not run again
-        with Committing() as committing:
+        steady = states is not None and not any(p.references or p.learned_bytes for p in passes)
+        with large_apart() if steady else nullcontext(), Committing() as committing:  # training frees all the time
             for index in range(done, end):
                 self._block(index, states, model_states, stream, progress, committing)
 
@@ -190,6 +191,7 @@ class Walk:
         for step in self.blocks.passes:
             if step.phases != (Phase.TRANSFORM,):
                 step.apply(segment, context)
+                return_freed()  # what it tried lies between what it left
         referred = "model" in references_of(self.blocks.passes)  # and so propagated already
         if model_states is not None and float_states is not None and not referred and not last:
             model_states.batches = context.float_outputs()

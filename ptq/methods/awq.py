@@ -130,7 +130,8 @@ class Awq(Pass):
                     w = segment.weight(name)
                     if quant.grouping.axis == "in":  # a sample of rows would tear groups of rows apart
                         w = sample_rows(w, self.rows)
-                    found += torch.stack([scaled_error(w, s, gram, quant) for s in own])
+                    for i, s in enumerate(own):  # an error that stays a tensor would lie where a candidate lay
+                        found[i] += scaled_error(w, s, gram, quant)
             return found
 
         n = min(context.workers, len(factors))  # every n-th candidate in each process

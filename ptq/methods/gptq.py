@@ -10,6 +10,7 @@ import torch
 
 from calibration.architectures import SharedInput
 from calibration.errors import Problem
+from calibration.memory import return_freed
 from calibration.walk.context import Context
 from calibration.walk.cost import BlockShape, Work, searching, total
 from calibration.walk.passes import Pass, Phase, PlanView, Stream
@@ -127,11 +128,12 @@ class Gptq(Pass):
         self, segment: Segment, context: Context, members: Sequence[str], shared_scales: Mapping[str, torch.Tensor]
     ) -> dict[str, tuple[QuantizedTensor, dict[str, float]]]:
         """One stack, and the errors of its linears."""
+        return_freed()  # of the stack before, whose matrices had other sizes
         gram = context.statistic(members[0], Gram).matrix
         scheme, weights = segment.schemes[members[0]], [segment.weight(name) for name in members]
         global_scale = shared_scales.get(members[0])
         result = self._rounded(
-            torch.cat(weights),
+            weights[0] if len(weights) == 1 else torch.cat(weights),
             gram,
             scheme.weights,
             self._grid(segment, members, global_scale),

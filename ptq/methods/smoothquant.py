@@ -87,7 +87,9 @@ class SmoothQuant(Pass):
             scales = [s.clamp(*HALF_RANGE) for s in scales]
         best = 0
         if len(scales) > 1:
-            losses = torch.stack([self._loss(segment, context, inputs, spread(group, s)) for s in scales])
+            losses = torch.zeros(len(scales), device=x_max.device)
+            for i, s in enumerate(scales):  # losses that stay tensors of their own would lie where candidates lay
+                losses[i] = self._loss(segment, context, inputs, spread(group, s))
             best = int(losses.nan_to_num(torch.inf).argmin())
         balance(segment, context, group, scales[best])
         note_all(segment, inputs, **{"smoothquant.alpha": alphas[best]})

@@ -17,6 +17,7 @@ from ptq.numerics.objective import output_energy, row_chunks
 from ptq.scheme import TensorQuant
 
 SMALLEST = 1e-4  # floor of the published scales
+CLIP_BYTES = 4_000_000  # of rows whose bounds are searched at once: a candidate takes four times as much
 
 
 def normalize(s: torch.Tensor) -> torch.Tensor:
@@ -95,8 +96,8 @@ def clip_bounds(
     """
     grouping = quant.grouping
     blocks = diagonal_blocks(gram, grouping.width(w.shape[1])) if grouping.axis == "in" else None
-    chosen = []
-    for rows in row_chunks(w.shape[0], w.shape[1], multiple=rows_per_group(quant, w.shape[0])):
+    chosen, multiple = [], rows_per_group(quant, w.shape[0])
+    for rows in row_chunks(w.shape[0], w.shape[1], multiple=multiple, size=CLIP_BYTES):
         part = w[rows]
         full = split(part, grouping).abs().amax(dim=2)
         best = full.clone()

@@ -52,21 +52,26 @@ class Rounded:
         )
 
 
-def inverse_factor(h: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
+def inverse_factor(
+    h: torch.Tensor, damping: float, order: torch.Tensor | None = None, diagonal: torch.Tensor | None = None
+) -> tuple[torch.Tensor, float]:
     """Upper triangular U with U^T U = (H + d I)^-1, d = damping * mean(diag H).
 
     With J the reversal of rows and columns and J H J = L L^T, U = J L^-1 J: one Cholesky factorization and one
     triangular inverse instead of the published three steps. Where the factorization fails the damping grows tenfold.
 
     Args:
-        h: ``[in, in]`` symmetric, float32 or float64, without zero on the diagonal.
+        h: ``[in, in]`` symmetric, float32 or float64, without zero on the diagonal; not modified.
+        order: of the columns (and rows) in H, ``[in]``; None as they are.
+        diagonal: ``[in]``, in the place of that of ``h`` where an order is given; None as it is.
 
     Returns:
         U ``[in, in]`` and the damping that was used. Beside ``h`` two matrices of its size are in memory at a time.
     """
-    mean = h.diagonal().mean()
     while True:
-        factor = torch.flip(h, (0, 1))
+        ordered = _ordered(h, order, diagonal)  # made once more where the factorization fails, and not kept for that
+        factor, mean = torch.flip(ordered, (0, 1)), ordered.diagonal().mean()
+        del ordered
         factor.diagonal().add_(damping * mean)
         factor, failed = torch.linalg.cholesky_ex(factor)
         if not int(failed):
@@ -149,15 +154,13 @@ def gptq_round(
     diagonal = h.diagonal().clone()
     dead = diagonal == 0
     diagonal[dead] = 1
-    w = w.clone()
     fixed = grid is not None or (not inside and (width == columns or static_groups))
     global_scale = own_global_scale(w, quant, global_scale)
     grid = grid or grid_of(w, quant, None, global_scale)
-    w[:, dead] = 0
-
     perm = column_order(diagonal, order, width)
-    u = _factor(h, diagonal, perm, damping)
+    u, _ = inverse_factor(h, damping, perm, diagonal)
     wt = w.T[perm].contiguous()  # [in, out]: a column of W is a contiguous row here
+    wt[dead[perm]] = 0
     regroup = order == "activation" and not fixed and not inside
     groups = (torch.arange(columns, device=w.device) if regroup or inside else perm) // width
 
@@ -172,6 +175,7 @@ def gptq_round(
     block = max(1, block_size // width) * width if not fixed else block_size
     p = None if cross is None else asymmetry(cross.index_select(0, perm).index_select(1, perm), u)
     codes, loss = column_loop(wt, u, p, grids, block)
+    del wt, u, p
     restored = torch.empty_like(codes)
     restored[perm] = codes
     index = None
@@ -190,8 +194,11 @@ def gptq_round(
     return Rounded(restored.T.contiguous(), by_line(grids.scale), zero, index, loss)
 
 
-def _factor(h: torch.Tensor, diagonal: torch.Tensor, perm: torch.Tensor, damping: float) -> torch.Tensor:
-    """`inverse_factor` of ``h`` with another diagonal, in the order of ``perm``."""
-    permuted = h.index_select(0, perm).index_select(1, perm)
-    permuted.diagonal().copy_(diagonal[perm])
-    return inverse_factor(permuted, damping)[0]
+def _ordered(h: torch.Tensor, order: torch.Tensor | None, diagonal: torch.Tensor | None) -> torch.Tensor:
+    """``h`` itself, or a copy with its columns in another order, see `inverse_factor`."""
+    if order is None:
+        return h
+    found = h.index_select(0, order).index_select(1, order)
+    if diagonal is not None:
+        found.diagonal().copy_(diagonal[order])
+    return found

@@ -107,7 +107,9 @@ def calibration_of(source: Source, passes: Sequence[Pass]) -> Calibration:
     """The text as the plan of memory counts it."""
     tokens = source.options.samples * source.seq_len
     batch = source.batch_size * source.seq_len
-    return Calibration(tokens, batch, source.seq_len, source.dtype.itemsize, max(1, forwards_per_block(passes)))
+    vocabulary = int(text_config(source.config).vocab_size)
+    forwards = max(1, forwards_per_block(passes))
+    return Calibration(tokens, batch, source.seq_len, source.dtype.itemsize, forwards, vocabulary)
 
 
 def hidden_of(source: Source) -> int:

@@ -1,12 +1,8 @@
 """The memory that a run takes at its fullest, by stage, from headers alone.
 
-Every stage is counted by what it holds at once; the constants were measured on the first two blocks of SmolLM2-135M
-and on two blocks of a Llama of hidden width 2048 (the process's own VmHWM, stage by stage), 4 bits in groups of 64,
-native files. On 16 x 512 tokens SmolLM2's take 67 MB by ``rtn`` (73 planned), 189 by ``gptq`` and 187 by ``awq``
-(205). Those of width 2048 take 138 by ``rtn`` (138), in compressed-tensors 183 (171), and on 2 x 512 tokens 601 by
-``awq`` (626), 928 by ``gptq`` (939), 1087 by ``rotate+gptq`` (939: too little), 1578 by ``gptaq`` (1738). Also too
-little: ``awq+gptq`` on 4 x 256 tokens and blocks of width 1024, 409 (264). An earlier version took 1643 by
-``signround`` (1747), and ``--eval`` of two windows of 256 took 1869 (1861), both at width 2048.
+Every stage is counted by what it holds at once; constants were measured on two blocks of random Llamas of width 512 and
+1024 (the process's own VmHWM, stage by stage, less its resident set at the start), one thread, native files, 4 x 256
+tokens, in MB planned and taken, see docs/scale.md.
 """
 
 from __future__ import annotations
@@ -21,13 +17,18 @@ from calibration.model.contents import PIECE_BYTES as CHECKED_BYTES
 from calibration.model.headers import TensorInfo
 from calibration.model.shards import PIECE_BYTES
 from calibration.walk.passes import Pass, Phase, keeps_originals, references_of, watches_float
+from calibration.walk.proof import needs_proof
 from calibration.walk.statistics import CrossGram, Gram
 from ptq.linears import ModelLayout, PlannedLinear
+from ptq.numerics.objective import ROW_BYTES
 from ptq.numerics.rotation import CHUNK
 from ptq.planning.recipe import Recipe
 
-FACTOR, CROSS_FACTOR = 3, 3  # matrices [in, in] beside the statistics while GPTQ and GPTAQ round a linear
-STACKED = 14  # bytes per weight of the linears that are rounded together: them, two copies, codes in both orders
+FACTOR, CROSS_FACTOR = 2, 3  # matrices [in, in] beside the statistics while GPTQ and GPTAQ factorize
+LOOPED = 6  # bytes per weight of the linears that go through the column loop: in its order, and codes in both
+MEASURED = 3  # pieces of rows of a linear while its error is measured
+SEARCHED, UNTIDY = 5, 8  # the same while a candidate is rounded and its error measured, with text and without
+GRAPH, FROZEN_GRAPH = 2.0, 1.25  # values that gradients keep per input and output of linears that learn, and others
 ALONE = 2.5  # bytes per weight of a block that is rounded without text: codes, one linear as stored, what is written
 BLOCK = 8.0  # bytes per weight of a block while it is rounded: masters, codes, what is packed and written
 LOADED = 4.0  # bytes per weight of a block while it is run: masters; what they are made of goes one by one
@@ -35,21 +36,22 @@ DECODED = 2.5  # bytes per weight of a block while it is exported: codes as stor
 STORED = 0.6  # the same where they are laid out already: in native files
 COMPARED = 2.9  # bytes per weight of a block while it is read back: codes as stored and unpacked, of both sides
 TURNING = 40  # bytes per value of the rows that are turned at a time: float64, before, behind and on the way
-MASKED = 9  # float32 tensors as large as the widest activation of a batch, while values are counted and pruned
-LIBRARIES = 10_000_000  # code that a run loads
-WITH_TEXT = 25_000_000  # what the allocator keeps of batches, besides
+MASKED = 7  # float32 tensors as large as the widest activation of a batch, while values are counted and pruned
+LIBRARIES = 15_000_000  # code that a run loads
+WITH_TEXT = 15_000_000  # what products load, and what the allocator keeps of them
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Tokens of the calibration set, of one batch and of one window, bytes per value of the forward dtype, and passes
-    over the set per block."""
+    """Tokens of the calibration set, of one batch and of one window, bytes per value of the forward dtype, passes over
+    the set per block, and rows of the token embedding."""
 
     tokens: int
     batch_tokens: int
     window: int
     itemsize: int
     forwards: int
+    vocabulary: int
 
 
 def peak_by_stage(
@@ -80,6 +82,7 @@ def peak_by_stage(
     rewriting = max((_rewriting(info) for info in turned), default=0)
     largest = max((info.nbytes for info in turned), default=0)
     waiting = sum(info.nbytes for info in turned) + largest * len(rewritten - set(reader.infos)) - largest
+    waiting += min(output_bytes, PIECE_BYTES) if turned else 0
     kept = [reader.infos[n].nbytes for n in sorted(outside)]
     passing = max((a + b for a, b in pairwise([0, *kept])), default=0)  # one is written, the next one read
     stages = {
@@ -90,7 +93,9 @@ def peak_by_stage(
     }
     if calibration.forwards:
         front = [reader.infos[n] for n in outside if not n.startswith(("lm_head.", f"{spec.blocks}."))]
-        stages["embed"] = max(_embed(front, calibration, hidden), rewriting)
+        stages["embed"] = _embed(front, calibration, hidden) + (TURNING * CHUNK if turned else 0)
+    if needs_proof(recipe.passes):
+        stages["prove"] = round(2 * LOADED * block)
     return {name: size + rest for name, size in stages.items()}
 
 
@@ -115,11 +120,13 @@ def _rewriting(info: TensorInfo) -> int:
 
 
 def _embed(infos: list[TensorInfo], calibration: Calibration, hidden: int) -> int:
-    """What lies in front of the blocks, in the dtype of the forward pass, and one tensor as it is stored, or the hidden
-    states that come of it."""
-    copied = max((i.nbytes for i in infos if i.dtype.itemsize != calibration.itemsize), default=0)
-    states = calibration.tokens * hidden * calibration.itemsize
-    return sum(i.numel * calibration.itemsize for i in infos) + max(copied, states)
+    """What lies in front of the blocks (of the token embedding, a row per token at most), in the dtype of the forward
+    pass, and one tensor as it is stored, or the hidden states that come of it."""
+    c = calibration
+    rows = {i: min(i.shape[0], c.tokens) if i.shape[0] == c.vocabulary else i.shape[0] for i in infos if i.shape}
+    values = {i: i.numel // max(i.shape[0], 1) * count for i, count in rows.items()}
+    copied = max((n * i.dtype.itemsize for i, n in values.items() if i.dtype.itemsize != c.itemsize), default=0)
+    return sum(values.values()) * c.itemsize + max(copied, c.tokens * hidden * c.itemsize)
 
 
 def _states(passes: Sequence[Pass], calibration: Calibration, hidden: int) -> int:
@@ -138,9 +145,11 @@ def _blocks(
 ) -> float:
     """One block at work: its weights, hidden states, statistics, and the larger of a forward pass and of rounding."""
     c = calibration
-    if not c.forwards:
-        return ALONE * block
     shapes = {n.name[len(spec.prefix(0)) :]: n.shape for n in linears if n.block == 0}
+    largest = max((4 * rows * columns for rows, columns in shapes.values()), default=0)
+    searching = min(ROW_BYTES, largest) if _changes_weights(passes) else 0
+    if not c.forwards:
+        return max(ALONE * block, LOADED * block + UNTIDY * searching if searching else 0)
     weights = LOADED * block + (c.itemsize * block if c.itemsize != 4 else 0)
     weights += 4 * block if keeps_originals(passes) else 0  # weights before rounding
     kept, rounding = _statistics(spec, passes, shapes)
@@ -148,7 +157,9 @@ def _blocks(
     widest = max((max(shape) for shape in shapes.values()), default=0)
     per_token = c.itemsize * (3 * widest + 4 * hidden)  # gate, up and their product; what attention holds
     trained = [p for p in passes if p.references]
-    graph = max((2 * (c.window if p.by_window else c.batch_tokens) * widths * c.itemsize for p in trained), default=0)
+    graph = max(
+        (_graph(p) * (c.window if p.by_window else c.batch_tokens) * widths * c.itemsize for p in trained), default=0
+    )
     graph += max((p.learned_bytes for p in trained), default=0) * block
     inputs = [shapes[s.linears[0]][1] for s in spec.block(0).inputs if s.linears[0] in shapes]
     watched = (
@@ -158,21 +169,44 @@ def _blocks(
         watched += MASKED * 4 * widest * c.batch_tokens
     alone = bool(trained) and all(p.by_window for p in trained)
     training = graph + (c.window if alone else c.batch_tokens) * per_token
-    beside = kept if c.tokens > c.batch_tokens else min(kept, 4 * max(inputs, default=0) ** 2)
-    gathering = c.batch_tokens * per_token + beside  # the sums of a lane, or one product, beside those of all
-    working = max(gathering, training if trained else 0, rounding, (BLOCK - LOADED) * block)
+    beside = kept if c.tokens > c.batch_tokens else 0
+    gathering = c.batch_tokens * per_token + beside  # the sums of a lane beside those of all
+    working = max(
+        gathering, training if trained else 0, SEARCHED * searching, rounding + block, (BLOCK - LOADED) * block
+    )
     return weights + _states(passes, c, hidden) + kept + watched + working
+
+
+def _graph(step: Pass) -> float:
+    return GRAPH if step.learned_bytes else FROZEN_GRAPH
+
+
+def _changes_weights(passes: Sequence[Pass]) -> bool:
+    """Whether some pass tries something on weights before they are rounded."""
+    return any(phase < Phase.ROUND for p in passes for phase in p.phases)
 
 
 def _statistics(
     spec: ArchitectureSpec, passes: Sequence[Pass], shapes: Mapping[str, tuple[int, int]]
 ) -> tuple[int, int]:
-    """Bytes of a block's Gram matrices, and of what rounding needs beside them for the largest linears of one input."""
+    """Bytes of a block's Gram matrices, and of what rounding needs beside them and the codes of the block, for the
+    largest linears of one input."""
     grams = {kind for p in passes for kind in p.statistics} & {Gram, CrossGram}
-    groups = [(shapes[s.linears[0]][1], sum(shapes[n][0] for n in s.linears if n in shapes))
+    groups = [(shapes[s.linears[0]][1], [shapes[n][0] for n in s.linears if n in shapes])
               for s in spec.block(0).inputs if s.linears[0] in shapes]  # fmt: skip
     kept = len(grams) * sum(4 * columns**2 for columns, _ in groups)
     if not any(Phase.ROUND in p.phases and Gram in p.statistics for p in passes):
         return kept, 0
     factors = FACTOR + (CROSS_FACTOR if CrossGram in grams else 0)
-    return kept, max((factors * 4 * n**2 + STACKED * rows * n for n, rows in groups), default=0)
+    return kept, max((_rounding(n, rows, factors) for n, rows in groups), default=0)
+
+
+def _rounding(n: int, rows: Sequence[int], factors: int) -> int:
+    """One column loop over linears ``[rows, n]``: their rows in one matrix, the larger of the factorization and of the
+    loop; or, behind it, the errors of a linear."""
+    square, weights = 4 * n**2, sum(rows) * n
+    joined = 4 * weights if len(rows) > 1 else 0
+    own = max(4 * count * n for count in rows)
+    return max(
+        joined + max(factors * square, square + LOOPED * weights), 2 * weights + own + MEASURED * min(ROW_BYTES, own)
+    )

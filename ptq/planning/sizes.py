@@ -64,8 +64,8 @@ def estimate(
     replaced = sum(reader.infos[f"{linear.name}.weight"].nbytes for linear in layout.quantized)
     quantized_bytes = round(layout.quantized_bits / 8)
     output = reader.total_bytes - replaced + quantized_bytes + _untied_bytes(reader, spec, recipe)
-    hidden = int(text_config(config).hidden_size)
-    calibration = Calibration(*tokens, itemsize, forwards)
+    hidden, vocabulary = int(text_config(config).hidden_size), int(text_config(config).vocab_size)
+    calibration = Calibration(*tokens, itemsize, forwards, vocabulary)
     peak = max(peak_by_stage(reader, spec, layout, recipe, calibration, hidden, output, native).values())
     return Sizes(
         float_bytes=reader.total_bytes,

@@ -11,6 +11,7 @@ import torch
 
 from calibration.distributed import Processes
 from calibration.errors import ToolkitError
+from calibration.memory import return_freed
 from calibration.model.classes import text_config
 from calibration.model.contents import check_weights
 from calibration.model.skeleton import Skeleton
@@ -145,6 +146,7 @@ def _export(
         source = partial(blocks.stored, progress.advance) if plan.format.name == "native" else blocks.blocks
         fmt, written = write_checkpoint(source, outside, layout, plan.format, session.partial, origin, progress.advance)
         job.reader.close()
+        return_freed()
         if not session.single:
             copy_small_files(job.folder, session.partial)
     with watch("verify"):
@@ -153,6 +155,7 @@ def _export(
         verified = verify_checkpoint(blocks.blocks, outside, fmt, layout, session.partial, progress.advance, names)
         if not session.single:
             check_keys(session.partial, job.reader.infos, job.options.trust_remote_code)
+        return_freed()
     gating = [step for step in plan.recipe.passes if Phase.GATE in step.phases]
     if gating:
         assert tokens is not None, "thresholds are quantiles of activations"

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from calibration.distributed import Processes
-from calibration.memory import peak_rss_bytes
+from calibration.memory import peak_rss_bytes, rss_bytes
 from calibration.model.checkpoint import write_atomically
 from calibration.model.opening import fingerprint
 from calibration.progress import Progress
@@ -37,7 +37,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
-        self.base_rss = peak_rss_bytes()
+        self.base_rss = rss_bytes()
         self.stages: dict[str, float] = {}
 
     @contextmanager

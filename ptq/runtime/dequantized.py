@@ -63,6 +63,13 @@ class DequantizedCheckpoint:
         weight = q.dequantize(self._dtype)
         return weight.T.contiguous() if self._is_transposed(name) else weight
 
+    def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
+        """Rows of a tensor by their numbers, rising; no others are read where it is stored as it is."""
+        linear = name.removesuffix(".weight")
+        if name.endswith(".weight") and linear in self._schemes:
+            return self.tensor(name)[indices]
+        return self._reader.rows(name, indices)
+
     def _is_transposed(self, name: str) -> bool:
         return self._transposed is not None and name.startswith(self._transposed)
 
