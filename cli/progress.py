@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -152,10 +151,6 @@ def planning(name: str = "plan") -> Iterator[Callable[[], None]]:
 def load_libraries(command: str) -> None:
     """Import what a command needs, which takes seconds, and show on a terminal that this happens.
 
-    Threads of an operation that wait for each other sleep (``OMP_WAIT_POLICY=passive``, which OpenMP reads when it is
-    loaded): by default they spin, and where another program has a core, or a container a part of one, a run takes
-    three times as long. (`ptq generate` and `ptq bench` spin: a step has hundreds of short waits.)
-
     Args:
         command: the public function of `ptq` that it calls.
     """
@@ -163,7 +158,6 @@ def load_libraries(command: str) -> None:
 
     fresh = "torch" not in sys.modules
     if fresh:
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         gc.disable()  # what imports make stays, and looking through it again and again takes a tenth of their time
     with TerminalProgress() as progress:
         shown = progress.console.is_terminal
