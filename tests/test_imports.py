@@ -27,7 +27,10 @@ CALIBRATION_MAY_IMPORT = {
     "walk": (*BELOW, "text", "walk"),
     "scoring": (*BELOW, "text", "scoring"),
 }
-NUMERICS_MAY_IMPORT = ("ptq.numerics", "ptq.scheme", "ptq.float_formats", "ptq.activations", "torch", "triton", "math")
+NUMERICS_MAY_IMPORT = (
+    *("ptq.numerics", "ptq.scheme", "ptq.float_formats", "ptq.activations", "torch", "triton", "math"),
+    "calibration.threads",  # how many threads an operation of torch takes
+)
 
 
 def module_name(path: Path) -> str:
