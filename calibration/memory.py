@@ -27,21 +27,46 @@ def return_freed() -> None:
             trim(0)
 
 
+_limits = [GROWN_BYTES]  # from which size on allocations have pages of their own: of what is open, the innermost last
+
+
 @contextmanager
 def large_apart() -> Iterator[None]:
     """While open, what is large gets pages of its own, which go back when it is freed. Else glibc keeps up to 32 MB of
     each among smaller things, and how much lies between them is chance: runs of the same model took 191 to 277 MB.
-    Fresh pages cost time: not for loops that free large tensors all the time. Nothing elsewhere than on glibc."""
-    set_limit = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    Fresh pages cost time: loops that free large tensors all the time run `large_together`. Nothing elsewhere than on
+    glibc."""
+    with _limited(APART_BYTES):
+        yield
+
+
+@contextmanager
+def large_together() -> Iterator[None]:
+    """Inside of `large_apart`, what is large is taken from freed memory again, such as activations of forward passes.
+    The caller gives it back at the end (`return_freed`)."""
+    with _limited(GROWN_BYTES):
+        yield
+
+
+@contextmanager
+def _limited(size: int) -> Iterator[None]:
+    changed = size != _limits[-1]
+    _limits.append(size)
     try:
-        if set_limit is not None:
-            set_limit(M_MMAP_THRESHOLD, APART_BYTES)
-            set_limit(M_TRIM_THRESHOLD, APART_BYTES)
+        if changed:
+            _set_limit(size)
         yield
     finally:
-        if set_limit is not None:
-            set_limit(M_MMAP_THRESHOLD, GROWN_BYTES)
-            set_limit(M_TRIM_THRESHOLD, 2 * GROWN_BYTES)
+        _limits.pop()
+        if changed:
+            _set_limit(_limits[-1])
+
+
+def _set_limit(size: int) -> None:
+    set_limit = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if set_limit is not None:
+        set_limit(M_MMAP_THRESHOLD, size)
+        set_limit(M_TRIM_THRESHOLD, size if size == APART_BYTES else 2 * size)
 
 
 def rss_bytes() -> int:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from calibration.distributed import Processes, lanes_of
+from calibration.memory import large_together
 from calibration.model.skeleton import Skeleton
 from calibration.text.crops import TokenBatches
 from calibration.walk.capture import Call
@@ -97,11 +98,12 @@ class HiddenStates:
     ) -> None:
         """Run every batch, or the first ``limit``, or those of a lane, through ``block``; with ``keep`` its outputs
         replace the states."""
-        for i in range(len(self.batches[:limit])) if lane is None else lane:
-            output = self.output(block, index, i)
-            if keep:
-                self.batches[i] = output
-            advance("forward")
+        with large_together():
+            for i in range(len(self.batches[:limit])) if lane is None else lane:
+                output = self.output(block, index, i)
+                if keep:
+                    self.batches[i] = output
+                advance("forward")
 
     def output(
         self,
