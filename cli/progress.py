@@ -156,10 +156,7 @@ def load_libraries(command: str) -> None:
     """
     from cli.options import quiet_libraries
 
-    fresh = "torch" not in sys.modules
-    if fresh:
-        gc.disable()  # what imports make stays, and looking through it again and again takes a tenth of their time
-    with TerminalProgress() as progress:
+    with _without_collections(), TerminalProgress() as progress:
         shown = progress.console.is_terminal
         if shown:
             progress.stage("load libraries", 6)
@@ -184,6 +181,17 @@ def load_libraries(command: str) -> None:
         done("plan")
         getattr(ptq, command)  # imported at its first use
         done("ptq")
-    if fresh:
-        gc.enable()
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """What first imports make stays: looking through it again and again takes a tenth of their time, and later, too."""
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
         gc.freeze()
+    finally:
+        gc.enable()

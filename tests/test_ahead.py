@@ -79,6 +79,14 @@ def test_a_file_that_is_gone_is_named(reader, pinned):
         ahead.tensor(Q.format(1))
 
 
+def test_a_file_that_is_gone_is_named_when_it_is_read(reader):
+    ahead = Ahead(reader, CPU)
+    (reader.folder / reader.infos[Q.format(1)].shard).unlink()
+    ahead.expect([Q.format(1)])
+    with pytest.raises(ToolkitError, match="cannot read"):
+        ahead.tensor(Q.format(1))
+
+
 def test_reading_goes_on_beside_the_work(reader, pinned, monkeypatch):
     reading, go = Event(), Event()
     plain = CheckpointReader.tensor

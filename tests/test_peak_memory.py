@@ -10,6 +10,7 @@ import pytest
 import torch
 from command import environment, process, tiny
 
+from calibration import memory
 from calibration.record import read_timings
 
 WIDE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 2, "vocab_size": 12288}
@@ -64,3 +65,17 @@ def test_what_is_large_goes_back_at_once_although_something_small_lies_behind_it
     words = [sys.executable, "-c", APART]
     result = subprocess.run(words, capture_output=True, text=True, check=True, env=environment())
     assert int(result.stdout) < 5e6
+
+
+def test_limits_of_the_allocator_come_back(monkeypatch):
+    """Forward passes of a walk take activations from freed memory; behind them, what is large lies apart again."""
+    told: list[int] = []
+    monkeypatch.setattr(memory, "_set_limit", told.append)
+    with pytest.raises(KeyError), memory.large_apart():
+        with memory.large_together():
+            pass
+        raise KeyError
+    apart, grown = memory.APART_BYTES, memory.GROWN_BYTES
+    assert told == [apart, grown, apart, grown]
+    with memory.large_together():
+        assert told[4:] == [], "outside of a walk it is as the C library has it"

@@ -52,6 +52,16 @@ def test_states_are_those_of_the_whole_table(tmp_path, family):
     assert torch.equal(states.batches[0], expected.batches[0])
 
 
+def test_another_token_is_refused_instead_of_having_the_row_of_its_neighbour():
+    table, tokens = torch.nn.Embedding(20, 4), torch.tensor([2, 5, 9])
+    with only_rows(table, tokens, table.weight.detach()[tokens]):
+        assert torch.equal(table(torch.tensor([[9, 2]])), table(input=torch.tensor([[9, 2]])))
+        for other in (3, 10, 0):
+            with pytest.raises(AssertionError, match="not in the text"):
+                table(torch.tensor([[2, other]]))
+    assert table(torch.tensor([3])).shape == (1, 4)
+
+
 def test_a_rotated_embedding_has_the_same_rows(tmp_path):
     reader, _, spec = open_model(tiny(tmp_path / "m"))
     outer, wanted = OuterTensors(reader, spec, (Rotate(),)), IDS.unique()

@@ -7,7 +7,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -188,7 +188,9 @@ class CheckpointReader:
 
     def expect(self, names: Iterable[str]) -> None:
         """Tell the system, where it listens, which tensors are read next: it fetches them from the disk meanwhile."""
-        if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):  # a file that is gone is named when it is read
+            if not hasattr(os, "posix_fadvise"):
+                return
             for part in (part for name in names for part in self.infos[name].parts or (self.infos[name],)):
                 os.posix_fadvise(self._opened(part.shard).fileno(), part.start, part.nbytes, os.POSIX_FADV_WILLNEED)
 

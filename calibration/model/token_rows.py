@@ -20,18 +20,24 @@ def token_table(model: Any) -> tuple[str, nn.Embedding] | None:
 
 @contextmanager
 def only_rows(module: nn.Embedding, tokens: torch.Tensor, rows: torch.Tensor) -> Iterator[None]:
-    """While open, ``module`` has the rows of some tokens instead of its weight, and must see no other token.
+    """While open, ``module`` has the rows of some tokens instead of its weight.
 
     Args:
         tokens: int64 ``[count]``, rising.
         rows: ``[count, width]``, on the same device.
+
+    Raises:
+        AssertionError: inside, where the module is given another token: its row is not here.
     """
     weight, padding = module._parameters["weight"], module.padding_idx
 
-    def renumber(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (torch.searchsorted(tokens, args[0]), *args[1:])
+    def renumber(_: nn.Module, args: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> Any:
+        ids = args[0] if args else named["input"]
+        numbers = torch.searchsorted(tokens, ids).clamp_(max=len(tokens) - 1)
+        assert torch.equal(tokens[numbers], ids.to(tokens.dtype)), "a token that is not in the text is looked up"
+        return (numbers,), {}
 
-    hook = module.register_forward_pre_hook(renumber)
+    hook = module.register_forward_pre_hook(renumber, with_kwargs=True)
     module._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
     module.padding_idx = None  # the number of a row of the whole table, which matters to gradients alone
     try:

@@ -2,7 +2,7 @@
 
 Every stage is counted by what it holds at once; constants were measured on two blocks of random Llamas of width 512 and
 1024 (the process's own VmHWM, stage by stage, less its resident set at the start), one thread, native files, 4 x 256
-tokens, in MB planned and taken, see docs/scale.md.
+tokens. What was planned and taken: docs/scale.md.
 """
 
 from __future__ import annotations
